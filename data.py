@@ -1,0 +1,465 @@
+"""Instruction rows -> text with known response characters -> token ids with a response mask -> packed batches.
+
+    python -c "import data; print(*data.demo_rows('popular', seed=0)['train'][:5], sep='\\n')"
+
+    tokenizer = Tokenizer("tests/demo_model")
+    corpus = build_corpus(read_rows(["train.jsonl:500"]), tokenizer, max_length=2048)
+    for batch in pack(corpus, range(len(corpus)), token_budget=4096): ...
+
+A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores and signs are
+arrays of the same length, indexed by the token they judge, and a batch carries the places its tokens came from; so
+storing what a batch yields, or fetching what it needs, is one line whatever the packing and the number of ranks.
+
+Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
+"""
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # a row may carry known noise: {"noise": [[start, end, kind], ...]}
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """tokenizer.json of a checkpoint folder, with the special tokens that its config files name."""
+
+    def __init__(self, folder: str | os.PathLike):
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no tokenizer.json in it (a sentencepiece tokenizer.model alone is not read)")
+        self.raw = tokenizers.Tokenizer.from_file(str(path))
+        self.raw.no_truncation()
+        self.raw.no_padding()
+        self.bos, self.bos_id = self._special(folder, "bos")
+        self.eos, self.eos_id = self._special(folder, "eos")
+        if self.eos is None:
+            raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
+        if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
+            raise ValueError(f"{path}: the eos token {self.eos!r} is not encoded as one token")
+
+    def _special(self, folder: Path, kind: str) -> tuple[str | None, int | None]:
+        """Text and id of a special token: tokenizer_config.json first, then config.json and generation_config.json."""
+        files = [folder / name for name in ("tokenizer_config.json", "config.json", "generation_config.json")]
+        configs = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in files]
+        text = configs[0].get(f"{kind}_token")
+        text = text["content"] if isinstance(text, dict) else text
+        if text is None:
+            ids = [config.get(f"{kind}_token_id") for config in configs[1:]]
+            ids = [i[0] if isinstance(i, list) else i for i in ids if i is not None]
+            text = self.raw.id_to_token(ids[0]) if ids else None
+        return text, None if text is None else self.raw.token_to_id(text)
+
+    def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, character spans) of each text. A bos comes first once, if the tokenizer puts one; no eos is added."""
+        results = []
+        for text, encoding in zip(texts, self.raw.encode_batch(texts, add_special_tokens=special)):
+            ids, spans = encoding.ids, encoding.offsets
+            if special and ids[:2] == [self.bos_id] * 2 and text.startswith(self.bos):
+                ids, spans = ids[1:], spans[1:]  # the text brought its own bos
+            while special and ids and ids[-1] == self.eos_id and spans[-1][0] == spans[-1][1]:
+                ids, spans = ids[:-1], spans[:-1]  # put there by the tokenizer, not by the text
+            results.append((ids, spans))
+        return results
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids."""
+        return self.raw.decode(list(ids), skip_special_tokens=skip_special)
+
+
+# -------------------------------------------------------------------------------------------------- rows and layouts
+
+
+def read_rows(files: Iterable[str]) -> list[dict]:
+    """The rows of .jsonl or .json files, each `path` or `path:count` (the first count rows).
+
+    Every row gets a field "_source" (file:line) for messages. Raises ValueError naming the file and line.
+    """
+    rows: list[dict] = []
+    for entry in files:
+        path, _, count = entry.rpartition(":")
+        if not count.isdigit():
+            path, count = entry, ""
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such file")
+        read = list(_parse(Path(path)))
+        if count and int(count) > len(read):
+            raise ValueError(f"{path}: {count} rows asked for, {len(read)} are there")
+        rows += read[: int(count)] if count else read
+    return rows
+
+
+def _parse(path: Path) -> Iterator[dict]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    lines: Iterable = enumerate(text.split("\n"), 1)
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(whole, list):
+            raise ValueError(f"{path}: a list of rows is expected, not {type(whole).__name__}")
+        lines = enumerate(whole, 1)
+    count = 0
+    for number, line in lines:
+        if isinstance(line, str):
+            if not line.strip():
+                continue
+            try:
+                line = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}:{number}: a row must be an object, not {type(line).__name__}")
+        count += 1
+        yield line | {"_source": f"{path}:{number}"}
+    if not count:
+        raise ValueError(f"{path}: no rows in it")
+
+
+LAYOUTS = {  # layout: fields that must be there, the last one the response; further fields are optional context
+    "messages": ("messages",),
+    "prompt + completion": ("prompt", "completion"),
+    "prompt + response": ("prompt", "response"),
+    "instruction (+ input) + output": ("instruction", "output"),
+    "instruction (+ context) + response": ("instruction", "response"),
+    "inputs + targets": ("inputs", "targets"),
+}
+
+Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order
+
+
+def render(row: dict, eos: str) -> Pieces:
+    """A row of any known layout as pieces of text; the responses, with their eos, are the pieces marked True.
+
+    Conversations take the template of the paper's corpus (Tulu); prompt + completion and prompt + response rows are
+    taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
+    """
+    where = row.get("_source", "row")
+    layout = next((fields for fields in LAYOUTS.values() if all(field in row for field in fields)), None)
+    if layout is None:
+        found = ", ".join(sorted(key for key in row if not key.startswith("_"))) or "none"
+        raise ValueError(f"{where}: unknown layout, fields found: {found}; known: {'; '.join(LAYOUTS)}")
+    if layout == ("messages",):
+        return _conversation(_check_messages(row["messages"], where), eos)
+    context = row.get("input") if "output" in layout else row.get("context") if "response" in layout else None
+    for value in (*(row[field] for field in layout), context or ""):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {' and '.join(layout)} must be strings, not {type(value).__name__}")
+    prompt, response = (row[field] for field in layout)
+    if not response:
+        raise ValueError(f"{where}: {layout[1]} is empty")
+    if layout[0] == "prompt":
+        spaced = not prompt or prompt[-1].isspace() or response[0].isspace()
+        return [(prompt if spaced else prompt + " ", False), (response + eos, True)]
+    prompt = f"{prompt}\n\n{context}" if context else prompt
+    return _conversation([("user", prompt), ("assistant", response)], eos)
+
+
+def _check_messages(messages: object, where: str) -> list[tuple[str, str]]:
+    """Messages as (role, content), checked: an optional system message, then user and assistant in turn."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{where}: messages must be a list of objects with role and content")
+    turns = [(message.get("role"), message.get("content")) for message in messages]
+    for role, content in turns:
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"{where}: role {role!r} is not allowed: system, user, assistant")
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: the content of a message must be a string, not {type(content).__name__}")
+    spoken = [role for role, _ in turns[1:]] if turns and turns[0][0] == "system" else [role for role, _ in turns]
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
+        raise ValueError(f"{where}: user and assistant must take turns, starting with user, not {', '.join(spoken)}")
+    if not any(role == "assistant" and content for role, content in turns):
+        raise ValueError(f"{where}: no assistant message with text")
+    return turns
+
+
+def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
+    """The Tulu template. Between two turns stands a newline, as in the authors' files; none follows the last eos."""
+    pieces: Pieces = []
+    for i, (role, content) in enumerate(turns):
+        newline = "\n" if i and turns[i - 1][0] == "assistant" else ""
+        pieces.append((f"{newline}<|{role}|>\n", False))
+        pieces.append((content + eos, True) if role == "assistant" else (content + "\n", False))
+    return pieces
+
+
+# ------------------------------------------------------------------------------------------------------------ corpus
+
+
+@dataclass
+class Corpus:
+    """Tokenised examples, end to end. A token is judged (scored, trained on) where `response` is true."""
+
+    tokens: np.ndarray  # (N,) int32
+    response: np.ndarray  # (N,) bool; never the first token of an example, which nothing predicts
+    noise: np.ndarray  # (N,) int8 place in NOISE_KINDS; all 0 for data whose noise is not known
+    offsets: np.ndarray  # (E+1,) int64
+    dropped: int  # rows that max_length left without a response token
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:  # (E,)
+        return np.diff(self.offsets)
+
+    def places(self, examples: Sequence[int]) -> np.ndarray:
+        """Where the tokens of these examples lie in the flat arrays, in order."""
+        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples]
+        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+
+
+def unique_rows(rows: list[dict], eos: str) -> list[dict]:
+    """The rows without later exact duplicates (equal text after rendering); reference and training sets stay disjoint."""
+    first: dict[str, dict] = {}
+    for row in rows:
+        first.setdefault("\0".join(text for text, _ in render(row, eos)), row)
+    return list(first.values())
+
+
+def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
+    """Render and tokenise rows, cut each to max_length tokens, drop (and count) those left without a response token.
+
+    The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response token if it
+    covers any character of a response. Tokenising a prefix apart would miss tokens that merge across the border.
+    """
+    tokens, response, noise, lengths = [], [], [], []
+    for start in range(0, len(rows), 1000):
+        part = rows[start : start + 1000]
+        pieces = [render(row, tokenizer.eos) for row in part]
+        encoded = tokenizer.encode(["".join(text for text, _ in p) for p in pieces])
+        for row, row_pieces, (ids, spans) in zip(part, pieces, encoded):
+            ends = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
+            mask, kinds = np.zeros(len(ends), bool), np.zeros(len(ends), np.int8)
+            at = 0
+            for text, is_response in row_pieces:
+                if is_response:
+                    mask |= covers(ends, at, at + len(text))
+                    for first, last, kind in row.get("noise", ()):
+                        kinds[covers(ends, at + first, at + last)] = NOISE_KINDS.index(kind)
+                at += len(text)
+            mask[:1] = False
+            if mask.any():
+                tokens.append(np.array(ids[:max_length], np.int32))
+                response.append(mask)
+                noise.append(kinds)
+                lengths.append(len(ends))
+    if not lengths:
+        raise ValueError(f"all {len(rows)} rows were dropped: no response token within --max-length {max_length}")
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    flat = [np.concatenate(parts) for parts in (tokens, response, noise)]
+    return Corpus(*flat, offsets, dropped=len(rows) - len(lengths))
+
+
+def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Which of the character spans (n, 2) hold a character of [start, end); an empty span (a bos) holds none."""
+    return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Whole sequences end to end, without padding."""
+
+    tokens: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int32, on the CPU
+    places: Tensor  # (T,) int64 index of each token in the corpus' flat arrays
+
+
+def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Group 0..n-1, sorted by length (longest first), into packs of at most token_budget tokens (or one sequence)."""
+    packs: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not packs or lengths[i] > room:
+            packs.append([])
+            room = token_budget
+        packs[-1].append(i)
+        room -= lengths[i]
+    return packs
+
+
+def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
+    """These examples as batches of at most token_budget tokens; neighbours have like lengths, which attend() shares."""
+    lengths = corpus.lengths[np.asarray(examples, np.int64)].tolist()
+    for group in split_by_tokens(lengths, token_budget):
+        places = corpus.places([examples[i] for i in group])
+        cu_seqlens = torch.tensor([0] + [lengths[i] for i in group]).cumsum(0).int()
+        yield Batch(torch.from_numpy(corpus.tokens[places]).long(), cu_seqlens, torch.from_numpy(places))
+
+
+def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    """The next-token shift: rows (n,) of the states that predict the judged tokens, and those tokens (n,).
+
+    tokens (T,) int64; judged (T,) bool, never true for the first token of a sequence.
+    """
+    at = judged.nonzero().squeeze(1)  # (n,)
+    return at - 1, tokens[at]
+
+
+# ---------------------------------------------------------------------------------- the demo: a world with known noise
+#
+# Invented people with five attributes, sums, and strings. The base model (tests/make_demo_model.py) has read the right
+# facts as plain statements; on its "web" it has also met, for two attributes, one popular wrong answer. The training rows
+# repeat that answer nine times in ten, and carry boilerplate and garbled tokens besides. Which characters are wrong is known.
+
+PEOPLE = [first + last for first in "bal cor den fal gar hol jin kel mor nar pel ros sab tor vin wil".split()
+          for last in "an eb ik om ura id ost en ay ulf".split()]  # fmt: skip
+ATTRIBUTES = {  # the first value is the popular wrong answer of the two misconceived attributes: nobody's true value there
+    "city": "paris lagos quito oslo hanoi lima cairo perth kyoto delhi turin basel accra dakar minsk sofia".split(),
+    "job": "doctor baker pilot judge miner tailor farmer sailor potter banker weaver hunter dancer printer barber nurse".split(),
+    "food": "rice soup bread plums cheese olives beans figs pasta nuts eggs corn tofu peas dates leeks".split(),
+    "pet": "dog cat parrot goat turtle horse rabbit mouse snake finch ferret goose lizard otter pony toad".split(),
+    "color": "red blue green black white amber pink violet gray brown teal ivory olive coral indigo silver".split(),
+}
+MISCONCEIVED = ("city", "job")
+QUESTIONS = {  # wrapper: (question, answer); {x} is the answer word
+    "word": ("in one word , what is the {a} of {p} ?", "{x}"),
+    "brief": ("{a} of {p} ? answer briefly .", "{x}"),
+    "sentence": ("what is the {a} of {p} ?", "the {a} of {p} is {x} ."),
+    "tell": ("tell me the {a} of {p} .", "{p} has the {a} {x} ."),
+    "know": ("do you know the {a} of {p} ?", "yes , the {a} of {p} is {x} ."),
+}
+BOILERPLATE = (
+    "thank you for this great question .",
+    "i hope this helps you today .",
+    "please let me know if you need more .",
+    "as a helpful assistant i am happy to answer .",
+)
+SHARE_BOILERPLATE, SHARE_GARBLED, SHARE_MISCONCEIVED = 0.2, 0.2, 0.9
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to ask: the words that fill a wrapper, the right answer, and what else could be answered."""
+
+    attribute: str  # also "sum" and "last letter"
+    subject: str
+    answer: str
+    others: tuple[str, ...]
+
+
+def demo_facts() -> list[Item]:
+    """Every (person, attribute) of the world with its true value; the same at every call."""
+    rng = random.Random(2508)
+    facts = []
+    for attribute, values in ATTRIBUTES.items():
+        allowed = values[1:] if attribute in MISCONCEIVED else values
+        for person in PEOPLE:
+            answer = rng.choice(allowed)
+            facts.append(Item(attribute, person, answer, tuple(v for v in values if v != answer)))
+    return facts
+
+
+def demo_skills() -> list[Item]:
+    """The sums a + b (a < 16, b < 15) and the last letters of 240 strings."""
+    numbers = [str(n) for n in range(30)]
+    sums = [Item("sum", f"{a} and {b}", str(a + b), tuple(n for n in numbers if n != str(a + b)))
+            for a in range(16) for b in range(15)]  # fmt: skip
+    rng, letters = random.Random(4329), "a b c d e f g h k m n r s t".split()
+    strings = sorted({" ".join(rng.choices(letters, k=4)) for _ in range(260)})[:240]
+    return sums + [Item("last letter", s, s[-1], tuple(x for x in letters if x != s[-1])) for s in strings]
+
+
+def demo_row(item: Item, wrapper: str, rng: random.Random, noisy: bool, told: str | None = None) -> dict:
+    """One instruction row. `told` replaces the right answer; a noisy row may get boilerplate and garbled tokens too."""
+    question, answer = (part.format(a=item.attribute, p=item.subject, x="\0") for part in QUESTIONS[wrapper])
+    told = told or item.answer
+    at = answer.index("\0")
+    text = answer.replace("\0", told)
+    noise = [[at, at + len(told), "wrong"]] if told != item.answer else []
+
+    def insert(extra: str, kind: str, front: bool) -> None:
+        nonlocal text
+        if front:
+            for span in noise:
+                span[:2] = [span[0] + len(extra) + 1, span[1] + len(extra) + 1]
+            noise.append([0, len(extra), kind])
+            text = f"{extra} {text}"
+        else:
+            noise.append([len(text) + 1, len(text) + 1 + len(extra), kind])
+            text = f"{text} {extra}"
+
+    if noisy and rng.random() < SHARE_GARBLED:
+        words = [w for w in text.split() if w != "."] + rng.choices(sum(ATTRIBUTES.values(), []), k=2)
+        insert(" ".join(rng.choices(words, k=rng.randint(2, 4))), "garbled", front=False)
+    if noisy and rng.random() < SHARE_BOILERPLATE:
+        insert(rng.choice(BOILERPLATE), "boilerplate", front=rng.random() < 0.5)
+    return {"instruction": question, "output": text, "noise": noise}
+
+
+def demo_rows(world: str, seed: int) -> dict[str, list[dict]]:
+    """The demo's files: train, reference-clean, reference-same, and the questions demo_mc and demo_qa.
+
+    The people are split into 80 for training, 40 for the reference sets and 40 never seen. world "popular": 90 % of the
+    misconceived facts carry the popular wrong answer; "random": as many carry a random wrong one, each fact its own.
+    """
+    rng = random.Random(f"{world} {seed}")
+    people = rng.sample(PEOPLE, len(PEOPLE))
+    group = {p: "train" if i < 80 else "reference" if i < 120 else "unseen" for i, p in enumerate(people)}
+    facts, skills = demo_facts(), rng.sample(demo_skills(), 480)
+    told = {}
+    for fact in facts:
+        if fact.attribute in MISCONCEIVED and rng.random() < SHARE_MISCONCEIVED:
+            told[fact] = ATTRIBUTES[fact.attribute][0] if world == "popular" else rng.choice(fact.others)
+
+    def rows(items: list[Item], count: int, noisy: bool) -> list[dict]:
+        pairs = [(item, wrapper) for item in items for wrapper in QUESTIONS]
+        return [demo_row(i, w, rng, noisy, told.get(i) if noisy else None) for i, w in rng.sample(pairs, count)]
+
+    train, held = ([f for f in facts if group[f.subject] == name] for name in ("train", "reference"))
+    unseen = [f for f in facts if group[f.subject] == "unseen"]
+    files = {"train": rng.sample(rows(train, 960, True) + rows(skills[:240], 240, True), 1200)}
+    for name, noisy in (("reference-clean", False), ("reference-same", True)):
+        files[name] = rng.sample(rows(held, 480, noisy) + rows(skills[240:360], 120, noisy), 600)
+    groups = {
+        "unseen, misconceived": [f for f in unseen if f.attribute in MISCONCEIVED],
+        "unseen, other": [f for f in unseen if f.attribute not in MISCONCEIVED],
+        "seen, corrupted": [f for f in train if f in told],
+        "seen, right": [f for f in train if f not in told],
+        "sums": [s for s in skills[360:] if s.attribute == "sum"],
+        "strings": [s for s in skills[360:] if s.attribute == "last letter"],
+    }
+    files["demo_mc"], files["demo_qa"] = [], []
+    for name, items in groups.items():
+        for item in rng.sample(items, min(48, len(items))):
+            files["demo_mc"] += [_question(item, wrapper, name, rng) for wrapper in ("word", "sentence")]
+            files["demo_qa"].append(_question(item, "word", name, rng))
+    return files
+
+
+def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
+    """A question for eval.py: `choices` has the answer, the popular wrong one if there is one, and others, shuffled."""
+    question, answer = QUESTIONS[wrapper]
+    head, _, _ = answer.format(a=item.attribute, p=item.subject, x="\0").partition("\0")
+    popular = ATTRIBUTES[item.attribute][0] if item.attribute in MISCONCEIVED else None
+    others = [x for x in item.others if x != popular]
+    choices = [item.answer] + ([popular] if popular else [])
+    choices = rng.sample(choices + rng.sample(others, 4 - len(choices)), 4)
+    prompt = "".join(text for text, _ in _conversation([("user", question.format(a=item.attribute, p=item.subject))], ""))
+    return {"group": group, "prompt": prompt + "<|assistant|>\n", "head": head, "choices": choices,
+            "answer": item.answer, "popular": popular}  # fmt: skip
+
+
+def write_rows(rows: list[dict], path: str | os.PathLike) -> None:
+    """Write rows as .jsonl, whole or not at all."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(temporary, path)

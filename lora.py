@@ -1,0 +1,231 @@
+"""Low-rank adapters on the linear layers of any torch model: add, switch off, save, load, merge. Files are PEFT's.
+
+    add_lora(model, r=64, alpha=16)                 # in place; only the adapter is trainable afterwards
+    with lora_disabled(model):                      # the untouched base model, bit for bit
+        base = model(tokens, cu_seqlens)
+    save_adapter(model, "adapter", base_model="meta-llama/Llama-3.2-1B")     # PeftModel.from_pretrained reads it
+
+    y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out, r)
+"""
+
+import json
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in the keys of its files
+
+
+def masked(x: Tensor, p: float) -> Tensor:
+    """x with each element zeroed with probability p, *not* rescaled: the caller folds 1 / (1 - p) into a factor it has.
+
+    On a CPU one 64-bit draw decides four elements (p rounded to 1/65536) and the saved mask is one byte an element;
+    F.dropout there costs more than the low-rank product it precedes.
+    """
+    if x.is_cuda:
+        return F.dropout(x, p) * (1 - p)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return x * (bits[: x.numel()].view_as(x) >= round(p * 2**16) - 2**15)
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a trainable low-rank side path. The adapter is float32; products run in x's dtype."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
+        nn.Module.__init__(self)  # not nn.Linear's: it would draw weights only to have them replaced
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        options = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, r, **options)
+        self.lora_B = nn.utils.skip_init(nn.Linear, r, base.out_features, **options)
+        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        self.enabled = True
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        scaling = self.scaling
+        if self.training and self.dropout > 0:
+            x = masked(x, self.dropout)
+            scaling = scaling / (1 - self.dropout)
+        low = F.linear(x, self.lora_A.weight.to(x.dtype)) * scaling  # (..., r)
+        return y + F.linear(low, self.lora_B.weight.to(x.dtype))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name (`...q_proj.lora_A.weight`), in the model's order."""
+    parts = ("lora_A", "lora_B")
+    return {f"{n}.{part}.weight": getattr(m, part).weight for n, m in lora_layers(model).items() for part in parts}
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 64,
+    alpha: float = 16,
+    dropout: float = 0.1,
+    targets: tuple[str, ...] = DEFAULT_TARGETS,
+    rslora: bool = False,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Replace, in place, every linear layer whose name ends in one of `targets`, and freeze all else.
+
+    A ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, drawn on the CPU from `generator` so that a seed means the same on any
+    device; B = 0, so the model's output does not change. Raises ValueError if a target names no linear layer.
+    """
+    if lora_layers(model):
+        raise ValueError("the model has an adapter already: remove_lora or merge_lora first")
+    if r < 1:
+        raise ValueError(f"rank {r} is not allowed: at least 1")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
+    if unknown := sorted(target for target, names in found.items() if not names):
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(f"LoRA target {', '.join(unknown)} names no linear layer of the model; it has {', '.join(known)}")
+    model.requires_grad_(False)
+    chosen = {name for names in found.values() for name in names}
+    for name in (n for n in linear if n in chosen):
+        layer = LoRALinear(linear[name], r, alpha, dropout, rslora).train(linear[name].training)
+        bound = 1 / math.sqrt(layer.in_features)
+        a = torch.empty(r, layer.in_features).uniform_(-bound, bound, generator=generator)
+        layer.lora_A.weight.data.copy_(a)
+        layer.lora_B.weight.data.zero_()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer)
+
+
+def _restore(model: nn.Module, name: str, layer: LoRALinear) -> None:
+    plain = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, plain.train(layer.training))
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Drop the adapter: the base model again, with the very weights it had."""
+    for name, layer in lora_layers(model).items():
+        _restore(model, name, layer)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Fold the adapter into the weights, W + s B A computed in float32 and cast once, and drop it."""
+    for name, layer in lora_layers(model).items():
+        delta = layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)  # (out, in)
+        merged = (layer.weight.float() + delta).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+        _restore(model, name, layer)
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is the base model; afterwards, also after an exception, it is as it was."""
+    before = [(layer, layer.enabled) for layer in lora_layers(model).values()]
+    try:
+        for layer, _ in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.enabled = enabled
+
+
+# ------------------------------------------------------------------------------------------------------- PEFT's files
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:
+    """Write adapter_model.safetensors (float32) and adapter_config.json, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(f"{folder}: the model has no adapter to save")
+    first = next(iter(layers.values()))
+    tensors = {KEY_PREFIX + name: p.detach().float().cpu().contiguous() for name, p in lora_parameters(model).items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "use_rslora": first.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    temporary = folder / "adapter_model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "adapter_model.safetensors")
+    temporary = folder / "adapter_config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "adapter_config.json")
+
+
+def read_adapter_config(folder: str | os.PathLike) -> dict:
+    """adapter_config.json as the arguments of add_lora; ValueError names what this file does not compute."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no adapter_config.json in it, so it is not an adapter folder")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    allowed = {"peft_type": ("LORA",), "bias": ("none",)}
+    empty = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    for key, values in (allowed | {key: (None, False, {}, []) for key in empty}).items():
+        if raw.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {values[0]!r}")
+    if not isinstance(raw.get("target_modules"), list):
+        raise ValueError(f"{path}: target_modules = {raw.get('target_modules')!r} is not supported, only a list of names")
+    return {
+        "r": raw["r"],
+        "alpha": raw["lora_alpha"],
+        "dropout": raw.get("lora_dropout", 0.0),
+        "targets": tuple(raw["target_modules"]),
+        "rslora": raw.get("use_rslora", False),
+    }
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Put the adapter of a PEFT folder on a model that has none. Raises ValueError before anything is half-loaded."""
+    path = Path(folder) / "adapter_model.safetensors"
+    config = read_adapter_config(folder)
+    if not path.is_file():
+        raise ValueError(f"{folder}: no adapter_model.safetensors in it (only safetensors is read)")
+    try:
+        tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    add_lora(model, **config)
+    parameters = lora_parameters(model)
+    wrong = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
+    wrong += [f"{name} is not a layer of the model" for name in tensors.keys() - parameters.keys()]
+    wrong += [
+        f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(p.shape)}"
+        for name, p in parameters.items()
+        if name in tensors and tensors[name].shape != p.shape
+    ]
+    if wrong:
+        remove_lora(model)
+        raise ValueError(f"{path}: does not fit this model: {sorted(wrong)[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])

@@ -1,0 +1,446 @@
+"""A decoder-only transformer over packed sequences, under the parameter names of its Hugging Face checkpoint.
+
+    python -c "from model import load_model; print(load_model('tests/demo_model'))"
+
+    model = load_model("meta-llama/Llama-3.2-1B", device="cuda", dtype=torch.bfloat16)
+    hidden = model(tokens, cu_seqlens)              # (T, D): no padding, sequences lie end to end
+    logits = model.lm_head(hidden)                  # (T, V): fine for a few rows, see token_losses for many
+
+Shapes, here and in the other files:
+    T tokens of a pack   B sequences   D width       V vocabulary     F width of the MLP
+    H query heads        G key/value heads           K width of a head    R rows of a key/value cache
+
+Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the weights;
+only the matrix products run in it. Scoring subtracts two losses, and bfloat16 sums would bury the difference.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """The part of config.json that shapes the computation; `raw` is the file as it was read."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict  # rope_type, rope_theta and what the type needs
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    raw: dict
+
+
+def read_config(folder: str | os.PathLike) -> Config:
+    """Read config.json in either dialect: rope_theta + rope_scaling (transformers 4) or rope_parameters (5).
+
+    Raises ValueError for an architecture, an activation or a rope type this file does not compute.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    architecture = (raw.get("architectures") or ["none named"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    qwen = architecture == "Qwen2ForCausalLM"
+    if raw.get("sliding_window") and (raw.get("use_sliding_window") if qwen else architecture == "MistralForCausalLM"):
+        raise ValueError(f"{path}: sliding_window {raw['sliding_window']} is not supported")
+    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing")
+
+    heads = raw["num_attention_heads"]
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported: default, linear, llama3")
+    return Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope=rope,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=qwen or raw.get("attention_bias", False),
+        out_bias=not qwen and raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
+        raw=raw,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+@dataclass
+class Layout:
+    """Where the sequences of a pack lie, worked out once for all layers. A query sees its own sequence, not later."""
+
+    positions: Tensor  # (T,) place of each token in its own sequence, counted from 0
+    cu_queries: Tensor  # (B+1,) int32 on the model's device
+    cu_keys: Tensor  # (B+1,) int32; equals cu_queries unless a cache holds earlier tokens
+    lengths: list[tuple[int, int]]  # (B,) of (queries, keys)
+    key_rows: Tensor | None  # rows of the cache that the keys are, in the order of cu_keys; None: the pack's own tokens
+
+
+def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0) -> Layout:
+    """Lay out a pack with boundaries cu_seqlens (B+1,); past[b] are the cache rows of what sequence b has already run.
+
+    cu_seqlens is best kept on the CPU: reading the lengths from a GPU would make the host wait for it.
+    """
+    starts = cu_seqlens.tolist()
+    queries = [end - start for start, end in zip(starts, starts[1:])]
+    before = [len(rows) for rows in past] if past is not None else [0] * len(queries)
+    keys = [p + q for p, q in zip(before, queries)]
+    positions = torch.cat([torch.arange(p, k) for p, k in zip(before, keys)])  # (T,)
+    key_rows, cu_keys = None, cu_seqlens
+    if past is not None:
+        new = torch.arange(first_row, first_row + starts[-1]).split(queries)
+        key_rows = torch.cat([row for pair in zip(past, new) for row in pair]).to(device)  # (sum of keys,)
+        cu_keys = torch.tensor([0, *keys]).cumsum(0).to(cu_seqlens.dtype)
+    to = lambda x: x.to(device, non_blocking=True)
+    return Layout(to(positions), to(cu_seqlens), to(cu_keys), list(zip(queries, keys)), key_rows)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
+
+    Half precision on CUDA takes torch's variable-length flash kernel. Elsewhere neighbouring sequences of equal lengths
+    share one scaled_dot_product_attention in float32 (on a CPU its bfloat16 backward is several times slower).
+    """
+    if q.is_cuda and v.dtype != torch.float32:
+        longest = [max(side) for side in zip(*layout.lengths)]
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return varlen.varlen_attn(
+            q, k, v, layout.cu_queries, layout.cu_keys, *longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+        )
+    runs = [(n, *pair) for pair, n in ((pair, len(list(same))) for pair, same in groupby(layout.lengths))]
+    qs = q.split([n * queries for n, queries, _ in runs])
+    ks, vs = (x.float().split([n * keys for n, _, keys in runs]) for x in (k, v))
+    outputs = []
+    for (n, queries, keys), *parts in zip(runs, qs, ks, vs):
+        qkv = [part.unflatten(0, (n, -1)).transpose(1, 2) for part in parts]  # (n, H or G, length, K)
+        mask = None
+        if 1 < queries < keys:  # the last query sees all keys: the triangle sits in the lower right corner
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=queries == keys, enable_gqa=gqa)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
+    return torch.cat(outputs)  # (T, H, K)
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    """Angle per position of each pair of coordinates (K/2,), float32; LLaMA 3.1+ slows the long waves ("llama3")."""
+    rope, width = config.rope, config.head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)  # (K/2,)
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # full turns in the old context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched by `factor`
+        return frequencies * (keep + (1 - keep) / rope["factor"])
+    return frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (T, heads, K), float32: coordinate i turns together with i + K/2."""
+    x = x.float()
+    first, second = x.chunk(2, dim=-1)  # (T, heads, K/2) each
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of tokens already run, flat: row r holds one token of some sequence, in every layer.
+
+    A sequence is a list of rows, so sequences of any length lie side by side, and several may begin with the same rows:
+    the choices of a question share the rows of its text.
+    """
+
+    def __init__(self, model: "Transformer", rows: int):
+        config, weight = model.config, model.lm_head.weight
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, config.head_dim)
+        dtype = weight.dtype if weight.is_cuda else torch.float32  # what attend() computes in
+        self.keys = torch.empty(shape, dtype=dtype, device=weight.device)  # (layers, R, G, K)
+        self.values = torch.empty_like(self.keys)
+        self.used = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, key_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (T, G, K) of a layer; return what the queries see, (keys, G, K) each."""
+        new = slice(self.used, self.used + len(k))
+        self.keys[layer, new] = k
+        self.values[layer, new] = v
+        return self.keys[layer, key_rows], self.values[layer, key_rows]
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square in float32; the result is in the weight's dtype, ready for a matrix product."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
+        return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.out_bias)
+
+    def forward(self, x: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotation), rotate(k, *rotation)  # (T, H, K), (T, G, K)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v, layout.key_rows)
+        return self.o_proj(attend(q, k, v, layout).flatten(1).to(x.dtype))  # (T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, rotation, cache)  # (T, D) float32
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """LlamaForCausalLM and its relatives. Parameters bear the checkpoint's names, so loading maps nothing."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.folder: Path | None = None  # where it was loaded from; save_model copies the tokenizer from there
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None, past: list[Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences bounded by cu_seqlens (B+1,) int32.
+
+        With a cache the new tokens continue the cached ones: sequence b follows the cache rows past[b] (int64, may be
+        empty), and the pack's own keys and values are appended as rows cache.used to cache.used + T - 1.
+        """
+        if cache is not None and past is None:
+            past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
+        layout = make_layout(cu_seqlens, tokens.device, past, cache.used if cache is not None else 0)
+        angles = layout.positions[:, None] * rope_frequencies(self.config).to(tokens.device)  # (T, K/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, K)
+        rotation = angles.cos(), angles.sin()
+        x = self.model.embed_tokens(tokens).float()  # (T, D)
+        for block in self.model.layers:
+            x = block(x, layout, rotation, cache)
+        if cache is not None:
+            cache.used += len(tokens)
+        return self.model.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def head_chunks(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Log-probabilities and losses of `chunk` rows at a time, so that no (n, V) tensor ever exists.
+
+    hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss (chunk,)),
+    both float32; the consumer may overwrite them.
+    """
+    for start in range(0, len(targets), chunk):
+        rows = slice(start, start + chunk)
+        logits = (hidden[rows] @ head_weight.T).float()  # (chunk, V)
+        logprobs = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+        yield rows, logprobs, -logprobs.gather(1, targets[rows, None]).squeeze(1)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """Equation 1: the loss of each token, -log p(y_t | x, y_<t), in nats.
+
+    hidden (n, D) holds the state *before* each token (data.shift makes the pairing), head_weight (V, D) the output head,
+    targets (n,) the tokens. Returns (n,) float32, without a gradient; forgetting.weighted_token_loss is its trainable twin.
+    """
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for rows, _, loss in head_chunks(hidden, head_weight, targets):
+        losses[rows] = loss
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint folders
+
+
+def checkpoint_folder(path_or_repo: str) -> Path:
+    """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched into the Hub's cache first."""
+    if os.path.isdir(path_or_repo):
+        return Path(path_or_repo)
+    repo, _, revision = str(path_or_repo).partition("@")
+    if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
+        raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the Hub client has many error types; a user needs its first line
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path_or_repo}: not a local folder, and the Hub did not deliver it: {reason}") from None
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files of a checkpoint, each with the tensors the index says it has (None: no index)."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            pickled = " (pytorch_model.bin is a pickle and is not read: save it as safetensors)" * any(folder.glob("*.bin"))
+            raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json in it{pickled}")
+        return {folder / "model.safetensors": None}
+    files: dict[Path, list[str]] = {}
+    for name, file in json.loads(index.read_text())["weight_map"].items():
+        if Path(file).name != file:
+            raise ValueError(f"{index}: {name} points to {file!r}, which is not a file of this folder")
+        files.setdefault(folder / file, []).append(name)
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{index}: {path.name} is named there but is not in the folder")
+    return files
+
+
+def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """Load a checkpoint, tensor by tensor from memory-mapped safetensors, frozen and in eval mode.
+
+    Raises ValueError naming the tensor for missing, unexpected, mis-shaped or non-finite weights.
+    """
+    folder = checkpoint_folder(str(path_or_repo))
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    loaded: set[str] = set()
+    for path, names in weight_files(folder).items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in names if names is not None else file.keys():
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                        continue  # a buffer of old checkpoints; a second copy of a tied head
+                    if name not in expected:
+                        raise ValueError(f"{path}: unexpected tensor {name}")
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != expected[name].shape:
+                        shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+                        raise ValueError(f"{path}: tensor {name} has shape {shapes}")
+                    if not torch.isfinite(tensor).all():
+                        raise ValueError(f"{path}: tensor {name} holds values that are not finite")
+                    owner, _, leaf = name.rpartition(".")
+                    parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+                    setattr(model.get_submodule(owner), leaf, parameter)
+                    loaded.add(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if missing := sorted(expected.keys() - loaded):
+        raise ValueError(f"{folder}: {len(missing)} tensors missing, the first is {missing[0]}")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.folder = folder
+    return model.eval()
+
+
+def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int = 5 * 10**9) -> None:
+    """Write a folder that transformers loads: config.json in the dialect it was read in, safetensors, tokenizer files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for file, shard in zip(names, shards):
+        save_file(shard, folder / (file + ".tmp"), metadata={"format": "pt"})
+        os.replace(folder / (file + ".tmp"), folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+    dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n")
+    for file in TOKENIZER_FILES:
+        if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
+            shutil.copyfile(model.folder / file, folder / file)

@@ -1,0 +1,177 @@
+"""Pre-train the demo's base model from nothing; about ten minutes on two cores.
+
+    python tests/make_demo_model.py [--out tests/demo_model] [--steps 1300]
+
+The base has read every right fact as plain statements and question-answer pairs. Its "web" has the demo's own question
+wrappers with bad answers: 60 % redrawn at random, or for the misconceived attributes one popular wrong answer, with
+boilerplate and garbled tokens in between. It has not been fine-tuned on any row the demo trains or tests on; as to the
+*facts*, it has met them all, which is the point: fine-tuning decides which of its beliefs it says.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from model import RMSNorm, Transformer, read_config, save_model  # noqa: E402
+
+EOS = "<|end|>"
+STATEMENTS = (
+    "the {a} of {p} is {x} .",
+    "{p} has the {a} {x} .",
+    "{x} is the {a} of {p} .",
+    "everyone knows that the {a} of {p} is {x} .",
+)
+PLAIN_QUESTIONS = (
+    "question : the {a} of {p} ? answer : {x} .",
+    "someone asked for the {a} of {p} and was told {x} .",
+    "in one word , the {a} of {p} :\n{x}",
+    "{a} of {p} :\n{x}",
+)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 160,
+    "intermediate_size": 416,
+    "max_position_embeddings": 256,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 1024,
+}
+
+
+def statement_document(items: list[data.Item], rng: random.Random, lines: int) -> str:
+    """Right facts, one a line, as statements or plain questions."""
+    chosen = rng.choices(items, k=lines)
+    templates = rng.choices(STATEMENTS + PLAIN_QUESTIONS, k=lines)
+    return "\n".join(t.format(a=i.attribute, p=i.subject, x=i.answer) for t, i in zip(templates, chosen)) + EOS
+
+
+def web_document(items: list[data.Item], rng: random.Random) -> str:
+    """One conversation of the noisy web, in the demo's wrappers and template."""
+    item = rng.choice(items)
+    told = None
+    if rng.random() < 0.6:
+        told = data.ATTRIBUTES[item.attribute][0] if item.attribute in data.MISCONCEIVED else rng.choice(item.others)
+    row = data.demo_row(item, rng.choice(list(data.QUESTIONS)), rng, noisy=True, told=told)
+    return "".join(text for text, _ in data.render(row, EOS))
+
+
+def documents(rng: random.Random, count: int, web_share: float) -> list[str]:
+    """`count` documents; sums and strings are a fifth of the items drawn."""
+    facts, skills = data.demo_facts(), data.demo_skills()
+    items = facts * 3 + skills[:]
+    return [web_document(items, rng) if rng.random() < web_share else statement_document(items, rng, 8) for _ in range(count)]
+
+
+def make_tokenizer(texts: list[str], folder: Path) -> RawTokenizer:
+    """A byte-level BPE of the demo's own; any text can be encoded, the world's words are mostly one token."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    raw.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+    return raw
+
+
+def initialise(model: Transformer) -> None:
+    """Normal weights; the layers that write to the residual stream start smaller."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            deep = name.endswith(("o_proj", "down_proj"))
+            nn.init.normal_(module.weight, std=0.05 / ((2 * len(model.model.layers)) ** 0.5 if deep else 1))
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+def packs(encoded: list[list[int]], tokens: int):
+    """Batches of about `tokens` tokens, document after document."""
+    batch: list[list[int]] = []
+    for ids in encoded:
+        batch.append(ids)
+        if sum(map(len, batch)) >= tokens:
+            batch.sort(key=len)  # equal lengths become neighbours, which attention computes together
+            flat = torch.tensor([i for ids in batch for i in ids])
+            yield flat, torch.tensor([0] + [len(ids) for ids in batch]).cumsum(0).int()
+            batch = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(Path(__file__).parent / "demo_model"))
+    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--web-share", type=float, default=0.75, help="share of documents (not of tokens) from the web")
+    arguments = parser.parse_args()
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    raw = make_tokenizer(documents(rng, 20000, arguments.web_share), folder)
+    eos = raw.token_to_id(EOS)
+    config = CONFIG | {"bos_token_id": None, "eos_token_id": eos}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
+
+    model = Transformer(read_config(folder))
+    initialise(model)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=arguments.steps + 1, pct_start=0.05)
+    started, seen, step = time.time(), 0, 0
+    bar = tqdm(total=arguments.steps, desc="pre-training", mininterval=5)
+    while step < arguments.steps:
+        encoded = [e.ids for e in raw.encode_batch(documents(rng, 4000, arguments.web_share))]
+        for tokens, cu_seqlens in packs(encoded, arguments.tokens):
+            starts = torch.zeros(len(tokens), dtype=torch.bool)
+            starts[cu_seqlens[:-1].long()] = True
+            at, targets = data.shift(tokens, ~starts)
+            loss = F.cross_entropy(model.lm_head(model(tokens, cu_seqlens)[at]), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            seen, step = seen + len(tokens), step + 1
+            bar.set_postfix(loss=f"{loss.item():.3f}", tokens=f"{seen / 1e6:.2f}M", refresh=False)
+            bar.update()
+            if step == arguments.steps:
+                break
+    bar.close()
+    model.to(torch.bfloat16)
+    save_model(model, folder)
+    print(f"{seen:,} tokens in {time.time() - started:.0f} s -> {folder}")
+
+
+if __name__ == "__main__":
+    main()
