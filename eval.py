@@ -121,11 +121,11 @@ def loglikelihoods(
         table[[i for group in members for i in group]] = _score_pack(model, packed, members, pairs)
         if bar is not None:
             bar.update(sum(map(len, members)))
-    return [Answer(loglikelihood=total, greedy=bool(flag)) for total, flag in sum_over_ranks(table).tolist()]
+    return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in sum_over_ranks(table).tolist()]
 
 
 def _score_pack(model: Transformer, contexts: list[tuple], members: list[list[int]], pairs: list) -> Tensor:
-    """(continuations, 2) of log-likelihood and greedy flag, context by context and member by member."""
+    """(continuations, 2): log-likelihood, and how many tokens were not the most probable; in the order of `members`."""
     device = model.lm_head.weight.device
     later = [(c, pairs[i][1][:-1]) for c, group in enumerate(members) for i in group]  # (context, all but the last token)
     cache = Cache(model, sum(map(len, contexts)) + sum(len(ids) for _, ids in later))
@@ -141,10 +141,9 @@ def _score_pack(model: Transformer, contexts: list[tuple], members: list[list[in
     targets = torch.tensor([t for group in members for i in group for t in pairs[i][1]], device=device)
     owner = torch.repeat_interleave(torch.tensor([len(s) for s in states], device=device))
     result = torch.zeros(len(states), 2, dtype=torch.float64, device=device)
-    result[:, 1] = 1
     for part, logprobs, loss in head_chunks(torch.cat(states), model.lm_head.weight, targets):
         result[:, 0].index_add_(0, owner[part], -loss.double())
-        result[:, 1].index_reduce_(0, owner[part], (logprobs.argmax(-1) == targets[part]).double(), "prod")
+        result[:, 1].index_add_(0, owner[part], (logprobs.argmax(-1) != targets[part]).double())
     return result
 
 

@@ -311,6 +311,40 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) ->
     return peak * (total_steps - step) / max(total_steps - rising, 1)
 
 
+def accumulate(
+    model: Transformer,
+    corpus: Corpus,
+    signs: np.ndarray,
+    examples: np.ndarray,
+    lam: float,
+    token_budget: int,
+    max_negative_loss: float | None = None,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Add the gradient of equation 8 over one optimiser step to the parameters' .grad, micro-batch by micro-batch.
+
+    examples are those of the whole step; this rank runs its share of them, with weights that count P and N over all.
+    Returns the sums of losses (2,) over this rank's P and N (a token of weight 0 is not run), and n_P and n_N of the step.
+    """
+    rank, world = rank_and_world()
+    head = model.lm_head.weight
+    step_signs = signs[corpus.places(examples)]
+    counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
+    sums = torch.zeros(2, device=head.device)
+    by_length = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
+    for batch in pack(corpus, by_length[rank::world], token_budget):
+        sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
+        weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
+        rows, targets = (x.to(head.device) for x in shift(batch.tokens, weights != 0))  # (n,) each
+        if not len(rows):
+            continue  # nothing here is in P or N: no contribution
+        weights = weights[weights != 0].to(head.device)  # (n,)
+        hidden = model(batch.tokens.to(head.device), batch.cu_seqlens)[rows]  # (n, D)
+        losses = torch.empty(len(rows), device=head.device)
+        weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses).backward()
+        sums += torch.stack((losses[weights > 0].sum(), losses[weights < 0].sum()))
+    return sums, counts
+
+
 def train(
     model: Transformer,
     corpus: Corpus,
@@ -322,24 +356,25 @@ def train(
     epochs: int,
     max_negative_loss: float | None = None,
 ) -> None:
-    """Fine-tune a fresh adapter on the tokens whose sign (N,) int8 is +1, away from those with -1 (equation 8).
+    """Fine-tune a fresh adapter towards the tokens whose sign (N,) int8 is +1, and away from those with -1.
 
     All methods, the reference included, are this loop with other signs. Leaves the adapter on the model and in `folder`,
     with metrics.jsonl; a checkpoint in the folder is continued. Randomness is a function of (seed, step, rank) alone.
-    Raises FloatingPointError, with the step's figures and examples, when the loss is not finite.
+    Raises FloatingPointError, with the step's figures and examples, when loss or gradient is not finite.
     """
-    rank, world = rank_and_world()
-    device, head = model.lm_head.weight.device, model.lm_head.weight
+    rank, _ = rank_and_world()
+    device = model.lm_head.weight.device
     add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets),
              generator=torch.Generator().manual_seed(seed))  # fmt: skip
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
+    gradient = torch.zeros(sum(p.numel() for p in parameters.values()), device=device)
+    for parameter, view in zip(parameters.values(), gradient.split([p.numel() for p in parameters.values()])):
+        parameter.grad = view.view_as(parameter)  # backward adds straight into the buffer that the ranks sum
     steps_per_epoch = math.ceil(len(corpus) / options.batch_size)
     total_steps = epochs * steps_per_epoch
     first = load_checkpoint(folder / "checkpoint", parameters, optimizer)
-    log = Metrics(folder / "metrics.jsonl", first)
-    flat = torch.zeros(sum(p.numel() for p in parameters.values()) + 2, device=device)  # all gradients, sum_P, sum_N
-    views = flat[:-2].split([p.numel() for p in parameters.values()])
+    keep_lines(folder / "metrics.jsonl", first)
     model.train()
     bar = tqdm(range(first, total_steps), desc=label_of(folder), initial=first, total=total_steps, disable=rank > 0)
     for step in bar:
@@ -347,38 +382,21 @@ def train(
         epoch, place = divmod(step, steps_per_epoch)
         order = np.random.default_rng([seed, epoch]).permutation(len(corpus))
         examples = order[place * options.batch_size : (place + 1) * options.batch_size]
-        step_signs = signs[corpus.places(examples)]
-        counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
         lam = options.t_max
         if options.lambda_schedule == "linear":
             lam = lambda_at(step, total_steps, options.t_min, options.t_max)
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big"))
 
-        flat.zero_()
-        for parameter, view in zip(parameters.values(), views):
-            parameter.grad = view.view_as(parameter)  # backward adds straight into the buffer that the ranks sum
-        by_length = sorted(examples.tolist(), key=lambda e: -corpus.lengths[e])
-        for batch in pack(corpus, by_length[rank::world], options.micro_tokens):
-            sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
-            weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-            rows, targets = (x.to(device) for x in shift(batch.tokens, weights != 0))  # (n,) each
-            if not len(rows):
-                continue
-            weights = weights[weights != 0].to(device)  # (n,)
-            hidden = model(batch.tokens.to(device), batch.cu_seqlens)[rows]  # (n, D)
-            losses = torch.empty(len(rows), device=device)
-            weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses).backward()
-            flat[-2:] += torch.stack((losses[weights > 0].sum(), losses[weights < 0].sum()))
-        sum_over_ranks(flat)
-
-        norm = torch.linalg.vector_norm(flat[:-2]).item()
-        l_positive, l_negative = (s / max(n, 1) for s, n in zip(flat[-2:].tolist(), counts))
-        loss = l_positive - lam * l_negative
+        gradient.zero_()
+        sums, counts = accumulate(model, corpus, signs, examples, lam, options.micro_tokens, max_negative_loss)
+        sum_over_ranks(gradient)
+        l_positive, l_negative = (s / max(n, 1) for s, n in zip(sum_over_ranks(sums).tolist(), counts))
+        loss, norm = l_positive - lam * l_negative, torch.linalg.vector_norm(gradient).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             figures = f"lambda {lam:.4g}, L_P {l_positive:.4g}, L_N {l_negative:.4g}, gradient norm {norm:.4g}"
             raise FloatingPointError(f"{folder}: not finite at step {step}: {figures}, examples {examples.tolist()}")
         if options.max_grad_norm > 0:
-            flat[:-2] *= min(1.0, options.max_grad_norm / (norm + 1e-6))
+            gradient *= min(1.0, options.max_grad_norm / (norm + 1e-6))
         rate = learning_rate_at(step, total_steps, lr, options.warmup)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
@@ -386,13 +404,13 @@ def train(
         speed = int(corpus.lengths[examples].sum()) / (time.perf_counter() - began)
         figures = {"step": step, "loss": loss, "L_P": l_positive, "L_N": l_negative if lam and counts[1] else None,
                    "lambda": lam, "lr": rate, "grad_norm": norm, "tokens/s": speed}  # fmt: skip
-        log.write(figures)
         shown = ("loss", "L_P", "L_N", "lambda", "tokens/s")
         bar.set_postfix({k: f"{figures[k]:.4g}" for k in shown if figures[k] is not None}, refresh=False)
-        if (step + 1) % options.save_every == 0 and step + 1 < total_steps:
-            log.flush()
-            save_checkpoint(folder / "checkpoint", parameters, optimizer, step + 1)
-    log.close()
+        if rank == 0:
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
+            if (step + 1) % options.save_every == 0 and step + 1 < total_steps:
+                save_checkpoint(folder / "checkpoint", parameters, optimizer, step + 1)
     if rank == 0:
         save_adapter(model, folder, options.model)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -404,38 +422,21 @@ def label_of(folder: Path) -> str:
     return "/".join(folder.parts[-2:])
 
 
-class Metrics:
-    """metrics.jsonl of a training, written by rank 0; lines of steps from `first` on are from before a crash and go."""
-
-    def __init__(self, path: Path, first: int):
-        self.file = None
-        if rank_and_world()[0] == 0:
-            kept = path.read_text().splitlines(keepends=True)[:first] if path.is_file() else []
-            write_text("".join(kept), path)
-            self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, figures: dict) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(figures) + "\n")
-
-    def flush(self) -> None:
-        if self.file is not None:
-            self.file.flush()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+def keep_lines(path: Path, count: int) -> None:
+    """Cut a log to its first lines: what lies behind the checkpoint that is continued will be written again."""
+    if rank_and_world()[0] == 0:
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        write_text("".join(lines[:count]), path)
 
 
 def save_checkpoint(folder: Path, parameters: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Adapter, both AdamW moments and the number of steps done, in one file that is replaced whole."""
-    if rank_and_world()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            tensors |= {f"{name}.{key}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
-        save_file(tensors, folder / "state.tmp", metadata={"step": str(step)})
-        os.replace(folder / "state.tmp", folder / "state.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        tensors |= {f"{name}.{key}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+    save_file(tensors, folder / "state.tmp", metadata={"step": str(step)})
+    os.replace(folder / "state.tmp", folder / "state.safetensors")
 
 
 def load_checkpoint(folder: Path, parameters: dict, optimizer: torch.optim.Optimizer) -> int:

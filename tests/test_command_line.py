@@ -1,0 +1,223 @@
+"""The real command lines, end to end: the table, torchrun, going on after a crash, and what a user gets wrong."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from data import write_rows
+from forgetting import Options, parse_options
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = [{"instruction": f"Tell me {i} of {i * i}", "output": " ".join(tiny.TEXT.split()[i : i + 3 + i % 7])} for i in range(40)]
+FAST = ["--n-reference", "12", "--n-train", "24", "--batch-size", "6", "--rank", "4", "--lr", "1e-2", "--dropout", "0"]
+
+
+def run(*arguments, ranks: int = 0, script: str = "forgetting.py", code: int = 0) -> subprocess.CompletedProcess:
+    """A command line in a process of its own; one thread, so that processes can share two cores."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A folder with a tiny checkpoint, rows, and a task's rows."""
+    folder = tmp_path_factory.mktemp("setting")
+    tiny.make_checkpoint(folder / "model", "llama3")
+    write_rows(ROWS + ROWS[:5], folder / "rows.jsonl")
+    choices = {"group": "x", "prompt": "Tell me:", "head": " it is ", "choices": ["the dog", "a fox"], "answer": "a fox"}
+    write_rows([choices], folder / "demo_mc.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(setting) -> Path:
+    """One whole run of every method."""
+    out = setting / "run"
+    done = run("--model", setting / "model", "--data", setting / "rows.jsonl", "--out", out, *FAST, "--methods", "base",
+               "reference", "full", "ignoring", "ignoring-random", "forgetting", "forgetting-clipped", "ignoring-sequence",
+               "forgetting-sequence", "--seeds", 0, 1, "--tasks", "demo_mc", "--data-dir", setting, "--export")  # fmt: skip
+    assert "| forgetting-sequence | 2 |" in done.stdout and "D_train 24 examples" in done.stdout
+    return out
+
+
+def test_a_run_folder_is_complete(finished):
+    scores = load_file(finished / "scores.safetensors")
+    assert {name: t.dtype for name, t in scores.items()} == {
+        "base_loss": torch.float32, "ref_loss": torch.float32, "offsets": torch.int64}  # fmt: skip
+    assert scores["base_loss"].shape == scores["ref_loss"].shape == (scores["offsets"][-1],) and len(scores["offsets"]) == 25
+    lines = [json.loads(line) for line in (finished / "forgetting/seed-1/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["lambda"] == pytest.approx((0.25 - 1e-5) / 2)
+    assert set(lines[0]) == {"step", "loss", "L_P", "L_N", "lambda", "lr", "grad_norm", "tokens/s"}
+    for name in ("config.json", "results.json", "results.md", "reference/adapter_model.safetensors", "base/results.json",
+                 "full/seed-0/adapter_config.json", "full/seed-0/merged/config.json"):  # fmt: skip
+        assert (finished / name).is_file(), name
+    assert not list(finished.rglob("*.tmp")) and not list(finished.rglob("checkpoint"))
+    config = json.loads((finished / "config.json").read_text())
+    assert config["rho"] is None and config["lr"] == 1e-2 and "torch" in config["versions"]
+    table = (finished / "results.md").read_text()
+    assert re.search(r"\| forgetting - ignoring +\|", table) and "demo_mc acc" in table
+
+
+def test_reference_and_training_sets_are_disjoint_and_unique(finished, setting):
+    from data import Tokenizer
+    from forgetting import select_data
+
+    options = Options(model="m", data=[str(setting / "rows.jsonl")], n_reference=12, n_train=28)
+    reference, train = select_data(options, Tokenizer(setting / "model"))
+    texts = [tuple(c.tokens[a:b]) for c in (reference, train) for a, b in zip(c.offsets, c.offsets[1:])]
+    assert len(texts) == 40 == len(set(texts))
+    with pytest.raises(ValueError, match="--n-train 29: from 1 to 28 are there"):
+        select_data(dataclasses.replace(options, n_train=29), Tokenizer(setting / "model"))
+
+
+def test_exported_model_is_base_plus_adapter(finished, setting):
+    from lora import load_adapter
+    from model import load_model
+
+    tokens, cu = torch.arange(3, 30), torch.tensor([0, 27], dtype=torch.int32)
+    merged = load_model(finished / "full" / "seed-0" / "merged")
+    adapted = load_model(setting / "model")
+    before = adapted(tokens, cu)
+    load_adapter(adapted, finished / "full" / "seed-0")
+    with torch.inference_mode():
+        assert torch.allclose(merged(tokens, cu), adapted(tokens, cu), atol=1e-4)
+        assert not torch.allclose(adapted(tokens, cu), before, atol=1e-2)
+
+
+def test_the_same_command_again_finds_everything(finished, setting):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    done = run("--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished, *FAST,
+               "--methods", "full", "forgetting", "--seeds", 0, 1, "--tasks", "demo_mc", "--data-dir", setting)  # fmt: skip
+    assert done.stdout.count("found ") == 6 and {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+
+
+def test_other_inputs_are_refused_until_overwritten(finished, setting):
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished, *FAST, "--methods", "full"]
+    done = run(*common, "--t-max", 0.5, code=2)
+    assert done.stderr.splitlines()[-1].endswith("t_max (there 0.25, now 0.5): use another --out, or --overwrite")
+    assert "Traceback" not in done.stderr
+    before = load_file(finished / "full/seed-0/adapter_model.safetensors")
+    run(*common, "--epochs", 2, "--reference-epochs", 1, "--overwrite")
+    after = load_file(finished / "full/seed-0/adapter_model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_ranks_make_the_adapter_of_one_process(setting):
+    """torchrun with gloo: scores, partition and training agree with a single process (dropout 0)."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "forgetting",
+              "--micro-tokens", 100, "--tasks", "demo_mc", "--data-dir", setting]  # fmt: skip
+    one, two = setting / "one", setting / "two"
+    run(*common, "--out", one)
+    done = run(*common, "--out", two, ranks=2)
+    assert done.stdout.count("| forgetting |") == 1  # rank 0 alone prints
+    scores = [load_file(out / "scores.safetensors") for out in (one, two)]
+    assert all(torch.allclose(scores[0][k], scores[1][k], atol=1e-4, equal_nan=True) for k in scores[0])
+    for folder in ("reference", "forgetting/seed-0"):
+        adapters = [load_file(out / folder / "adapter_model.safetensors") for out in (one, two)]
+        assert all((adapters[0][name] - adapters[1][name]).abs().max() < 1e-5 for name in adapters[0])
+    results = [json.loads((out / "forgetting/seed-0/results.json").read_text()) for out in (one, two)]
+    assert results[0]["L_N"] == pytest.approx(results[1]["L_N"], abs=1e-4)
+
+
+def test_eval_command_line(finished, setting, tmp_path):
+    done = run("--model", setting / "model", "--adapter", finished / "full/seed-1", "--tasks", "demo_mc", "--data-dir", setting,
+               "--output", tmp_path / "r.json", "--samples", tmp_path / "s.jsonl", "--limit", 1, script="eval.py")  # fmt: skip
+    results = json.loads((tmp_path / "r.json").read_text())
+    sample = json.loads((tmp_path / "s.jsonl").read_text())
+    assert results["demo_mc"]["n"] == 1 and len(sample["loglikelihoods"]) == 2 and "only the first 1" in done.stdout
+    both = run("--model", setting / "model", "--adapter", finished / "full/seed-1", "--tasks", "demo_mc", "--data-dir", setting,
+               "--samples", tmp_path / "t.jsonl", script="eval.py", ranks=2)  # fmt: skip
+    again = json.loads((tmp_path / "t.jsonl").read_text())
+    assert again["loglikelihoods"] == pytest.approx(sample["loglikelihoods"], rel=1e-5) and both.stdout.count("demo_mc ") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "{model}"], "--model and --data go together"),
+        (["--model", "{model}", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
+        (["--model", "./nope", "--data", "{rows}"], "./nope: no such folder"),
+        (["--model", "{model}", "--data", "{rows}", "--methods", "forget"], "unknown method forget; known: base"),
+        (["--model", "{model}", "--data", "{rows}", "--rho", "1.2"], "rho 1.2 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--forget-rate", "0.4"], "forget rate 0.4 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--t-max", "0"], "--t-max 0.0 is below --t-min"),
+        (["--model", "{model}", "--data", "{rows}", "--batch-size", "0"], "--batch-size 0 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--dropout", "1"], "--dropout 1.0 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--tasks", "nope", "--data-dir", "."], "unknown task nope"),
+        (["--model", "{model}", "--data", "{rows}", "--tasks", "demo_mc"], "--tasks needs --data-dir"),
+        (["--model", "{model}", "--data", "{rows}", "--n-reference", "99"], "--n-reference 99: from 1 to 39"),
+        (["--model", "{model}", "--data", "{rows}", "--targets", "c_attn"], "LoRA target c_attn names no linear layer"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(setting, tmp_path, monkeypatch, capsys, arguments, message):
+    import forgetting
+
+    filled = [a.format(model=setting / "model", rows=setting / "rows.jsonl") for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", *filled, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        forgetting.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_unknown_flags_are_refused():
+    with pytest.raises(SystemExit):
+        parse_options(["--learning-rate", "1"])
+
+
+def test_every_option_is_read_somewhere_and_the_defaults_are_the_papers():
+    source = (ROOT / "forgetting.py").read_text()
+    for field in dataclasses.fields(Options):
+        named = rf'options\.{field.name}\b|"{field.name}"'
+        assert re.search(named, source), field.name
+    options, demo = parse_options(["--model", "m", "--data", "d"])
+    assert not demo and (options.rank, options.alpha, options.dropout, options.lr) == (64, 16.0, 0.1, 1e-4)
+    assert (options.batch_size, options.epochs, options.max_length, options.warmup) == (24, 1, 2048, 0.03)
+    assert (options.t_min, options.t_max, options.max_grad_norm, len(options.targets)) == (1e-5, 0.25, 0.0, 7)
+    options, demo = parse_options(["--lr", "1"])
+    assert demo and options.lr == 1 and options.seeds == [0, 1, 2]
+
+
+def test_the_demo_runs_both_panels(demo_model, tmp_path):
+    """One seed of the embedded default; the mechanics are asserted, not which method wins."""
+    done = run("--out", tmp_path, "--seeds", 5, "--methods", "base", "full", "ignoring", "forgetting", "--rank", 8)
+    clean, same = done.stdout.split("## Reference trained on rows as noisy")
+    for panel in (clean, same):
+        for method in ("base", "full", "ignoring", "forgetting"):
+            assert f"| {method} " in panel
+        assert "AUC wrong" in panel and "demo_qa popular" in panel
+    row = lambda text, name: next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+    assert row(clean, "full") == row(same, "full")  # trained once
+    results = json.loads((tmp_path / "results.json").read_text())
+    panel = next(iter(results.values()))
+    losses = {name: next(iter(seeds.values()))["L_N"] for name, seeds in panel["methods"].items()}
+    assert losses["forgetting"] > losses["ignoring"] and panel["detection"]["AUC wrong"][0] > 0.6
+    assert 0.25 < panel["detection"]["noise share"][0] < 0.31
+
+
+def test_only_allowed_packages_are_imported():
+    """The project and its tests live without high-level frameworks; goldens and peers' timings are made by hand."""
+    frameworks = re.compile(r"^\s*(?:import|from)\s+(transformers|peft|accelerate|trl|datasets|lightning|pickle)\b", re.M)
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        if not path.name.startswith(("make_", "bench")):
+            assert not frameworks.search(path.read_text(encoding="utf-8")), path
+    assert np.isfinite(len(list(ROOT.glob("*.py")))) and {p.name for p in ROOT.glob("*.py")} == {
+        "forgetting.py", "lora.py", "model.py", "data.py", "eval.py"}  # fmt: skip

@@ -1,0 +1,190 @@
+"""Each equation of the paper against a naive float64 oracle: loops that read like the formula."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from forgetting import (METHODS, Method, Options, choose_signs, detection, lambda_at, learning_rate_at, partition,
+                        quality_scores, roc_auc, token_weights, weighted_token_loss)  # fmt: skip
+from test_data import position_corpus
+
+
+def make_problem(n=700, width=12, vocab=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, head = torch.randn(n, width, generator=g), torch.randn(vocab, width, generator=g)
+    targets = torch.randint(vocab, (n,), generator=g)
+    side = torch.randint(-1, 2, (n,), generator=g)
+    return hidden, head, targets, side > 0, side < 0
+
+
+def naive_losses(hidden, head, targets) -> list[torch.Tensor]:
+    """Equation 1, token by token: -log softmax(W h)_y."""
+    return [-torch.log_softmax(head.double() @ h, 0)[y] for h, y in zip(hidden, targets)]
+
+
+def naive_equation_8(hidden, head, targets, positive, negative, lam) -> torch.Tensor:
+    losses = naive_losses(hidden, head, targets)
+    kept = [loss for loss, p in zip(losses, positive) if p]
+    unlearned = [loss for loss, n in zip(losses, negative) if n]
+    total = torch.zeros((), dtype=torch.float64)
+    total = total + sum(kept) / len(kept) if kept else total
+    return total - lam * sum(unlearned) / len(unlearned) if unlearned else total
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("empty", [None, "positive", "negative", "both"])
+def test_equation_8_value_and_gradient(lam, empty):
+    hidden, head, targets, positive, negative = make_problem()
+    if empty in ("positive", "both"):
+        positive[:] = False
+    if empty in ("negative", "both"):
+        negative[:] = False
+    oracle_hidden = hidden.double().requires_grad_()
+    oracle = naive_equation_8(oracle_hidden, head, targets, positive, negative, lam)
+    oracle_gradient = torch.autograd.grad(oracle, oracle_hidden)[0] if oracle.requires_grad else torch.zeros_like(oracle_hidden)
+    hidden.requires_grad_()
+    losses = torch.empty(len(targets))
+    loss = weighted_token_loss(hidden, head, targets, token_weights(positive, negative, lam), losses=losses)
+    (3 * loss).backward()
+    assert torch.isfinite(loss) and abs(loss.item() - oracle.item()) < 1e-5
+    assert torch.allclose(hidden.grad.double(), 3 * oracle_gradient, atol=1e-7, rtol=1e-5)
+    assert torch.allclose(losses.double(), torch.stack(naive_losses(hidden.detach().double(), head, targets)), atol=1e-5)
+
+
+def test_clipping_stops_the_ascent_on_improbable_tokens_only():
+    hidden, head, targets, positive, negative = make_problem()
+    limit = -math.log(1e-3)
+    losses = torch.stack(naive_losses(hidden.double(), head, targets))
+    assert (negative & (losses > limit)).any() and (negative & (losses < limit)).any()
+    weights = token_weights(positive, negative, 0.25)
+    oracle = (weights.double() * losses)[~(negative & (losses > limit))].sum()  # the mean stays one over all of N
+    hidden.requires_grad_()
+    loss = weighted_token_loss(hidden, head, targets, weights, max_negative_loss=limit)
+    loss.backward()
+    assert abs(loss.item() - oracle.item()) < 1e-5
+    assert (hidden.grad[negative & (losses > limit)] == 0).all()
+    assert (hidden.grad[positive & (losses > limit)].abs().sum(-1) > 0).all()
+
+
+def test_lambda_is_the_papers():
+    for step in range(7):
+        assert lambda_at(step, 7, 1e-4, 0.25) == pytest.approx((0.25 - 1e-4) * step / 7, rel=1e-15)
+    assert lambda_at(0, 7, 1e-4, 0.25) == 0  # there is no "+ t_min"
+
+
+def test_quality_is_base_minus_reference():
+    base, ref = np.float32([3, 1, 2]), np.float32([1, 2, 2])
+    assert quality_scores(base, ref).tolist() == [2, -1, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 11, 1000, 1001])
+@pytest.mark.parametrize("rho", [0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_partition_without_ties(n, rho):
+    """P is every score from the (1 - rho) quantile up. In exact arithmetic; 1 - 0.7 is 0.30000000000000004 in floats."""
+    quality = np.random.default_rng(n).permutation(n).astype(np.float32)
+    positive, negative = partition(quality, rho)
+    place = math.ceil(round((1 - rho) * 1000) * (n - 1) / 1000 - 1e-9)  # F(1 - rho), rounded up to a score
+    assert (positive == (quality >= place)).all() and (negative == ~positive).all()
+    assert positive.sum() == n - place and abs(positive.mean() - rho) <= 1 / n
+
+
+def test_partition_with_ties_and_extremes():
+    quality = np.float32([0, 1, 1, 1, 1, 1, 1, 1, 1, 2])
+    positive, negative = partition(quality, 0.5)
+    assert positive.sum() == 9 and negative.tolist() == [True] + [False] * 9  # the whole tie is positive
+    positive, negative = partition(np.zeros(5, np.float32), 0.3)
+    assert positive.all() and not negative.any()
+    positive, negative = partition(quality, 1.0)
+    assert positive.all() and not negative.any()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.3])
+def test_forget_rate_drops_what_lies_between(rate):
+    quality = np.random.default_rng(0).permutation(101).astype(np.float32)
+    positive, negative = partition(quality, 0.7, rate)
+    assert (positive == partition(quality, 0.7)[0]).all() and not (positive & negative).any()
+    assert (negative == (quality < round(rate * 100))).all()
+
+
+@pytest.mark.parametrize("rho, rate", [(0.0, None), (1.1, None), (-0.5, None), (0.7, 0.31), (0.7, -0.1)])
+def test_partition_refuses_shares_out_of_range(rho, rate):
+    with pytest.raises(ValueError, match="is not allowed"):
+        partition(np.arange(5.0), rho, rate)
+    with pytest.raises(ValueError, match="2 quality scores are not finite"):
+        partition(np.float32([1, np.nan, np.inf]), 0.5)
+
+
+def test_warmup_and_decay_are_those_of_transformers():
+    """get_linear_schedule_with_warmup: the first step has rate 0, the last is one slope above 0."""
+    rates = [learning_rate_at(step, 100, 2.0, 0.03) for step in range(100)]
+    assert rates[:4] == [0, pytest.approx(2 / 3), pytest.approx(4 / 3), 2] and rates[-1] == pytest.approx(2 / 97)
+
+
+# ------------------------------------------------------------------------------------------------------------- signs
+
+
+def scored_corpus():
+    corpus = position_corpus([30, 12, 50, 21])
+    quality = np.full(len(corpus.tokens), np.nan, np.float32)
+    quality[corpus.response] = np.random.default_rng(0).normal(size=corpus.response.sum())
+    return corpus, quality
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_signs_of_every_method(name):
+    corpus, quality = scored_corpus()
+    method, options = METHODS[name], Options()
+    signs = choose_signs(method, quality, corpus, options, seed=1)
+    inside = signs[corpus.response]
+    assert (signs[~corpus.response] == 0).all()
+    assert set(inside.tolist()) == ({1} if name == "full" else {1, -1} if method.unlearn else {1, 0})
+    if not method.by_sequence:
+        assert abs((inside == 1).mean() - method.rho) < 0.02
+    elif name == "forgetting-sequence":
+        means = [np.nanmean(quality[a:b]) for a, b in zip(corpus.offsets, corpus.offsets[1:])]
+        sides = [set(signs[a + 1 : b].tolist()) for a, b in zip(corpus.offsets, corpus.offsets[1:])]
+        threshold = sorted(means)[math.ceil(0.3 * 3)]
+        assert sides == [{1} if mean >= threshold else {-1} for mean in means]
+    elif name == "ignoring-sequence":
+        assert sum(signs[a + 1] == 1 for a in corpus.offsets[:-1]) == 2
+
+
+def test_rho_overrides_and_random_is_drawn_by_seed():
+    corpus, quality = scored_corpus()
+    signs = {seed: choose_signs(METHODS["ignoring-random"], quality, corpus, Options(rho=0.7), seed) for seed in (1, 2)}
+    assert abs(signs[1][corpus.response].mean() - 0.7) < 0.02 and (signs[1] != signs[2]).any()
+    assert (choose_signs(METHODS["full"], quality, corpus, Options(rho=0.7), 0)[corpus.response] == 1).all()
+    signs = choose_signs(METHODS["forgetting"], quality, corpus, Options(forget_rate=0.1), 0)[corpus.response]
+    assert abs((signs == -1).mean() - 0.1) < 0.02 and abs((signs == 1).mean() - 0.7) < 0.02
+
+
+def test_a_new_method_is_one_line():
+    corpus, quality = scored_corpus()
+    signs = choose_signs(Method(rho=0.9, unlearn=True), quality, corpus, Options(), 0)[corpus.response]
+    assert abs((signs == -1).mean() - 0.1) < 0.02
+
+
+# --------------------------------------------------------------------------------------------------------- detection
+
+
+def test_auc_against_all_pairs():
+    rng = np.random.default_rng(0)
+    low, high = rng.integers(0, 9, 70), rng.integers(2, 12, 90)
+    pairs = [(1.0 if a < b else 0.5 if a == b else 0.0) for a in low for b in high]
+    assert roc_auc(low, high) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_detection_of_known_noise():
+    corpus, quality = scored_corpus()
+    corpus.noise[corpus.response] = np.random.default_rng(1).integers(0, 3, corpus.response.sum())
+    signs = choose_signs(METHODS["forgetting"], quality, corpus, Options(), 0)
+    found = detection(quality, signs, corpus)
+    noisy = [(n > 0, s < 0) for n, s, r in zip(corpus.noise, signs, corpus.response) if r]
+    hits = sum(n and s for n, s in noisy)
+    assert found["precision of N"] == pytest.approx(hits / sum(s for _, s in noisy))
+    assert found["recall of N"] == pytest.approx(hits / sum(n for n, _ in noisy))
+    assert set(found) == {"noise share", "AUC", "AUC wrong", "AUC boilerplate", "precision of N", "recall of N"}
+    corpus.noise[:] = 0
+    assert detection(quality, signs, corpus) == {}

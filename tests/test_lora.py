@@ -1,0 +1,130 @@
+"""lora.py: the side path, its files, and the way back to the untouched model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from lora import (add_lora, load_adapter, lora_disabled, lora_layers, lora_parameters, masked, merge_lora, remove_lora,
+                  save_adapter)  # fmt: skip
+from model import load_model
+
+TOKENS, CU = torch.arange(3, 30), torch.tensor([0, 12, 27], dtype=torch.int32)
+
+
+def adapted(folder, kind="llama3", **options):
+    """A model with an adapter that does something."""
+    model = load_model(tiny.make_checkpoint(folder, kind) if not folder.exists() else folder)
+    add_lora(model, **({"r": 4, "alpha": 8, "dropout": 0.0} | options))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in lora_parameters(model).items():
+        parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+def test_a_fresh_adapter_changes_nothing_and_alone_is_trainable(tmp_path):
+    model = load_model(tiny.make_checkpoint(tmp_path, "llama2"))
+    before = model(TOKENS, CU)
+    names = set(dict(model.named_parameters()))
+    add_lora(model, r=4, dropout=0.5)
+    model.eval()
+    assert torch.equal(model(TOKENS, CU), before)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(lora_parameters(model))
+    assert len(lora_layers(model)) == 7 * 2
+    remove_lora(model)
+    assert set(dict(model.named_parameters())) == names and torch.equal(model(TOKENS, CU), before)
+
+
+@torch.inference_mode()
+def test_the_side_path_is_the_formula(tmp_path):
+    for rslora in (False, True):
+        layer = next(iter(lora_layers(adapted(tmp_path / "m", rslora=rslora)).values()))
+        x = torch.randn(5, layer.in_features)
+        delta = layer.lora_B.weight.double() @ layer.lora_A.weight.double() * 8 / (2 if rslora else 4)
+        assert torch.allclose(layer(x).double(), x.double() @ (layer.weight.double() + delta).T, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_disabled_is_the_untouched_model_bit_for_bit(tmp_path):
+    model = adapted(tmp_path / "m")
+    untouched = load_model(tmp_path / "m")(TOKENS, CU)
+    with_adapter = model(TOKENS, CU)
+    assert not torch.allclose(with_adapter, untouched, atol=1e-2)
+    with pytest.raises(RuntimeError), lora_disabled(model):
+        assert torch.equal(model(TOKENS, CU), untouched)
+        raise RuntimeError("restored after an exception too")
+    assert torch.equal(model(TOKENS, CU), with_adapter)
+
+
+@torch.inference_mode()
+def test_merging_keeps_the_outputs(tmp_path):
+    model = adapted(tmp_path / "m", kind="qwen2")
+    before = model(TOKENS, CU)
+    merge_lora(model)
+    assert not lora_layers(model) and torch.allclose(model(TOKENS, CU), before, atol=1e-4)
+
+
+def test_dropout_zeroes_its_share_and_passes_the_gradient():
+    torch.manual_seed(0)
+    x = torch.ones(400, 500, requires_grad=True)
+    y = masked(x, 0.1)
+    y.sum().backward()
+    assert abs((y == 0).float().mean().item() - 0.1) < 0.003 and set(y.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(x.grad, y.detach())
+    model_rows = masked(torch.ones(400, 500), 0.1)
+    assert not torch.equal(model_rows, y)
+
+
+@torch.inference_mode()
+def test_adapter_files_are_pefts(tmp_path):
+    model = adapted(tmp_path / "m")
+    save_adapter(model, tmp_path / "a", "some/model")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    assert tensors[key.format("A")].shape == (4, 80) and tensors[key.format("B")].shape == (32, 4)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "some/model"
+    again = load_model(tmp_path / "m")
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(again(TOKENS, CU), model(TOKENS, CU))
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: edit(a, use_dora=True), "use_dora = True is not supported"),
+        (lambda a: edit(a, bias="all"), "bias = 'all' is not supported"),
+        (lambda a: edit(a, peft_type="IA3"), "peft_type = 'IA3' is not supported"),
+        (lambda a: edit(a, modules_to_save=["lm_head"]), "modules_to_save = "),
+        (lambda a: edit(a, target_modules=["c_attn"]), "LoRA target c_attn names no linear layer"),
+        (lambda a: edit(a, r=8), "has shape"),
+        (lambda a: edit(a, target_modules=["q_proj"]), "is not a layer of the model"),
+        (lambda a: save_file({"x": torch.ones(1)}, a / "adapter_model.safetensors"), "is missing"),
+        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"abc"), "not a whole safetensors file"),
+        (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path, change, message):
+    save_adapter(adapted(tmp_path / "m"), tmp_path / "a", "m")
+    change(tmp_path / "a")
+    model = load_model(tmp_path / "m")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path / "a")
+    assert not lora_layers(model)
+
+
+def test_a_seed_means_one_initialisation(tmp_path):
+    model = load_model(tiny.make_checkpoint(tmp_path, "llama2"))
+    drawn = []
+    for seed in (3, 3, 4):
+        add_lora(model, r=4, generator=torch.Generator().manual_seed(seed))
+        drawn.append(next(iter(lora_parameters(model).values())).detach().clone())
+        remove_lora(model)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

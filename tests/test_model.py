@@ -1,0 +1,137 @@
+"""model.py: equal to transformers, the same packed, cached or one by one, and strict about what it loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from model import Cache, load_model, save_model, token_losses
+
+GOLDENS = Path(__file__).parent / "goldens" / "logits.safetensors"
+
+
+def boundaries(sequences) -> torch.Tensor:
+    return torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int()
+
+
+@torch.inference_mode()
+def packed_logits(model, sequences) -> torch.Tensor:
+    return model.lm_head(model(torch.cat(sequences), boundaries(sequences)))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("dialect, shards", [(4, 1), (5, 3)])
+def test_logits_are_those_of_transformers(tmp_path, kind, dialect, shards):
+    model = load_model(tiny.make_checkpoint(tmp_path, kind, dialect, shards))
+    golden = load_file(GOLDENS)[kind]
+    assert (packed_logits(model, tiny.golden_inputs(kind))[:, ::3] - golden).abs().max() < 1e-4
+
+
+def test_bfloat16_files_are_read_into_float32(tmp_path):
+    model = load_model(tiny.make_checkpoint(tmp_path, "llama3", dtype=torch.bfloat16))
+    golden = load_file(GOLDENS)["llama3.bfloat16"]
+    assert model.lm_head.weight.dtype == torch.float32
+    assert (packed_logits(model, tiny.golden_inputs("llama3"))[:, ::3] - golden).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.inference_mode()
+def test_packed_cached_and_alone_agree(tmp_path, kind):
+    """Attention has several faces (runs of equal lengths, one sequence, a cache, a shared prefix) and one meaning."""
+    model = load_model(tiny.make_checkpoint(tmp_path, kind))
+    sequences = [s for s in tiny.golden_inputs(kind) if len(s) > 1]
+    together = model(torch.cat(sequences), boundaries(sequences)).split([len(s) for s in sequences])
+    for sequence, packed in zip(sequences, together):
+        assert torch.allclose(model(sequence, boundaries([sequence])), packed, atol=1e-5)
+    cache, past, seen = Cache(model, 500), None, []
+    for cut in ((0, 3), (3, 4), (4, 6)):  # a prompt, then one token, then two at once
+        parts = [s[slice(*cut)] for s in sequences]
+        first = cache.used
+        hidden = model(torch.cat(parts), boundaries(parts), cache, past)
+        rows = torch.arange(first, cache.used).split([len(p) for p in parts])
+        past = list(rows) if past is None else [torch.cat(pair) for pair in zip(past, rows)]
+        seen.append(hidden.split([len(p) for p in parts]))
+    for i, packed in enumerate(together):
+        assert torch.allclose(torch.cat([step[i] for step in seen]), packed[:6], atol=1e-5)
+    shared = past[2]  # two continuations of the same six tokens
+    tails = [sequences[2][6:9], sequences[1][6:8]]
+    hidden = model(torch.cat(tails), boundaries(tails), cache, [shared, shared])
+    for tail, own in zip(tails, hidden.split([3, 2])):
+        alone = torch.cat((sequences[2][:6], tail))
+        assert torch.allclose(model(alone, boundaries([alone]))[6:], own, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_token_losses_in_chunks(tmp_path):
+    """Equation 1 against log_softmax in float64, over more rows than one chunk of the head holds."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(1300, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(50, (1300,), generator=generator)
+    oracle = -torch.log_softmax(hidden.double() @ head.double().T, -1)[torch.arange(1300), targets]
+    assert torch.allclose(token_losses(hidden, head, targets).double(), oracle, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, shard_bytes", [("llama2", 10**9), ("llama3", 30_000)])
+def test_saved_model_loads_again(tmp_path, kind, shard_bytes):
+    model = load_model(tiny.make_checkpoint(tmp_path / "a", kind))
+    save_model(model, tmp_path / "b", shard_bytes)
+    again = load_model(tmp_path / "b")
+    ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (shard_bytes < 10**6)
+    assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def edit_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+BROKEN = {
+    "missing": (lambda f: edit_weights(f, lambda t: t.pop(NAME)), f"missing, the first is {NAME}"),
+    "unexpected": (lambda f: edit_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor extra"),
+    "mis-shaped": (lambda f: edit_weights(f, lambda t: t.update({NAME: torch.ones(3, 4)})), r"up_proj.weight has shape \(3, 4\)"),
+    "not finite": (lambda f: edit_weights(f, lambda t: t[NAME].fill_(torch.inf)), "up_proj.weight holds values that are not"),
+    "architecture": (lambda f: edit_config(f, architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported"),
+    "rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "rope type 'yarn' is not supported"),
+    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "not a whole"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_checkpoint_is_refused(tmp_path, case):
+    breaks, message = BROKEN[case]
+    folder = tiny.make_checkpoint(tmp_path, "llama2")
+    breaks(folder)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_an_index_may_not_leave_its_folder(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path, "llama2", shards=2)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(ValueError, match="not a file of this folder"):
+        load_model(folder)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    index.write_text(index.read_text().replace("../", ""))
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is named there but is not in the folder"):
+        load_model(folder)
+
+
+def test_neither_folder_nor_hub_id():
+    with pytest.raises(ValueError, match="no such folder"):
+        load_model("./not/here")

@@ -1,0 +1,216 @@
+"""One training loop: what must not change its result does not, and what must, does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+import tiny
+from data import build_corpus, Tokenizer
+from forgetting import METHODS, Options, accumulate, choose_signs, response_losses, train
+from lora import add_lora, lora_disabled, lora_parameters, remove_lora
+from model import load_model, token_losses
+
+ROWS = [{"instruction": f"Tell me {i} of {i * i}", "output": " ".join(tiny.TEXT.split()[i : i + 3 + i % 7])} for i in range(24)]
+LAM = 0.2
+
+
+def setting(folder):
+    """A tiny model, a corpus of 24 examples, and signs with both sides and tokens on neither."""
+    torch.set_num_threads(1)  # two ranks and one process then add up in the same order
+    if not folder.exists():
+        tiny.make_checkpoint(folder, "llama3")
+    model, tokenizer = load_model(folder), Tokenizer(folder)
+    corpus = build_corpus(ROWS, tokenizer)
+    signs = np.random.default_rng(0).integers(-1, 2, len(corpus.tokens)).astype(np.int8)
+    signs[~corpus.response] = 0
+    return model, corpus, signs
+
+
+def adapt(model):
+    add_lora(model, r=4, alpha=8, dropout=0.0, generator=torch.Generator().manual_seed(0))
+    for parameter in lora_parameters(model).values():
+        parameter.data += 0.05  # B = 0 would give A no gradient
+
+
+def gradient_of(model, corpus, signs, budget, lam=LAM, examples=None) -> torch.Tensor:
+    for parameter in lora_parameters(model).values():
+        parameter.grad = None
+    examples = np.arange(len(corpus)) if examples is None else examples
+    sums, counts = accumulate(model, corpus, signs, examples, lam, budget)
+    flat = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in lora_parameters(model).values()]
+    return torch.cat([*flat, sums])
+
+
+def naive_gradient(model, corpus, signs, lam=LAM) -> torch.Tensor:
+    """Equation 8, sequence by sequence through plain autograd, in the order it is written."""
+    sums, counts = [0.0, 0.0], [(signs > 0).sum(), (signs < 0).sum()]
+    for start, end in zip(corpus.offsets, corpus.offsets[1:]):
+        tokens = torch.from_numpy(corpus.tokens[start:end]).long()
+        logits = model.lm_head(model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32)))
+        losses = -torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None]).squeeze(1)
+        for place, sign in enumerate(signs[start + 1 : end]):
+            if sign:
+                sums[int(sign < 0)] = sums[int(sign < 0)] + losses[place]
+    loss = sums[0] / counts[0] - lam * sums[1] / counts[1]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(lora_parameters(model).values()))])
+
+
+def test_the_step_is_equation_8_whatever_the_micro_batches(tmp_path):
+    """24 examples as 1, 5 and 24 micro-batches: one gradient, that of the naive loop; for P alone, N alone, and both."""
+    model, corpus, signs = setting(tmp_path / "m")
+    adapt(model)
+    oracle = naive_gradient(model, corpus, signs)
+    total = len(corpus.tokens)
+    whole = gradient_of(model, corpus, signs, total)
+    assert torch.allclose(whole[:-2], oracle, atol=1e-6)
+    for budget in (total // 5 + 20, 1):
+        assert torch.allclose(gradient_of(model, corpus, signs, budget), whole, atol=1e-6, rtol=1e-5)
+    for side in (1, -1):
+        half = np.where(signs == side, signs, 0).astype(np.int8)
+        assert torch.allclose(gradient_of(model, corpus, half, 1), gradient_of(model, corpus, half, total), atol=1e-6, rtol=1e-5)
+        assert gradient_of(model, corpus, half, total)[:-2].abs().max() > 1e-3
+
+
+def on_rank(rank: int, folder, store: str) -> None:
+    """One of two gloo ranks: the summed gradient must be that of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, corpus, signs = setting(folder)
+    adapt(model)
+    for budget in (10_000, 60, 1):
+        gradient = gradient_of(model, corpus, signs, budget)
+        torch.distributed.all_reduce(gradient)
+        torch.save(gradient, f"{store}.{rank}.{budget}")
+    lonely = gradient_of(model, corpus, signs, 100, examples=np.array([3]))  # fewer examples than ranks
+    torch.distributed.all_reduce(lonely)
+    torch.save(lonely, f"{store}.{rank}.lonely")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_make_the_gradient_of_one(tmp_path):
+    model, corpus, signs = setting(tmp_path / "m")
+    adapt(model)
+    torch.multiprocessing.spawn(on_rank, (tmp_path / "m", str(tmp_path / "store")), nprocs=2)
+    whole = gradient_of(model, corpus, signs, 10_000)
+    lonely = gradient_of(model, corpus, signs, 100, examples=np.array([3]))
+    for rank in (0, 1):
+        for budget in (10_000, 60, 1):
+            assert torch.allclose(torch.load(tmp_path / f"store.{rank}.{budget}"), whole, atol=1e-6, rtol=1e-5)
+        assert torch.allclose(torch.load(tmp_path / f"store.{rank}.lonely"), lonely, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["P", "N", "both"])
+def test_steps_without_a_side_are_finite(tmp_path, missing):
+    model, corpus, signs = setting(tmp_path / "m")
+    adapt(model)
+    signs = np.where({"P": signs > 0, "N": signs < 0, "both": signs != 0}[missing], 0, signs).astype(np.int8)
+    gradient = gradient_of(model, corpus, signs, 60)
+    assert torch.isfinite(gradient).all()
+    assert gradient.any() == (missing != "both")
+
+
+@torch.inference_mode()
+def test_scoring_is_theta_and_theta_prime(tmp_path):
+    """Losses land on the token they judge, under both models, whatever the packing."""
+    model, corpus, _ = setting(tmp_path / "m")
+    adapt(model)
+    everything = np.arange(len(corpus))
+    base, ref = response_losses(model, corpus, everything, 90, "test")
+    again = response_losses(model, corpus, everything, 10_000, "test")
+    assert np.allclose(base, again[0], atol=1e-5, equal_nan=True) and np.allclose(ref, again[1], atol=1e-5, equal_nan=True)
+    assert (np.isfinite(base) == corpus.response).all() and (np.isfinite(ref) == corpus.response).all()
+    for start, end in zip(corpus.offsets, corpus.offsets[1:]):
+        tokens = torch.from_numpy(corpus.tokens[start:end]).long()
+        judged = corpus.response[start + 1 : end]
+        for scored, model_of in ((ref, None), (base, lora_disabled)):
+            context = model_of(model) if model_of else torch.inference_mode()
+            with context:
+                hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+            naive = token_losses(hidden[:-1], model.lm_head.weight, tokens[1:]).numpy()
+            assert np.allclose(scored[start + 1 : end][judged], naive[judged], atol=1e-5)
+
+
+def options_for(tmp_path, **changes) -> Options:
+    return Options(model="m", data=["d"], rank=4, alpha=8.0, batch_size=6, lr=1e-2, **changes)
+
+
+def adapter_after(model, corpus, signs, folder, options, **rest) -> torch.Tensor:
+    folder.mkdir(parents=True)
+    train(model, corpus, signs, folder, options, seed=5, lr=options.lr, epochs=2, **rest)
+    flat = torch.cat([p.detach().flatten() for p in lora_parameters(model).values()])
+    remove_lora(model)
+    return flat
+
+
+def test_lambda_zero_is_ignoring_bit_for_bit(tmp_path):
+    """With dropout on: the two runs draw the same masks, because randomness depends on seed, step and rank alone."""
+    model, corpus, _ = setting(tmp_path / "m")
+    quality = np.where(corpus.response, np.random.default_rng(3).normal(size=len(corpus.tokens)), np.nan)
+    forgetting = choose_signs(METHODS["forgetting"], quality, corpus, Options(), 0)
+    ignoring = choose_signs(METHODS["ignoring"], quality, corpus, Options(rho=0.7), 0)
+    assert (forgetting < 0).any() and ((forgetting > 0) == (ignoring > 0)).all()
+    flat = [
+        adapter_after(model, corpus, forgetting, tmp_path / "a", options_for(tmp_path, t_min=0.0, t_max=0.0)),
+        adapter_after(model, corpus, ignoring, tmp_path / "b", options_for(tmp_path)),
+        adapter_after(model, corpus, forgetting, tmp_path / "c", options_for(tmp_path)),
+    ]
+    assert torch.equal(flat[0], flat[1]) and not torch.equal(flat[0], flat[2])
+
+
+def test_unlearning_raises_the_loss_on_n(tmp_path):
+    model, corpus, signs = setting(tmp_path / "m")
+    options = options_for(tmp_path, lambda_schedule="constant", dropout=0.0)
+    for name, chosen in (("forgetting", signs), ("ignoring", np.maximum(signs, 0))):
+        adapter_after(model, corpus, chosen, tmp_path / name, options)
+    logged = {name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("forgetting", "ignoring")}  # fmt: skip
+    assert len(logged["forgetting"]) == 8 and logged["forgetting"][-1]["L_N"] > logged["forgetting"][0]["L_N"]
+    assert all(line["loss"] == pytest.approx(line["L_P"] - 0.25 * line["L_N"]) for line in logged["forgetting"])
+    assert all(line["L_N"] is None and line["loss"] == line["L_P"] for line in logged["ignoring"])
+
+
+def test_a_run_stopped_at_a_checkpoint_ends_the_same(tmp_path, monkeypatch):
+    """The adapter after a crash between two checkpoints is bit for bit that of an undisturbed run; so is the log."""
+    model, corpus, signs = setting(tmp_path / "m")
+    options = options_for(tmp_path, save_every=3)
+    whole = adapter_after(model, corpus, signs, tmp_path / "whole", options)
+
+    import forgetting
+
+    steps = []
+
+    def crash(*arguments):
+        steps.append(1)
+        if len(steps) == 6:  # step 5: after the checkpoint at 3, before the one at 6
+            raise KeyboardInterrupt
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(forgetting, "accumulate", crash)
+    with pytest.raises(KeyboardInterrupt):
+        adapter_after(model, corpus, signs, tmp_path / "broken", options)
+    remove_lora(model)
+    monkeypatch.undo()
+    train(model, corpus, signs, tmp_path / "broken", options, seed=5, lr=options.lr, epochs=2)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in lora_parameters(model).values()]), whole)
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "tokens/s"} for line in
+             (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]  # fmt: skip
+    assert logs[0] == logs[1] and len(logs[0]) == 8
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_figures(tmp_path):
+    model, corpus, signs = setting(tmp_path / "m")
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"not finite at step 0: lambda 0, L_P nan.*examples \[\d"):
+        adapter_after(model, corpus, signs, tmp_path / "a", options_for(tmp_path))
+
+
+def test_gradient_clipping(tmp_path):
+    """Clipping to a tiny norm leaves AdamW's first update (scale-free) as it is but must not touch the logged norm."""
+    model, corpus, signs = setting(tmp_path / "m")
+    norms = []
+    for name, limit in (("off", 0.0), ("on", 1e-3)):
+        adapter_after(model, corpus, signs, tmp_path / name, options_for(tmp_path, dropout=0.0, max_grad_norm=limit))
+        norms.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
+    assert norms[0] == norms[1] > 1e-3
