@@ -194,7 +194,7 @@ class Options:
     rank: int = option(64, "LoRA rank")
     alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank")
     dropout: float = option(0.1, "LoRA dropout")
-    targets: list[str] = option(list(DEFAULT_TARGETS), "linear layers that get an adapter", nargs="+")
+    targets: list[str] = option(list(DEFAULT_TARGETS), "linear layers that get an adapter; of the default, those there are", nargs="+")
     lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)")
     warmup: float = option(0.03, "share of the steps in which the rate rises from 0; then it falls to 0")
     batch_size: int = option(24, "sequences a step, over all ranks")
@@ -204,7 +204,7 @@ class Options:
     max_length: int = option(2048, "tokens an example is cut to")
     micro_tokens: int = option(8192, "tokens of one packed forward pass; does not change the result")
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, as in the paper")
-    dtype: str | None = option(None, "dtype of the frozen weights [bfloat16 on CUDA, else float32]", choices=sorted(DTYPES))
+    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of the frozen weights", choices=sorted(DTYPES))
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     save_every: int = option(100, "steps between checkpoints")
     overwrite: bool = option(False, "start over where the run folder holds results of other inputs", action="store_true")
@@ -345,6 +345,24 @@ def accumulate(
     return sums, counts
 
 
+def fresh_adapter(model: Transformer, options: Options, seed: int) -> tuple[dict, torch.optim.Optimizer, Tensor]:
+    """A new adapter on the model, its AdamW, and one flat buffer (n,) that is the gradient of all its parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets), generator=generator)
+    parameters = lora_parameters(model)
+    gradient = torch.zeros(sum(p.numel() for p in parameters.values()), device=model.lm_head.weight.device)
+    for parameter, view in zip(parameters.values(), gradient.split([p.numel() for p in parameters.values()])):
+        parameter.grad = view.view_as(parameter)  # backward adds straight into the buffer that the ranks sum
+    return parameters, torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True), gradient
+
+
+def examples_of(step: int, count: int, batch_size: int, seed: int) -> np.ndarray:
+    """The examples of an optimiser step: every epoch is a permutation of all `count`, drawn from (seed, epoch)."""
+    epoch, place = divmod(step, math.ceil(count / batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
 def train(
     model: Transformer,
     corpus: Corpus,
@@ -363,25 +381,15 @@ def train(
     Raises FloatingPointError, with the step's figures and examples, when loss or gradient is not finite.
     """
     rank, _ = rank_and_world()
-    device = model.lm_head.weight.device
-    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets),
-             generator=torch.Generator().manual_seed(seed))  # fmt: skip
-    parameters = lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
-    gradient = torch.zeros(sum(p.numel() for p in parameters.values()), device=device)
-    for parameter, view in zip(parameters.values(), gradient.split([p.numel() for p in parameters.values()])):
-        parameter.grad = view.view_as(parameter)  # backward adds straight into the buffer that the ranks sum
-    steps_per_epoch = math.ceil(len(corpus) / options.batch_size)
-    total_steps = epochs * steps_per_epoch
+    parameters, optimizer, gradient = fresh_adapter(model, options, seed)
+    total_steps = epochs * math.ceil(len(corpus) / options.batch_size)
     first = load_checkpoint(folder / "checkpoint", parameters, optimizer)
     keep_lines(folder / "metrics.jsonl", first)
     model.train()
     bar = tqdm(range(first, total_steps), desc=label_of(folder), initial=first, total=total_steps, disable=rank > 0)
     for step in bar:
         began = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(len(corpus))
-        examples = order[place * options.batch_size : (place + 1) * options.batch_size]
+        examples = examples_of(step, len(corpus), options.batch_size, seed)
         lam = options.t_max
         if options.lambda_schedule == "linear":
             lam = lambda_at(step, total_steps, options.t_min, options.t_max)
@@ -397,15 +405,15 @@ def train(
             raise FloatingPointError(f"{folder}: not finite at step {step}: {figures}, examples {examples.tolist()}")
         if options.max_grad_norm > 0:
             gradient *= min(1.0, options.max_grad_norm / (norm + 1e-6))
-        rate = learning_rate_at(step, total_steps, lr, options.warmup)
-        optimizer.param_groups[0]["lr"] = rate
+        rate = optimizer.param_groups[0]["lr"] = learning_rate_at(step, total_steps, lr, options.warmup)
         optimizer.step()
 
         speed = int(corpus.lengths[examples].sum()) / (time.perf_counter() - began)
         figures = {"step": step, "loss": loss, "L_P": l_positive, "L_N": l_negative if lam and counts[1] else None,
                    "lambda": lam, "lr": rate, "grad_norm": norm, "tokens/s": speed}  # fmt: skip
-        shown = ("loss", "L_P", "L_N", "lambda", "tokens/s")
-        bar.set_postfix({k: f"{figures[k]:.4g}" for k in shown if figures[k] is not None}, refresh=False)
+        watched = ("loss", "L_P", "L_N", "lambda", "tokens/s") if counts[1] else ("loss", "tokens/s")
+        shown = {name: f"{figures[name]:.4g}" for name in watched if figures[name] is not None}
+        bar.set_postfix(shown, refresh=False)
         if rank == 0:
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
@@ -582,13 +590,15 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def measure(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, sides: np.ndarray, folder: Path, options: Options) -> dict:
+def measure(
+    model: Transformer, tokenizer: Tokenizer, corpus: Corpus, sides: np.ndarray, folder: Path, inputs: dict, options: Options
+) -> dict:
     """The figures of one model, also in folder/results.json: the tasks' results, and its mean loss on P and on N.
 
     The losses are over up to 512 examples of D_train; sides (N,) int8 are forgetting's, the same for every method.
     """
     path = folder / "results.json"
-    asked = {"tasks": options.tasks, "data_dir": options.data_dir, "limit": options.limit}
+    asked = {"tasks": options.tasks, "data_dir": options.data_dir, "limit": options.limit, "inputs": inputs}
     if path.is_file() and (found := json.loads(path.read_text()))["asked"] == asked:
         return found
     some = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
@@ -629,64 +639,76 @@ def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options:
     return base_loss, ref_loss
 
 
+def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, train_set: Corpus) -> tuple[dict, dict, dict]:
+    """What the reference, the scores and a training are made from: equal inputs, equal artifacts."""
+    recipe = ("dtype", "rank", "alpha", "dropout", "targets", "warmup", "batch_size", "max_grad_norm")
+    reference = {"model": model_fingerprint(checkpoint), "reference data": fingerprint(reference_set)}
+    reference |= {name: getattr(options, name) for name in recipe}
+    reference |= {"lr": options.reference_lr or options.lr, "epochs": options.reference_epochs or options.epochs}
+    scores = {("reference " * (name in ("lr", "epochs")) + name): value for name, value in reference.items()}
+    scores |= {"training data": fingerprint(train_set)}
+    schedule = ("lr", "epochs", "rho", "forget_rate", "lambda_schedule", "t_min", "t_max")
+    return reference, scores, scores | {name: getattr(options, name) for name in schedule}
+
+
 def run(options: Options) -> dict:
-    """Algorithm 1 on one base model and one pair of data sets; what report() needs, also in RUN/results.json."""
+    """Algorithm 1 on one base model and one pair of data sets; returns what report() shows."""
     check_options(options)
-    rank, _ = rank_and_world()
     out = Path(options.out)
     checkpoint = checkpoint_folder(options.model)
     tokenizer = Tokenizer(checkpoint)
     reference_set, train_set = select_data(options, tokenizer)
-    dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    model = load_model(checkpoint, options.device, DTYPES[dtype])
-    for name, corpus in (("D_ref  ", reference_set), ("D_train", train_set)):
+    for_reference, for_scores, for_training = stage_inputs(options, checkpoint, reference_set, train_set)
+    write_config(options, for_training, out)
+    for name, corpus in (("D_ref", reference_set), ("D_train", train_set)):
         say(f"{name} {len(corpus):,} examples, {len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response; "
             f"{corpus.dropped} rows dropped for want of a response within {options.max_length} tokens")  # fmt: skip
-    recipe = {name: getattr(options, name) for name in ("rank", "alpha", "dropout", "targets", "warmup", "batch_size", "max_grad_norm")}
-    inputs = {"model": model_fingerprint(checkpoint), "dtype": dtype, **recipe, "reference data": fingerprint(reference_set)}
-    inputs |= {"reference lr": options.reference_lr or options.lr, "reference epochs": options.reference_epochs or options.epochs}
-    if rank == 0:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-        write_text(json.dumps(dataclasses.asdict(options) | {"versions": versions, "inputs": inputs}, indent=2) + "\n", out / "config.json")
+    model = load_model(checkpoint, options.device, DTYPES[options.dtype])
 
     # Stage 1: theta', a brief fine-tune on every response token of D_ref
-    if claim(out / "reference", inputs, options.overwrite):
+    if claim(out / "reference", for_reference, options.overwrite):
         load_adapter(model, out / "reference")
     else:
         everything = reference_set.response.astype(np.int8)
-        train(model, reference_set, everything, out / "reference", options, 0, inputs["reference lr"], inputs["reference epochs"])
+        train(model, reference_set, everything, out / "reference", options, 0, for_reference["lr"], for_reference["epochs"])
 
-    # Stage 2: Q of every response token of D_train, theta and theta' being one set of weights
-    inputs = inputs | {"training data": fingerprint(train_set)}
-    base_loss, ref_loss = score(model, train_set, out / "scores.safetensors", inputs, options)
+    # Stage 2: Q of every response token of D_train; theta and theta' are one set of weights
+    base_loss, ref_loss = score(model, train_set, out / "scores.safetensors", for_scores, options)
     quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
 
-    # Stage 3 is choose_signs; these are the sides of plain forgetting, on which every model's L_P and L_N are reported
+    # Stage 3, for the rows that are not trained here: L_P and L_N are reported on the sides of plain forgetting
     sides = choose_signs(METHODS["forgetting"], quality, train_set, options, seed=0)
+    figures = lambda folder: measure(model, tokenizer, train_set, sides, folder, for_training, options)
     results: dict[str, dict] = {}
     if "reference" in options.methods:
-        results["reference"] = {"0": measure(model, tokenizer, train_set, sides, out / "reference", options)}
+        results["reference"] = {"0": figures(out / "reference")}
     remove_lora(model)
     if "base" in options.methods:
-        results["base"] = {"0": measure(model, tokenizer, train_set, sides, out / "base", options)}
+        results["base"] = {"0": figures(out / "base")}
 
-    # Stage 4: from theta again, with a fresh adapter for each method and seed
-    schedule = {name: getattr(options, name) for name in ("lr", "epochs", "rho", "forget_rate", "lambda_schedule", "t_min", "t_max")}
+    # Stages 3 and 4: for each method its signs, and a fresh adapter on theta
     for name in (name for name in options.methods if name in METHODS):
-        method = METHODS[name]
         for seed in options.seeds:
             folder = out / name / f"seed-{seed}"
-            if claim(folder, inputs | schedule | {"method": name, "seed": seed}, options.overwrite):
+            if claim(folder, for_training | {"method": name, "seed": seed}, options.overwrite):
                 load_adapter(model, folder)
             else:
-                signs = choose_signs(method, quality, train_set, options, seed)
-                train(model, train_set, signs, folder, options, seed, options.lr, options.epochs, method.max_negative_loss)
-            results.setdefault(name, {})[str(seed)] = measure(model, tokenizer, train_set, sides, folder, options)
+                signs = choose_signs(METHODS[name], quality, train_set, options, seed)
+                limit = METHODS[name].max_negative_loss
+                train(model, train_set, signs, folder, options, seed, options.lr, options.epochs, limit)
+            results.setdefault(name, {})[str(seed)] = figures(folder)
             remove_lora(model)
             if options.export:
-                export(checkpoint, folder, DTYPES[dtype])
-    results = {name: results[name] for name in options.methods}
-    return {"methods": results, "detection": detection(quality, sides, train_set)}
+                export(checkpoint, folder, DTYPES[options.dtype])
+    return {"methods": {name: results[name] for name in options.methods}, "detection": detection(quality, sides, train_set)}
+
+
+def write_config(options: Options, inputs: dict, out: Path) -> None:
+    """RUN/config.json: every argument, the packages' versions, the hashes of model and data."""
+    if rank_and_world()[0] == 0:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+        content = dataclasses.asdict(options) | {"versions": versions, "inputs": inputs}
+        write_text(json.dumps(content, indent=2) + "\n", out / "config.json")
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -814,7 +836,9 @@ def run_demo(options: Options) -> dict[str, dict]:
             results = run(dataclasses.replace(options, methods=methods, **demo))
             first = first or results["methods"]
             for method in options.methods:
-                of_method = results["methods"].get(method) or first[method]
+                of_method = results["methods"].get(method)
+                if of_method is None:  # shared with the first panel, whose P and N are not this one's
+                    of_method = {"": next(iter(first[method].values())) | {"L_P": None, "L_N": None}}
                 panels[panel]["methods"].setdefault(method, {})[str(seed)] = next(iter(of_method.values()))
             for name, value in results["detection"].items():
                 panels[panel]["detection"].setdefault(name, []).append(value)

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# every linear layer of a block: the first seven are LLaMA's and Qwen2's, GPT-Neo has q, k, v and the last three
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "c_fc", "c_proj")
 KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in the keys of its files
 
 
@@ -89,7 +90,8 @@ def add_lora(
     """Replace, in place, every linear layer whose name ends in one of `targets`, and freeze all else.
 
     A ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, drawn on the CPU from `generator` so that a seed means the same on any
-    device; B = 0, so the model's output does not change. Raises ValueError if a target names no linear layer.
+    device; B = 0, so the model's output does not change. Of DEFAULT_TARGETS those count that the model has; in a list of
+    one's own, a target that names no linear layer is a ValueError.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already: remove_lora or merge_lora first")
@@ -97,7 +99,8 @@ def add_lora(
         raise ValueError(f"rank {r} is not allowed: at least 1")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
-    if unknown := sorted(target for target, names in found.items() if not names):
+    unknown = sorted(target for target, names in found.items() if not names)
+    if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"LoRA target {', '.join(unknown)} names no linear layer of the model; it has {', '.join(known)}")
     model.requires_grad_(False)

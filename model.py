@@ -17,6 +17,7 @@ only the matrix products run in it. Scoring subtracts two losses, and bfloat16 s
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints, not weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Config:
-    """The part of config.json that shapes the computation; `raw` is the file as it was read."""
+    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as it was read."""
 
     vocab_size: int
     hidden_size: int
@@ -51,20 +52,84 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope: dict  # rope_type, rope_theta and what the type needs
+    norm_eps: float
     tie_word_embeddings: bool
+    rope: dict | None  # rope_type, rope_theta and what the type needs; None: positions are learned
+    windows: tuple[int | None, ...]  # by layer: how many tokens a query sees, itself included; None: all before it
+    score_scale: float  # of the attention scores: 1/sqrt(K), but 1 in GPT-Neo
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     raw: dict
 
 
-def read_config(folder: str | os.PathLike) -> Config:
-    """Read config.json in either dialect: rope_theta + rope_scaling (transformers 4) or rope_parameters (5).
+def llama_config(raw: dict) -> Config:
+    """LLaMA 2 to 3.2 and relatives, and Qwen2, which has biases on q, k and v only.
 
-    Raises ValueError for an architecture, an activation or a rope type this file does not compute.
+    Rotation parameters come in two dialects: rope_theta + rope_scaling (transformers 4) and rope_parameters (5).
     """
+    qwen, heads, layers = raw["architectures"][0] == "Qwen2ForCausalLM", raw["num_attention_heads"], raw["num_hidden_layers"]
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    sliding = raw.get("use_sliding_window", not qwen) and raw["architectures"][0] != "LlamaForCausalLM"
+    if sliding and raw.get("sliding_window"):
+        raise ValueError(f"sliding_window {raw['sliding_window']} is not supported, only null")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope type {rope['rope_type']!r} is not supported; supported: default, linear, llama3")
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    return Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        rope=rope,
+        windows=(None,) * layers,
+        score_scale=head_dim**-0.5,
+        qkv_bias=qwen or raw.get("attention_bias", False),
+        out_bias=not qwen and raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
+        raw=raw,
+    )
+
+
+def gpt_neo_config(raw: dict) -> Config:
+    """GPT-Neo: learned positions, layers that see all and layers with a window in turn, scores that are not scaled."""
+    if raw.get("activation_function", "gelu_new") != "gelu_new":
+        raise ValueError(f"activation_function {raw['activation_function']!r} is not supported, only 'gelu_new'")
+    kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
+    width, heads = raw["hidden_size"], raw["num_heads"]
+    return Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=width,
+        intermediate_size=raw.get("intermediate_size") or 4 * width,
+        num_hidden_layers=raw["num_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+        max_position_embeddings=raw["max_position_embeddings"],
+        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+        tie_word_embeddings=raw.get("tie_word_embeddings", True),
+        rope=None,
+        windows=tuple(raw["window_size"] if kind == "local" else None for kind in kinds),
+        score_scale=1.0,
+        qkv_bias=False,
+        out_bias=True,
+        mlp_bias=True,
+        raw=raw,
+    )
+
+
+def read_config(folder: str | os.PathLike) -> Config:
+    """Read config.json. Raises ValueError for what this file does not compute, naming what it does."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
@@ -75,38 +140,12 @@ def read_config(folder: str | os.PathLike) -> Config:
     architecture = (raw.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    qwen = architecture == "Qwen2ForCausalLM"
-    if raw.get("sliding_window") and (raw.get("use_sliding_window") if qwen else architecture == "MistralForCausalLM"):
-        raise ValueError(f"{path}: sliding_window {raw['sliding_window']} is not supported")
-    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw]
-    if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing")
-
-    heads = raw["num_attention_heads"]
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(f"{path}: rope type {rope['rope_type']!r} is not supported; supported: default, linear, llama3")
-    return Config(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=rope,
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        qkv_bias=qwen or raw.get("attention_bias", False),
-        out_bias=not qwen and raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        raw=raw,
-    )
+    try:
+        return ARCHITECTURES[architecture][0](raw)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a field is missing or of another type ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -121,6 +160,7 @@ class Layout:
     cu_keys: Tensor  # (B+1,) int32; equals cu_queries unless a cache holds earlier tokens
     lengths: list[tuple[int, int]]  # (B,) of (queries, keys)
     key_rows: Tensor | None  # rows of the cache that the keys are, in the order of cu_keys; None: the pack's own tokens
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, K) of the positions; None: they are learned
 
 
 def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0) -> Layout:
@@ -142,29 +182,34 @@ def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | N
     return Layout(to(positions), to(cu_seqlens), to(cu_keys), list(zip(queries, keys)), key_rows)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None) -> Tensor:
     """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
 
-    Half precision on CUDA takes torch's variable-length flash kernel. Elsewhere neighbouring sequences of equal lengths
-    share one scaled_dot_product_attention in float32 (on a CPU its bfloat16 backward is several times slower).
+    With a window a query sees only that many tokens, itself included. Half precision on CUDA takes torch's
+    variable-length flash kernel. Elsewhere neighbouring sequences of equal lengths share one
+    scaled_dot_product_attention in float32 (on a CPU its bfloat16 backward is several times slower).
     """
+    gqa = q.shape[1] != k.shape[1]
     if q.is_cuda and v.dtype != torch.float32:
         longest = [max(side) for side in zip(*layout.lengths)]
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        reach = (-1 if window is None else window - 1, 0)  # tokens to the left, to the right
+        ends = layout.cu_queries, layout.cu_keys
         return varlen.varlen_attn(
-            q, k, v, layout.cu_queries, layout.cu_keys, *longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+            q.to(v.dtype), k.to(v.dtype), v, *ends, *longest, scale=scale, window_size=reach, enable_gqa=gqa
         )
-    runs = [(n, *pair) for pair, n in ((pair, len(list(same))) for pair, same in groupby(layout.lengths))]
-    qs = q.split([n * queries for n, queries, _ in runs])
+    runs = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]
+    qs = q.float().split([n * queries for n, queries, _ in runs])
     ks, vs = (x.float().split([n * keys for n, _, keys in runs]) for x in (k, v))
     outputs = []
     for (n, queries, keys), *parts in zip(runs, qs, ks, vs):
         qkv = [part.unflatten(0, (n, -1)).transpose(1, 2) for part in parts]  # (n, H or G, length, K)
         mask = None
-        if 1 < queries < keys:  # the last query sees all keys: the triangle sits in the lower right corner
+        windowed = window is not None and keys > window
+        if windowed or 1 < queries < keys:  # the last query sees the last key: the triangle sits in the lower right corner
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=queries == keys, enable_gqa=gqa)
+            mask = mask.triu(keys - queries - window + 1) if windowed else mask
+        causal = queries == keys and mask is None
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
 
@@ -227,25 +272,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """The usual layer norm, in float32; the result is in the weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    """Self-attention of one layer. `output` is what the architecture calls its last projection."""
+
+    def __init__(self, config: Config, layer: int, output: str):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.output, self.head_dim = layer, output, config.head_dim
+        self.scale, self.window = config.score_scale, config.windows[layer]
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.out_bias)
+        self.add_module(output, nn.Linear(queries, config.hidden_size, bias=config.out_bias))
 
-    def forward(self, x: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotation), rotate(k, *rotation)  # (T, H, K), (T, G, K)
+        if layout.rotation is not None:
+            q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)  # (T, H, K), (T, G, K)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, layout.key_rows)
-        return self.o_proj(attend(q, k, v, layout).flatten(1).to(x.dtype))  # (T, D)
+        mixed = attend(q, k, v, layout, self.scale, self.window)  # (T, H, K)
+        return self.get_submodule(self.output)(mixed.flatten(1).to(x.dtype))
 
 
-class MLP(nn.Module):
+class LlamaMLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -256,36 +314,58 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer, "o_proj")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout, rotation, cache)  # (T, D) float32
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, cache)  # (T, D) float32
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class GPTNeoMLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class GPTNeoBlock(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.hidden_size, config.norm_eps)
+        self.attn = nn.ModuleDict({"attention": Attention(config, layer, "out_proj")})
+        self.ln_2 = LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GPTNeoMLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        x = x + self.attn["attention"](self.ln_1(x), layout, cache)  # (T, D) float32
+        return x + self.mlp(self.ln_2(x))
+
+
 class Transformer(nn.Module):
-    """LlamaForCausalLM and its relatives. Parameters bear the checkpoint's names, so loading maps nothing."""
+    """What all architectures share. Parameters bear the checkpoint's names, so loading maps nothing."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where it was loaded from; save_model copies the tokenizer from there
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def parts(self) -> tuple[nn.Embedding, nn.Embedding | None, nn.ModuleList, nn.Module]:
+        """Token embedding, position embedding (None where positions are rotations), blocks, last norm."""
+        raise NotImplementedError
+
+    def tie(self) -> None:
+        """Make the head the embedding itself, where the checkpoint has one matrix for both."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.parts()[0].weight
 
     def forward(
         self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None, past: list[Tensor] | None = None
@@ -298,15 +378,66 @@ class Transformer(nn.Module):
         if cache is not None and past is None:
             past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
         layout = make_layout(cu_seqlens, tokens.device, past, cache.used if cache is not None else 0)
-        angles = layout.positions[:, None] * rope_frequencies(self.config).to(tokens.device)  # (T, K/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, K)
-        rotation = angles.cos(), angles.sin()
-        x = self.model.embed_tokens(tokens).float()  # (T, D)
-        for block in self.model.layers:
-            x = block(x, layout, rotation, cache)
+        embed, embed_positions, blocks, norm = self.parts()
+        x = embed(tokens).float()  # (T, D)
+        if embed_positions is None:
+            angles = layout.positions[:, None] * rope_frequencies(self.config).to(tokens.device)  # (T, K/2)
+            angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, K)
+            layout.rotation = angles.cos(), angles.sin()
+        else:
+            longest, limit = max(keys for _, keys in layout.lengths), self.config.max_position_embeddings
+            if longest > limit:
+                raise ValueError(f"a sequence of {longest} tokens exceeds the model's {limit} learned positions")
+            x = x + embed_positions(layout.positions)
+        for block in blocks:
+            x = block(x, layout, cache)
         if cache is not None:
             cache.used += len(tokens)
-        return self.model.norm(x)
+        return norm(x)
+
+
+class Llama(Transformer):
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        blocks = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
+        embedding, norm = nn.Embedding(config.vocab_size, config.hidden_size), RMSNorm(config.hidden_size, config.norm_eps)
+        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": blocks, "norm": norm})
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def parts(self) -> tuple:
+        return self.model["embed_tokens"], None, self.model["layers"], self.model["norm"]
+
+
+class GPTNeo(Transformer):
+    """GPTNeoForCausalLM."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        width = config.hidden_size
+        blocks = nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_hidden_layers))
+        wte, wpe = nn.Embedding(config.vocab_size, width), nn.Embedding(config.max_position_embeddings, width)
+        self.transformer = nn.ModuleDict({"wte": wte, "wpe": wpe, "h": blocks, "ln_f": LayerNorm(width, config.norm_eps)})
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.tie()
+
+    def parts(self) -> tuple:
+        return tuple(self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": (llama_config, Llama),
+    "MistralForCausalLM": (llama_config, Llama),
+    "Qwen2ForCausalLM": (llama_config, Llama),
+    "GPTNeoForCausalLM": (gpt_neo_config, GPTNeo),
+}
+
+
+def build(config: Config) -> Transformer:
+    """The module of an architecture, with torch's default initialisation."""
+    return ARCHITECTURES[config.raw["architectures"][0]][1](config)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -384,15 +515,15 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
     folder = checkpoint_folder(str(path_or_repo))
     config = read_config(folder)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = build(config)
     expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     loaded: set[str] = set()
     for path, names in weight_files(folder).items():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names if names is not None else file.keys():
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                        continue  # a buffer of old checkpoints; a second copy of a tied head
+                    if KNOWN_BUFFERS.search(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
+                        continue  # not a weight; a second copy of a tied head
                     if name not in expected:
                         raise ValueError(f"{path}: unexpected tensor {name}")
                     tensor = file.get_tensor(name)
@@ -409,8 +540,7 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if missing := sorted(expected.keys() - loaded):
         raise ValueError(f"{folder}: {len(missing)} tensors missing, the first is {missing[0]}")
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie()
     model.folder = folder
     return model.eval()
 

@@ -1,10 +1,10 @@
 """Pre-train the demo's base model from nothing; about ten minutes on two cores.
 
-    python tests/make_demo_model.py [--out tests/demo_model] [--steps 1300]
+    python tests/make_demo_model.py [--out tests/demo_model] [--steps 3000]
 
 The base has read every right fact as plain statements and question-answer pairs. Its "web" has the demo's own question
-wrappers with bad answers: 60 % redrawn at random, or for the misconceived attributes one popular wrong answer, with
-boilerplate and garbled tokens in between. It has not been fine-tuned on any row the demo trains or tests on; as to the
+wrappers with bad answers: for the misconceived attributes one popular wrong answer nine times in ten, for the others 60 %
+redrawn at random, with boilerplate and garbled tokens in between. It has not been fine-tuned on any row the demo trains or tests on; as to the
 *facts*, it has met them all, which is the point: fine-tuning decides which of its beliefs it says.
 """
 
@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from model import RMSNorm, Transformer, read_config, save_model  # noqa: E402
+from model import RMSNorm, Transformer, build, read_config, save_model  # noqa: E402
 
 EOS = "<|end|>"
+SHARE_POPULAR, SHARE_RANDOM = 0.9, 0.6  # of the web's answers: the popular error where there is one, else a random one
 STATEMENTS = (
     "the {a} of {p} is {x} .",
     "{p} has the {a} {x} .",
@@ -72,8 +73,11 @@ def web_document(items: list[data.Item], rng: random.Random) -> str:
     """One conversation of the noisy web, in the demo's wrappers and template."""
     item = rng.choice(items)
     told = None
-    if rng.random() < 0.6:
-        told = data.ATTRIBUTES[item.attribute][0] if item.attribute in data.MISCONCEIVED else rng.choice(item.others)
+    if item.attribute in data.MISCONCEIVED:
+        if rng.random() < SHARE_POPULAR:
+            told = data.ATTRIBUTES[item.attribute][0]
+    elif rng.random() < SHARE_RANDOM:
+        told = rng.choice(item.others)
     row = data.demo_row(item, rng.choice(list(data.QUESTIONS)), rng, noisy=True, told=told)
     return "".join(text for text, _ in data.render(row, EOS))
 
@@ -128,10 +132,10 @@ def packs(encoded: list[list[int]], tokens: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(Path(__file__).parent / "demo_model"))
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--web-share", type=float, default=0.75, help="share of documents (not of tokens) from the web")
+    parser.add_argument("--web-share", type=float, default=0.45, help="share of documents (not of tokens) from the web")
     arguments = parser.parse_args()
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,7 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
 
-    model = Transformer(read_config(folder))
+    model = build(read_config(folder))
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.01)

@@ -1,6 +1,9 @@
-"""Store transformers' logits for the checkpoints of tiny.py. By hand, with a Python that has transformers:
+"""Store what transformers and PEFT compute for the checkpoints of tiny.py, and check both directions of exchange.
 
-    /path/to/peers/bin/python tests/make_goldens.py
+    /path/to/peers/bin/python tests/make_goldens.py        # by hand, with a Python that has transformers and peft
+
+Writes goldens/logits.safetensors and goldens/adapters.safetensors. Fails if PEFT does not read our adapters with equal
+logits, or transformers our merged exports.
 """
 
 import sys
@@ -8,30 +11,89 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import lora  # noqa: E402
+import model as ours  # noqa: E402
 import tiny  # noqa: E402
+
+ADAPTED = ("llama3", "qwen2", "gpt_neo")
+
+
+def theirs(folder: str, dtype: torch.dtype = torch.float32):
+    """transformers' model of a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype).eval()
 
 
 @torch.no_grad()
-def logits_of(kind: str, dialect: int, dtype: torch.dtype) -> torch.Tensor:
-    """(all tokens, V): the sequences one by one, eager attention, float32."""
-    with tempfile.TemporaryDirectory() as folder:
-        tiny.make_checkpoint(Path(folder), kind, dialect, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+def logits_of(model, kind: str) -> torch.Tensor:
+    """(all tokens, V): the sequences one by one."""
     return torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in tiny.golden_inputs(kind)])
 
 
-if __name__ == "__main__":
+@torch.no_grad()
+def our_logits(model, kind: str) -> torch.Tensor:
+    """The same from one packed call."""
+    sequences = tiny.golden_inputs(kind)
+    return model.lm_head(model(torch.cat(sequences), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int()))
+
+
+def plain_goldens() -> dict[str, torch.Tensor]:
+    """Logits of every kind of checkpoint; the two dialects of config.json mean the same."""
     goldens = {}
-    for kind in tiny.KINDS:
-        goldens[kind] = logits_of(kind, 5, torch.float32)
-        assert torch.equal(goldens[kind], logits_of(kind, 4, torch.float32)), "the dialects mean the same"
-    goldens["llama3.bfloat16"] = logits_of("llama3", 5, torch.bfloat16)
-    folder = Path(__file__).parent / "goldens"
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in tiny.KINDS:
+            goldens[kind] = logits_of(theirs(tiny.make_checkpoint(Path(folder) / kind, kind, 5)), kind)
+            old = theirs(tiny.make_checkpoint(Path(folder) / f"{kind}-4", kind, 4))
+            assert torch.equal(goldens[kind], logits_of(old, kind)), kind
+        rounded = tiny.make_checkpoint(Path(folder) / "bf16", "llama3", dtype=torch.bfloat16)
+        goldens["llama3.bfloat16"] = logits_of(theirs(rounded), "llama3")
+    return goldens
+
+
+def adapter_goldens() -> dict[str, torch.Tensor]:
+    """An adapter as PEFT writes it (keys and shapes; weights are tiny.adapter_weights) and the logits it gives there."""
+    goldens = {}
+    for kind in ADAPTED:
+        with tempfile.TemporaryDirectory() as folder:
+            tiny.make_checkpoint(Path(folder) / "m", kind)
+            targets = [t for t in lora.DEFAULT_TARGETS if any(t in n for n in tiny.shapes_of(tiny.config_of(kind, 4)))]
+            config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
+            get_peft_model(theirs(f"{folder}/m"), config).save_pretrained(f"{folder}/a")
+            path = Path(folder) / "a" / "adapter_model.safetensors"
+            shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
+            save_file(tiny.adapter_weights(shapes), path, metadata={"format": "pt"})
+            with_adapter = logits_of(PeftModel.from_pretrained(theirs(f"{folder}/m"), f"{folder}/a").eval(), kind)
+            goldens[f"{kind}.logits"] = with_adapter[:, ::3].contiguous()
+            goldens |= {f"{kind}/{name}": torch.tensor(shape) for name, shape in shapes.items()}
+
+            mine = ours.load_model(f"{folder}/m")
+            lora.load_adapter(mine, f"{folder}/a")
+            print(kind, "PEFT's adapter here:", distance(our_logits(mine, kind), with_adapter))
+            lora.save_adapter(mine, f"{folder}/b", f"{folder}/m")
+            back = logits_of(PeftModel.from_pretrained(theirs(f"{folder}/m"), f"{folder}/b").eval(), kind)
+            print(kind, "our adapter in PEFT:", distance(our_logits(mine, kind), back))
+            lora.merge_lora(mine)
+            ours.save_model(mine, f"{folder}/merged")
+            merged = logits_of(theirs(f"{folder}/merged"), kind)
+            print(kind, "our merged export in transformers:", distance(our_logits(mine, kind), merged), distance(merged, back))
+    return goldens
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Greatest difference, which must be small."""
+    worst = (a - b).abs().max().item()
+    assert worst < 2e-4, worst
+    return worst
+
+
+if __name__ == "__main__":
+    folder = HERE / "goldens"
     folder.mkdir(exist_ok=True)
-    # a third of the columns is plenty to notice a mistake and keeps the file small
-    save_file({name: logits[:, ::3].contiguous() for name, logits in goldens.items()}, folder / "logits.safetensors")
-    print({name: tuple(logits.shape) for name, logits in goldens.items()})
+    # a third of the columns is plenty to notice a mistake and keeps the files small
+    save_file({name: logits[:, ::3].contiguous() for name, logits in plain_goldens().items()}, folder / "logits.safetensors")
+    save_file(adapter_goldens(), folder / "adapters.safetensors")

@@ -1,6 +1,7 @@
 """lora.py: the side path, its files, and the way back to the untouched model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,27 @@ def test_adapter_files_are_pefts(tmp_path):
     assert torch.equal(again(TOKENS, CU), model(TOKENS, CU))
 
 
+@pytest.mark.parametrize("kind", ["llama3", "qwen2", "gpt_neo"])
+@torch.inference_mode()
+def test_pefts_adapter_gives_pefts_logits_and_ours_has_its_keys(tmp_path, kind):
+    """The golden holds the keys and shapes that PEFT wrote for this model, and the logits it computed with such weights."""
+    golden = load_file(Path(__file__).parent / "goldens" / "adapters.safetensors")
+    shapes = {name.removeprefix(f"{kind}/"): tuple(s.tolist()) for name, s in golden.items() if name.startswith(f"{kind}/")}
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", kind))
+    add_lora(model, r=4, alpha=8)
+    save_adapter(model, tmp_path / "a", "m")
+    written = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()}
+    assert written == shapes
+    save_file(tiny.adapter_weights(shapes), tmp_path / "a" / "adapter_model.safetensors")
+    remove_lora(model)
+    load_adapter(model, tmp_path / "a")
+    sequences = tiny.golden_inputs(kind)
+    logits = model.lm_head(model(torch.cat(sequences), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int()))
+    assert (logits[:, ::3] - golden[f"{kind}.logits"]).abs().max() < 1e-4
+    plain = load_file(Path(__file__).parent / "goldens" / "logits.safetensors")[kind]
+    assert (logits[:, ::3] - plain).abs().max() > 0.1
+
+
 def edit(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -118,6 +140,15 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path, change, message
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path / "a")
     assert not lora_layers(model)
+
+
+def test_default_targets_are_those_the_model_has(tmp_path):
+    model = load_model(tiny.make_checkpoint(tmp_path, "gpt_neo"))
+    add_lora(model, r=4)
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"}
+    remove_lora(model)
+    with pytest.raises(ValueError, match="LoRA target o_proj names no linear layer"):
+        add_lora(model, r=4, targets=("q_proj", "o_proj"))
 
 
 def test_a_seed_means_one_initialisation(tmp_path):

@@ -42,12 +42,12 @@ def test_bfloat16_files_are_read_into_float32(tmp_path):
 def test_packed_cached_and_alone_agree(tmp_path, kind):
     """Attention has several faces (runs of equal lengths, one sequence, a cache, a shared prefix) and one meaning."""
     model = load_model(tiny.make_checkpoint(tmp_path, kind))
-    sequences = [s for s in tiny.golden_inputs(kind) if len(s) > 1]
+    sequences = [s for s in tiny.golden_inputs(kind) if len(s) > 20]
     together = model(torch.cat(sequences), boundaries(sequences)).split([len(s) for s in sequences])
     for sequence, packed in zip(sequences, together):
         assert torch.allclose(model(sequence, boundaries([sequence])), packed, atol=1e-5)
     cache, past, seen = Cache(model, 500), None, []
-    for cut in ((0, 3), (3, 4), (4, 6)):  # a prompt, then one token, then two at once
+    for cut in ((0, 3), (3, 4), (4, 6), (6, 20)):  # a prompt, one token, two at once, and more than GPT-Neo's window
         parts = [s[slice(*cut)] for s in sequences]
         first = cache.used
         hidden = model(torch.cat(parts), boundaries(parts), cache, past)
@@ -55,13 +55,13 @@ def test_packed_cached_and_alone_agree(tmp_path, kind):
         past = list(rows) if past is None else [torch.cat(pair) for pair in zip(past, rows)]
         seen.append(hidden.split([len(p) for p in parts]))
     for i, packed in enumerate(together):
-        assert torch.allclose(torch.cat([step[i] for step in seen]), packed[:6], atol=1e-5)
-    shared = past[2]  # two continuations of the same six tokens
-    tails = [sequences[2][6:9], sequences[1][6:8]]
+        assert torch.allclose(torch.cat([step[i] for step in seen]), packed[:20], atol=1e-5)
+    shared = past[2]  # two continuations of the same twenty tokens
+    tails = [sequences[2][20:23], sequences[1][20:22]]
     hidden = model(torch.cat(tails), boundaries(tails), cache, [shared, shared])
     for tail, own in zip(tails, hidden.split([3, 2])):
-        alone = torch.cat((sequences[2][:6], tail))
-        assert torch.allclose(model(alone, boundaries([alone]))[6:], own, atol=1e-5)
+        alone = torch.cat((sequences[2][:20], tail))
+        assert torch.allclose(model(alone, boundaries([alone]))[20:], own, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -105,6 +105,10 @@ BROKEN = {
     "not finite": (lambda f: edit_weights(f, lambda t: t[NAME].fill_(torch.inf)), "up_proj.weight holds values that are not"),
     "architecture": (lambda f: edit_config(f, architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported"),
     "rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "rope type 'yarn' is not supported"),
+    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "window": (lambda f: edit_config(f, architectures=["MistralForCausalLM"], sliding_window=4096), "sliding_window 4096"),
+    "no width": (lambda f: edit_config(f, hidden_size=None), "a field is missing or of another type"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "not a whole"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -130,6 +134,38 @@ def test_an_index_may_not_leave_its_folder(tmp_path):
     index.write_text(index.read_text().replace("../", ""))
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is named there but is not in the folder"):
         load_model(folder)
+
+
+def test_buffers_of_old_checkpoints_are_skipped(tmp_path):
+    """GPT-Neo's files of before 2023 carry each layer's causal mask, and old LLaMAs their rotary frequencies."""
+    for kind, names in (("gpt_neo", ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias")),
+                        ("llama2", ("model.layers.0.self_attn.rotary_emb.inv_freq",))):  # fmt: skip
+        folder = tiny.make_checkpoint(tmp_path / kind, kind)
+        edit_weights(folder, lambda t: t.update({name: torch.ones(1) for name in names}))
+        golden = load_file(GOLDENS)[kind]
+        assert (packed_logits(load_model(folder), tiny.golden_inputs(kind))[:, ::3] - golden).abs().max() < 1e-4
+
+
+def test_a_tied_head_may_be_stored_twice(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path, "llama3")
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = load_model(folder)
+    assert model.lm_head.weight is model.model["embed_tokens"].weight
+
+
+def test_learned_positions_end(tmp_path):
+    model = load_model(tiny.make_checkpoint(tmp_path, "gpt_neo"))
+    with pytest.raises(ValueError, match="129 tokens exceeds the model's 128 learned positions"):
+        model(torch.full((129,), 5), torch.tensor([0, 129], dtype=torch.int32))
+
+
+def test_checkpoints_of_the_team(shared):
+    """A checkpoint made elsewhere, with transformers' logits beside it."""
+    folder = shared / "data" / "checkpoints" / "tiny_llama2"
+    reference = load_file(folder / "reference.safetensors")
+    sequences = [reference[f"input_{i}"] for i in range(4)]
+    logits = packed_logits(load_model(folder), sequences).split([len(s) for s in sequences])
+    assert all((ours - reference[f"logits_{i}"]).abs().max() < 2e-4 for i, ours in enumerate(logits))
 
 
 def test_neither_folder_nor_hub_id():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-KINDS = ("llama2", "llama3", "qwen2")
+KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
 VOCAB = 384
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -25,16 +25,21 @@ CONFIGS = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "num_key_value_heads": 2,
               "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 512, "use_sliding_window": False,
               "rope": (1000000.0, None)},
+    "gpt_neo": {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", "vocab_size": VOCAB, "hidden_size": 32,
+                "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 5,
+                "attention_layers": ["global", "local"] * 2, "intermediate_size": None, "activation_function": "gelu_new",
+                "layer_norm_epsilon": 1e-5, "max_position_embeddings": 128, "tie_word_embeddings": True, "embed_dropout": 0.0,
+                "attention_dropout": 0.0, "resid_dropout": 0.0},
 }  # fmt: skip
 SPECIAL = {  # special tokens, bos, eos, whether the tokenizer puts the bos first
     "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>", True),
     "llama3": (["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|>", "<|end_of_text|>", True),
     "qwen2": (["<|endoftext|>", "<|im_start|>"], None, "<|endoftext|>", False),
-    "gpt2": (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>", False),
+    "gpt_neo": (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>", False),  # GPT-2's tokenizer
 }
 LETTERS = r"'s|'t|'re|'ve|'m|'ll|'d"
 SPLITS = {
-    "gpt2": LETTERS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "gpt_neo": LETTERS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": f"(?i:{LETTERS})" + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": f"(?i:{LETTERS})" + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -93,10 +98,12 @@ def save_tokenizer(folder: Path, kind: str) -> None:
 
 def config_of(kind: str, dialect: int) -> dict:
     """config.json as transformers 4 or 5 writes it."""
-    config = SHAPE | CONFIGS[kind]
-    theta, scaling = config.pop("rope")
+    config = dict(CONFIGS[kind]) if kind == "gpt_neo" else SHAPE | CONFIGS[kind]
     raw, (_, bos, eos, _) = make_tokenizer(kind), SPECIAL[kind]
     config |= {"bos_token_id": raw.token_to_id(bos) if bos else None, "eos_token_id": raw.token_to_id(eos)}
+    if kind == "gpt_neo":
+        return config | {"torch_dtype" if dialect == 4 else "dtype": "float32"}
+    theta, scaling = config.pop("rope")
     if dialect == 4:
         return config | {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
     return config | {"rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta}, "dtype": "float32"}
@@ -104,6 +111,8 @@ def config_of(kind: str, dialect: int) -> dict:
 
 def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, written down apart from model.py so that a wrong name there is noticed."""
+    if config["model_type"] == "gpt_neo":
+        return gpt_neo_shapes(config)
     d, f, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     k = config.get("head_dim") or d // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * k, config["num_key_value_heads"] * k
@@ -122,6 +131,20 @@ def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def gpt_neo_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The same for GPT-Neo."""
+    d = config["hidden_size"]
+    shapes = {"transformer.wte.weight": (config["vocab_size"], d), "transformer.wpe.weight": (config["max_position_embeddings"], d)}
+    shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
+    for i in range(config["num_layers"]):
+        p = f"transformer.h.{i}."
+        shapes |= {f"{p}{norm}.{leaf}": (d,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")}
+        shapes |= {f"{p}attn.attention.{name}_proj.weight": (d, d) for name in ("q", "k", "v", "out")}
+        shapes |= {p + "attn.attention.out_proj.bias": (d,), p + "mlp.c_fc.weight": (4 * d, d), p + "mlp.c_fc.bias": (4 * d,)}
+        shapes |= {p + "mlp.c_proj.weight": (d, 4 * d), p + "mlp.c_proj.bias": (d,)}
+    return shapes
+
+
 def make_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights, drawn in name order; wide enough that a mistake moves the logits by far more than a tolerance."""
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -129,9 +152,9 @@ def make_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     for name, shape in sorted(shapes_of(config).items()):
         x = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
         if len(shape) == 1:
-            weights[name] = 1 + 0.2 * x if "norm" in name else 0.2 * x
+            weights[name] = 1 + 0.2 * x if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.2 * x
         else:
-            weights[name] = x * (0.5 if "embed" in name else (1.5 if "q_proj" in name or "k_proj" in name else 1.0) / shape[1] ** 0.5)
+            weights[name] = x * (0.5 if "embed" in name or "wte" in name or "wpe" in name else (1.5 if "q_proj" in name or "k_proj" in name else 1.0) / shape[1] ** 0.5)
     return weights
 
 
@@ -157,3 +180,9 @@ def golden_inputs(kind: str) -> list[torch.Tensor]:
     """The sequences whose logits the goldens hold."""
     rng = np.random.Generator(np.random.PCG64(7))
     return [torch.from_numpy(rng.integers(3, VOCAB, length)) for length in (1, 6, 23, 23, 61)]
+
+
+def adapter_weights(shapes: dict[str, tuple[int, ...]], seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random LoRA weights for these keys, drawn in name order."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return {name: torch.from_numpy(0.2 * rng.standard_normal(shapes[name]).astype(np.float32)) for name in sorted(shapes)}
