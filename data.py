@@ -13,6 +13,7 @@ storing what a batch yields, or fetching what it needs, is one line whatever the
 Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
 
+import hashlib
 import json
 import os
 import random
@@ -217,6 +218,13 @@ class Corpus:
     def lengths(self) -> np.ndarray:  # (E,)
         return np.diff(self.offsets)
 
+    def fingerprint(self) -> str:
+        """sha256 of tokens, mask and boundaries."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.response, self.offsets):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
     def places(self, examples: Sequence[int]) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
         spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples]
@@ -268,6 +276,32 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
     """Which of the character spans (n, 2) hold a character of [start, end); an empty span (a bos) holds none."""
     return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
+
+
+def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
+    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
+    ordered = np.sort(high)
+    above = len(high) - np.searchsorted(ordered, low, side="right")
+    ties = np.searchsorted(ordered, low, side="right") - np.searchsorted(ordered, low, side="left")
+    return float((above + ties / 2).mean() / len(high))
+
+
+def detection(quality: np.ndarray, negative: np.ndarray, corpus: Corpus) -> dict[str, float]:
+    """How well a low Q (N,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
+
+    negative (N,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
+    """
+    clean = quality[corpus.response & (corpus.noise == 0)]
+    noisy = corpus.response & (corpus.noise > 0)
+    if not noisy.any():
+        return {}
+    figures = {"noise share": float(noisy.sum() / corpus.response.sum()), "AUC": roc_auc(quality[noisy], clean)}
+    for kind, name in enumerate(NOISE_KINDS):
+        if kind and (corpus.noise == kind).any():
+            figures[f"AUC {name}"] = roc_auc(quality[corpus.response & (corpus.noise == kind)], clean)
+    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
+    figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
+    return figures
 
 
 # ----------------------------------------------------------------------------------------------------------- batches

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,6 +57,18 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def wait_for_all() -> None:
+    """No rank goes on before every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- requests
@@ -337,6 +350,19 @@ def summarise(metrics: list[dict[str, float]]) -> dict[str, float]:
         variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
         summary |= {key: mean, f"{key}_stderr": math.sqrt(variance / len(values))}
     return summary
+
+
+def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
+    """mean +- sample standard deviation; the mean alone of a single value."""
+    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that also reads well on a screen."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
 def main() -> None:

@@ -39,11 +39,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Corpus, Tokenizer, build_corpus, pack, read_rows, shift, unique_rows
-from eval import check_tasks, evaluate, rank_and_world, start_ranks, sum_over_ranks, write_text
-from lora import add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
-from lora import DEFAULT_TARGETS
-from model import DTYPES, Transformer, checkpoint_folder, head_chunks, load_model, save_model, token_losses
+from data import Corpus, Tokenizer, build_corpus, detection, pack, read_rows, shift, unique_rows
+from eval import (
+    check_tasks,
+    evaluate,
+    rank_and_world,
+    say,
+    spread,
+    start_ranks,
+    sum_over_ranks,
+    table,
+    wait_for_all,
+    write_text,  # fmt: skip
+)
+from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
+from model import (
+    DTYPES,
+    Transformer,
+    checkpoint_folder,
+    head_chunks,
+    load_model,
+    model_fingerprint,
+    save_model,
+    token_losses,  # fmt: skip
+)
 
 # ------------------------------------------------------------------------------------------------------ the equations
 
@@ -182,7 +201,9 @@ class Options:
     reference_data: list[str] = option([], "rows of D_ref; without it D_ref is drawn from --data", nargs="+")
     n_reference: int | None = option(None, "examples in D_ref [10,000, or a sixth of a pool under 60,000]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000, or the rest of a smaller pool]", type=int)
-    out: str | None = option(None, "run folder; the same command again goes on from what is there [runs/demo or runs/latest]", type=str)
+    out: str | None = option(
+        None, "run folder; the same command again goes on from what is there [runs/demo or runs/latest]", type=str
+    )
     methods: list[str] = option(["base", "reference", "full", "ignoring", "forgetting"], "rows of the table", nargs="+")
     seeds: list[int] = option([0], "one training per method and seed: LoRA init, dropout and order", nargs="+", type=int)
     world: str = option("popular", "the demo's wrong answers: one popular error, or random ones", choices=["popular", "random"])
@@ -194,7 +215,9 @@ class Options:
     rank: int = option(64, "LoRA rank")
     alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank")
     dropout: float = option(0.1, "LoRA dropout")
-    targets: list[str] = option(list(DEFAULT_TARGETS), "linear layers that get an adapter; of the default, those there are", nargs="+")
+    targets: list[str] = option(
+        list(DEFAULT_TARGETS), "linear layers that get an adapter; of the default, those there are", nargs="+"
+    )
     lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)")
     warmup: float = option(0.03, "share of the steps in which the rate rises from 0; then it falls to 0")
     batch_size: int = option(24, "sequences a step, over all ranks")
@@ -493,7 +516,9 @@ def response_losses(
     judged = np.zeros(len(corpus.tokens), bool)
     judged[corpus.places(examples)] = True
     judged &= corpus.response
-    base_loss, ref_loss = (np.where(judged & shown, losses, np.float32(np.nan)) for losses, shown in zip(table, (with_base, True)))
+    base_loss, ref_loss = (
+        np.where(judged & shown, losses, np.float32(np.nan)) for losses, shown in zip(table, (with_base, True))
+    )
     return base_loss, ref_loss
 
 
@@ -558,38 +583,6 @@ def claim(folder: Path, inputs: dict, overwrite: bool) -> bool:
     return done
 
 
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if rank_and_world()[0] == 0:
-        print(text, flush=True)
-
-
-def wait_for_all() -> None:
-    """No rank goes on before every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """sha256 of a corpus' tokens, mask and boundaries."""
-    digest = hashlib.sha256()
-    for array in (corpus.tokens, corpus.response, corpus.offsets):
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(folder: Path) -> str:
-    """sha256 of config.json and of every weight file's size, first and last MiB: a check in a second, not a proof."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(str(path.stat().st_size).encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(path.stat().st_size - 2**20, 0))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
 def measure(
     model: Transformer, tokenizer: Tokenizer, corpus: Corpus, sides: np.ndarray, folder: Path, inputs: dict, options: Options
 ) -> dict:
@@ -642,11 +635,11 @@ def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options:
 def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, train_set: Corpus) -> tuple[dict, dict, dict]:
     """What the reference, the scores and a training are made from: equal inputs, equal artifacts."""
     recipe = ("dtype", "rank", "alpha", "dropout", "targets", "warmup", "batch_size", "max_grad_norm")
-    reference = {"model": model_fingerprint(checkpoint), "reference data": fingerprint(reference_set)}
+    reference = {"model": model_fingerprint(checkpoint), "reference data": reference_set.fingerprint()}
     reference |= {name: getattr(options, name) for name in recipe}
     reference |= {"lr": options.reference_lr or options.lr, "epochs": options.reference_epochs or options.epochs}
     scores = {("reference " * (name in ("lr", "epochs")) + name): value for name, value in reference.items()}
-    scores |= {"training data": fingerprint(train_set)}
+    scores |= {"training data": train_set.fingerprint()}
     schedule = ("lr", "epochs", "rho", "forget_rate", "lambda_schedule", "t_min", "t_max")
     return reference, scores, scores | {name: getattr(options, name) for name in schedule}
 
@@ -700,7 +693,7 @@ def run(options: Options) -> dict:
             remove_lora(model)
             if options.export:
                 export(checkpoint, folder, DTYPES[options.dtype])
-    return {"methods": {name: results[name] for name in options.methods}, "detection": detection(quality, sides, train_set)}
+    return {"methods": {name: results[name] for name in options.methods}, "detection": detection(quality, sides < 0, train_set)}
 
 
 def write_config(options: Options, inputs: dict, out: Path) -> None:
@@ -724,49 +717,14 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
 # --------------------------------------------------------------------------------------------------------- the report
 
 
-def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
-    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
-    ordered = np.sort(high)
-    above = len(high) - np.searchsorted(ordered, low, side="right")
-    ties = np.searchsorted(ordered, low, side="right") - np.searchsorted(ordered, low, side="left")
-    return float((above + ties / 2).mean() / len(high))
-
-
-def detection(quality: np.ndarray, sides: np.ndarray, corpus: Corpus) -> dict[str, float]:
-    """How well a low Q finds noise that is known: ROC-AUC in all and by kind, precision and recall of N. {} if none is."""
-    clean = quality[corpus.response & (corpus.noise == 0)]
-    noisy = corpus.response & (corpus.noise > 0)
-    if not noisy.any():
-        return {}
-    figures = {"noise share": float(noisy.sum() / corpus.response.sum()), "AUC": roc_auc(quality[noisy], clean)}
-    for kind, name in enumerate(data.NOISE_KINDS):
-        if kind and (corpus.noise == kind).any():
-            figures[f"AUC {name}"] = roc_auc(quality[corpus.response & (corpus.noise == kind)], clean)
-    negative = sides < 0
-    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
-    figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
-    return figures
-
-
 def columns(results: dict) -> dict[str, float]:
     """The columns of one trained model: task metrics in percent, the average of each task's first, the two losses."""
-    tasks = {f"{t} {m}": 100 * v for t, ms in results["tasks"].items() for m, v in ms.items() if m != "n" and "_stderr" not in m}
+    tasks = {
+        f"{t} {m}": 100 * v for t, ms in results["tasks"].items() for m, v in ms.items() if m != "n" and "_stderr" not in m
+    }
     firsts = [100 * next(iter(metrics.values())) for metrics in results["tasks"].values()]
     average = {"average": sum(firsts) / len(firsts)} if firsts else {}
     return average | tasks | {name: results[name] for name in ("L_P", "L_N") if results[name] is not None}
-
-
-def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
-    """mean +- sample standard deviation; the mean alone of a single value."""
-    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that also reads well on a screen."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * w for w in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
 def report(results: dict, title: str) -> str:
@@ -849,7 +807,9 @@ def main() -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
     options, demo = parse_options()
     try:
-        options.out = options.out or ("runs/demo" if options.world == "popular" else "runs/demo-random" if demo else "runs/latest")
+        options.out = options.out or (
+            "runs/demo" if options.world == "popular" else "runs/demo-random" if demo else "runs/latest"
+        )
         options.device = start_ranks(options.device)
         if demo:
             panels = run_demo(options)

@@ -1,11 +1,11 @@
 """Low-rank adapters on the linear layers of any torch model: add, switch off, save, load, merge. Files are PEFT's.
 
-    add_lora(model, r=64, alpha=16)                 # in place; only the adapter is trainable afterwards
-    with lora_disabled(model):                      # the untouched base model, bit for bit
-        base = model(tokens, cu_seqlens)
-    save_adapter(model, "adapter", base_model="meta-llama/Llama-3.2-1B")     # PeftModel.from_pretrained reads it
+add_lora(model, r=64, alpha=16)                 # in place; only the adapter is trainable afterwards
+with lora_disabled(model):                      # the untouched base model, bit for bit
+    base = model(tokens, cu_seqlens)
+save_adapter(model, "adapter", base_model="meta-llama/Llama-3.2-1B")     # PeftModel.from_pretrained reads it
 
-    y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out, r)
+y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out, r)
 """
 
 import json
@@ -229,6 +229,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     ]
     if wrong:
         remove_lora(model)
-        raise ValueError(f"{path}: does not fit this model: {sorted(wrong)[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+        raise ValueError(
+            f"{path}: does not fit this model: {sorted(wrong)[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)
+        )
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])

@@ -14,6 +14,7 @@ Precision: the residual stream, the norms, the rotation and the losses are float
 only the matrix products run in it. Scoring subtracts two losses, and bfloat16 sums would bury the difference.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -486,6 +487,18 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     except Exception as error:  # the Hub client has many error types; a user needs its first line
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_repo}: not a local folder, and the Hub did not deliver it: {reason}") from None
+
+
+def model_fingerprint(folder: Path) -> str:
+    """sha256 of config.json and of every weight file's size, first and last MiB: a check in a second, not a proof."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(str(path.stat().st_size).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(path.stat().st_size - 2**20, 0))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:

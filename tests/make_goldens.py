@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import tiny  # noqa: E402
+
 import lora  # noqa: E402
 import model as ours  # noqa: E402
-import tiny  # noqa: E402
 
 ADAPTED = ("llama3", "qwen2", "gpt_neo")
 

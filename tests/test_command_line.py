@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
-import tiny
 from data import write_rows
 from forgetting import Options, parse_options
 
@@ -225,7 +225,7 @@ def test_the_demo_runs_both_panels(demo_model, tmp_path):
     panel = next(iter(results.values()))
     losses = {name: next(iter(seeds.values()))["L_N"] for name, seeds in panel["methods"].items()}
     assert losses["forgetting"] > losses["ignoring"] and panel["detection"]["AUC wrong"][0] > 0.6
-    assert 0.25 < panel["detection"]["noise share"][0] < 0.31
+    assert 0.26 < panel["detection"]["noise share"][0] < 0.34
 
 
 def test_only_allowed_packages_are_imported():

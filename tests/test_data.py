@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import data
-import tiny
 from data import Tokenizer, build_corpus, pack, read_rows, render, shift, unique_rows
 
 STYLES = tuple(tiny.SPECIAL)
@@ -169,7 +169,9 @@ def test_bad_rows_are_named(row, message):
         render(row | {"_source": "f.jsonl:7"}, "$")
 
 
-@pytest.mark.parametrize("name", ["instruction_raschka", "alpaca_gpt4_demo", "dolly_fixture", "dolly_hhrlhf", "messages_oasst", "t0_flan_like"])
+@pytest.mark.parametrize(
+    "name", ["instruction_raschka", "alpaca_gpt4_demo", "dolly_fixture", "dolly_hhrlhf", "messages_oasst", "t0_flan_like"]
+)
 def test_real_rows(shared, tmp_path, name):
     """Every response token decodes back, on real instruction data in its native layouts."""
     tiny.save_tokenizer(tmp_path, "llama3")
@@ -191,7 +193,9 @@ def test_the_demo_world_is_what_it_says():
     assert files == data.demo_rows("popular", 0) and files != data.demo_rows("popular", 1)
     people = {name: {w for row in files[name] for w in row["instruction"].split() if w in data.PEOPLE}
               for name in ("train", "reference-clean", "reference-same")}  # fmt: skip
-    asked = {w for row in files["demo_qa"] if row["group"].startswith("unseen") for w in row["prompt"].split() if w in data.PEOPLE}
+    asked = {
+        w for row in files["demo_qa"] if row["group"].startswith("unseen") for w in row["prompt"].split() if w in data.PEOPLE
+    }
     assert not people["train"] & people["reference-clean"] and not people["train"] & people["reference-same"]
     assert asked and not asked & (people["train"] | people["reference-clean"] | people["reference-same"])
     assert not any(row["noise"] for row in files["reference-clean"])
@@ -217,8 +221,8 @@ def test_the_known_noise_covers_the_wrong_words(world, share):
     assert 0.8 < wrong / told < 0.97 and abs(popular / wrong - share) < 0.2
 
 
-def test_about_28_percent_of_the_demos_response_tokens_are_noisy(demo_model):
+def test_about_30_percent_of_the_demos_response_tokens_are_noisy(demo_model):
     tokenizer = Tokenizer(demo_model)
     shares = [corpus.noise[corpus.response].astype(bool).mean() for corpus in
               (build_corpus(data.demo_rows("popular", seed)["train"], tokenizer) for seed in range(3))]  # fmt: skip
-    assert all(0.25 < share < 0.31 for share in shares)
+    assert all(0.26 < share < 0.34 for share in shares)

@@ -5,10 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from forgetting import (METHODS, Method, Options, choose_signs, detection, lambda_at, learning_rate_at, partition,
-                        quality_scores, roc_auc, token_weights, weighted_token_loss)  # fmt: skip
 from test_data import position_corpus
+
+from data import detection, roc_auc
+from forgetting import (
+    METHODS,
+    Method,
+    Options,
+    choose_signs,
+    lambda_at,
+    learning_rate_at,
+    partition,
+    quality_scores,  # fmt: skip
+    token_weights,
+    weighted_token_loss,
+)
 
 
 def make_problem(n=700, width=12, vocab=40, seed=0):
@@ -180,11 +191,11 @@ def test_detection_of_known_noise():
     corpus, quality = scored_corpus()
     corpus.noise[corpus.response] = np.random.default_rng(1).integers(0, 3, corpus.response.sum())
     signs = choose_signs(METHODS["forgetting"], quality, corpus, Options(), 0)
-    found = detection(quality, signs, corpus)
+    found = detection(quality, signs < 0, corpus)
     noisy = [(n > 0, s < 0) for n, s, r in zip(corpus.noise, signs, corpus.response) if r]
     hits = sum(n and s for n, s in noisy)
     assert found["precision of N"] == pytest.approx(hits / sum(s for _, s in noisy))
     assert found["recall of N"] == pytest.approx(hits / sum(n for n, _ in noisy))
     assert set(found) == {"noise share", "AUC", "AUC wrong", "AUC boilerplate", "precision of N", "recall of N"}
     corpus.noise[:] = 0
-    assert detection(quality, signs, corpus) == {}
+    assert detection(quality, signs < 0, corpus) == {}

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from data import Tokenizer, write_rows
 from eval import TASKS, encode_pair, evaluate, f1_score, generate, loglikelihoods, summarise
 from model import load_model

@@ -4,12 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
-from lora import (add_lora, load_adapter, lora_disabled, lora_layers, lora_parameters, masked, merge_lora, remove_lora,
-                  save_adapter)  # fmt: skip
+from lora import (
+    add_lora,
+    load_adapter,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+    masked,
+    merge_lora,
+    remove_lora,
+    save_adapter,  # fmt: skip
+)
 from model import load_model
 
 TOKENS, CU = torch.arange(3, 30), torch.tensor([0, 12, 27], dtype=torch.int32)
@@ -145,7 +154,14 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path, change, message
 def test_default_targets_are_those_the_model_has(tmp_path):
     model = load_model(tiny.make_checkpoint(tmp_path, "gpt_neo"))
     add_lora(model, r=4)
-    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"}
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        "c_fc",
+        "c_proj",
+    }
     remove_lora(model)
     with pytest.raises(ValueError, match="LoRA target o_proj names no linear layer"):
         add_lora(model, r=4, targets=("q_proj", "o_proj"))

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
 from model import Cache, load_model, save_model, token_losses
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.safetensors"
@@ -101,7 +101,10 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 BROKEN = {
     "missing": (lambda f: edit_weights(f, lambda t: t.pop(NAME)), f"missing, the first is {NAME}"),
     "unexpected": (lambda f: edit_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor extra"),
-    "mis-shaped": (lambda f: edit_weights(f, lambda t: t.update({NAME: torch.ones(3, 4)})), r"up_proj.weight has shape \(3, 4\)"),
+    "mis-shaped": (
+        lambda f: edit_weights(f, lambda t: t.update({NAME: torch.ones(3, 4)})),
+        r"up_proj.weight has shape \(3, 4\)",
+    ),
     "not finite": (lambda f: edit_weights(f, lambda t: t[NAME].fill_(torch.inf)), "up_proj.weight holds values that are not"),
     "architecture": (lambda f: edit_config(f, architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported"),
     "rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "rope type 'yarn' is not supported"),

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.multiprocessing
 
-import tiny
-from data import build_corpus, Tokenizer
+from data import Tokenizer, build_corpus
 from forgetting import METHODS, Options, accumulate, choose_signs, response_losses, train
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
@@ -70,7 +70,9 @@ def test_the_step_is_equation_8_whatever_the_micro_batches(tmp_path):
         assert torch.allclose(gradient_of(model, corpus, signs, budget), whole, atol=1e-6, rtol=1e-5)
     for side in (1, -1):
         half = np.where(signs == side, signs, 0).astype(np.int8)
-        assert torch.allclose(gradient_of(model, corpus, half, 1), gradient_of(model, corpus, half, total), atol=1e-6, rtol=1e-5)
+        assert torch.allclose(
+            gradient_of(model, corpus, half, 1), gradient_of(model, corpus, half, total), atol=1e-6, rtol=1e-5
+        )
         assert gradient_of(model, corpus, half, total)[:-2].abs().max() > 1e-3
 
 

@@ -134,7 +134,10 @@ def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
 def gpt_neo_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """The same for GPT-Neo."""
     d = config["hidden_size"]
-    shapes = {"transformer.wte.weight": (config["vocab_size"], d), "transformer.wpe.weight": (config["max_position_embeddings"], d)}
+    shapes = {
+        "transformer.wte.weight": (config["vocab_size"], d),
+        "transformer.wpe.weight": (config["max_position_embeddings"], d),
+    }
     shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
     for i in range(config["num_layers"]):
         p = f"transformer.h.{i}."
@@ -152,13 +155,21 @@ def make_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     for name, shape in sorted(shapes_of(config).items()):
         x = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
         if len(shape) == 1:
-            weights[name] = 1 + 0.2 * x if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.2 * x
+            weights[name] = (
+                1 + 0.2 * x if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.2 * x
+            )
         else:
-            weights[name] = x * (0.5 if "embed" in name or "wte" in name or "wpe" in name else (1.5 if "q_proj" in name or "k_proj" in name else 1.0) / shape[1] ** 0.5)
+            weights[name] = x * (
+                0.5
+                if "embed" in name or "wte" in name or "wpe" in name
+                else (1.5 if "q_proj" in name or "k_proj" in name else 1.0) / shape[1] ** 0.5
+            )
     return weights
 
 
-def make_checkpoint(folder: Path, kind: str, dialect: int = 4, shards: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def make_checkpoint(
+    folder: Path, kind: str, dialect: int = 4, shards: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
     """A whole checkpoint folder."""
     folder = Path(folder)
     save_tokenizer(folder, kind)
