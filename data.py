@@ -13,17 +13,22 @@ storing what a batch yields, or fetching what it needs, is one line whatever the
 Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
 
+import ast
 import hashlib
 import json
 import os
 import random
+import re
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
+from xml.etree import ElementTree
 
 import numpy as np
 import tokenizers
 import torch
+from huggingface_hub import constants, hf_hub_download
 from torch import Tensor
 
 NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # a row may carry known noise: {"noise": [[start, end, kind], ...]}
@@ -345,6 +350,179 @@ def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
     """
     at = judged.nonzero().squeeze(1)  # (n,)
     return at - 1, tokens[at]
+
+
+# ------------------------------------------------------------------------------------ the benchmarks' public homes
+
+GITHUB = "https://raw.githubusercontent.com/"
+LOGIQA_TEST = GITHUB + "lgw863/LogiQA-dataset/91e7b26bab6308fc222fe7f8838b61792f2f293f/Test.txt"
+ASDIV_XML = GITHUB + "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47/dataset/ASDiv.xml"
+TRUTHFULQA_MC = GITHUB + "sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/data/mc_task.json"
+TRUTHFULQA_TASK = (
+    GITHUB + "EleutherAI/lm-evaluation-harness/fb9f352b699db09f0b6c2379f98f7645a6b4312a"
+    "/lm_eval/tasks/truthfulqa/truthfulqa_mc1.yaml"
+)
+TYDIQA_SCRIPT = GITHUB + "UCSC-REAL/TokenCleaning/af1a08e19f1c6072395dc9785d136860282e24cf/eval/tydiqa/run_eval.py"
+TYDIQA = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-{}.json"
+ARC_ROWS = (
+    "https://datasets-server.huggingface.co/rows?dataset=allenai%2Fai2_arc&config=ARC-Challenge&split=test&offset={}&length=100"
+)
+ARITHMETIC_FILES = {  # subtask: the Hub's file
+    "1dc": "single_digit_three_ops", "2da": "two_digit_addition", "2ds": "two_digit_subtraction",
+    "2dm": "two_digit_multiplication", "3da": "three_digit_addition", "3ds": "three_digit_subtraction",
+    "4da": "four_digit_addition", "4ds": "four_digit_subtraction", "5da": "five_digit_addition",
+    "5ds": "five_digit_subtraction",
+}  # fmt: skip
+
+
+def json_lines(text: str) -> list[dict]:
+    """The rows of a JSONL text."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def convert_boolq(text: str) -> list[dict]:
+    """The original dev.jsonl; SuperGLUE, which lm-eval reads, puts the title in front of the passage."""
+    rows = json_lines(text)
+    return [
+        {"question": r["question"], "passage": f"{r['title']} -- {r['passage']}", "idx": i, "label": int(r["answer"])}
+        for i, r in enumerate(rows)
+    ]
+
+
+def convert_logiqa(text: str) -> list[dict]:
+    """Blocks of a blank line, the answer's letter, context, question and four options; "." becomes ". " as the Hub has it."""
+    lines, rows = text.split("\n"), []
+    spaced = lambda line: line.replace(".", ". ").strip()
+    for at in range(1, len(lines) - 6, 8):
+        label, context, question, *options = lines[at : at + 7]
+        options = [spaced(option.strip()[2:]) for option in options]
+        rows.append({"label": label.strip(), "context": spaced(context), "question": spaced(question), "options": options})
+    return rows
+
+
+def convert_asdiv(text: str) -> list[dict]:
+    """ASDiv.xml: the texts of each problem, unstripped."""
+    names = {"body": "Body", "question": "Question", "solution_type": "Solution-Type", "answer": "Answer", "formula": "Formula"}
+    problems = ElementTree.fromstring(text).iter("Problem")
+    return [{field: problem.find(tag).text for field, tag in names.items()} for problem in problems]
+
+
+def convert_truthfulqa(text: str) -> list[dict]:
+    """mc_task.json: {choice: label} becomes {choices, labels}, in order."""
+    split = lambda targets: {"choices": list(targets), "labels": list(targets.values())}
+    return [{"question": r["question"], **{k: split(r[k]) for k in ("mc1_targets", "mc2_targets")}} for r in json.loads(text)]
+
+
+def convert_truthfulqa_prompt(text: str) -> str:
+    """The six question-answer pairs out of lm-eval's task file: a YAML string with its line joins and escapes undone."""
+    quoted = text[text.index("prompt_qa = '") + len("prompt_qa = '") : text.index("'%}")]
+    return re.sub(r"\\\n\s*", "", quoted).replace("\\n", "\n")
+
+
+def convert_ifeval(text: str) -> list[dict]:
+    """The Hub's rows without the arguments that are null."""
+    return [r | {"kwargs": [{k: v for k, v in a.items() if v is not None} for a in r["kwargs"]]} for r in json_lines(text)]
+
+
+def convert_arithmetic(*texts: str) -> list[dict]:
+    """Ten files, each row marked with its subtask."""
+    return [{"subtask": f"arithmetic_{name}"} | {k: r[k] for k in ("context", "completion")}
+            for name, text in zip(ARITHMETIC_FILES, texts) for r in json_lines(text)]  # fmt: skip
+
+
+def convert_arc(*pages: str) -> list[dict]:
+    """Pages of the Hub's row service."""
+    return [entry["row"] for page in pages for entry in json.loads(page)["rows"]]
+
+
+def tydiqa_by_language(text: str) -> dict[str, list[dict]]:
+    """SQuAD-style GoldP JSON as rows by language (the id up to the first dash), languages sorted."""
+    rows: dict[str, list[dict]] = {}
+    for article in json.loads(text)["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = {key: [answer[key] for answer in qa["answers"]] for key in ("text", "answer_start")}
+                row = {"id": qa["id"], "title": article.get("title", ""), "context": paragraph["context"]}
+                rows.setdefault(qa["id"].split("-")[0], []).append(row | {"question": qa["question"], "answers": answers})
+    return dict(sorted(rows.items()))
+
+
+def convert_tydiqa(dev: str, train: str | None = None) -> list[dict]:
+    """The 1-shot protocol's draw: up to 100 dev rows a language; with train, the demonstration of each language instead."""
+    rng = random.Random(42)
+    by_language = tydiqa_by_language(dev)
+    drawn = [rng.sample(rows, 100) if len(rows) > 100 else rows for rows in by_language.values()]
+    if train is None:
+        return [row for rows in drawn for row in rows]
+    examples = tydiqa_by_language(train)
+    return [rng.sample(examples[language], 1)[0] for language in by_language]
+
+
+def convert_tydiqa_templates(script: str) -> str:
+    """The words of each language out of the evaluation script, which is read, not run."""
+    for node in ast.parse(script).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "encoding_templates_with_context":
+            table = ast.literal_eval(node.value)
+            fields = ("instruction", "passage", "question", "answer")
+            words = {language: dict(zip(fields, texts)) for language, texts in table.items()}
+            return json.dumps({"with_context": words}, ensure_ascii=False, indent=1)
+    raise ValueError("no encoding_templates_with_context in it")
+
+
+HUB_LAMBADA = "hub:EleutherAI/lambada_openai:data/lambada_test_en.jsonl"
+HUB_IFEVAL = "hub:google/IFEval:ifeval_input_data.jsonl"
+HUB_ARITHMETIC = [f"hub:EleutherAI/arithmetic:data/{file}.jsonl" for file in ARITHMETIC_FILES.values()]
+BENCHMARKS = {  # file: (where its originals are, how they are converted, start of the sha256 of the result where known)
+    "truthfulqa.jsonl": ([TRUTHFULQA_MC], convert_truthfulqa, "f526d2f69e74ada8"),
+    "truthfulqa_prompt.txt": ([TRUTHFULQA_TASK], convert_truthfulqa_prompt, "5c0da5f346e8652c"),
+    "boolq.jsonl": (["https://storage.googleapis.com/boolq/dev.jsonl"], convert_boolq, "2f7ec4dd1d9a6b85"),
+    "logiqa.jsonl": ([LOGIQA_TEST], convert_logiqa, "3a909b30267570a9"),
+    "asdiv.jsonl": ([ASDIV_XML], convert_asdiv, "d20793ef11edd817"),
+    "tydiqa.jsonl": ([TYDIQA.format("dev")], convert_tydiqa, "00e42103972d9fe5"),
+    "tydiqa_1shot.jsonl": ([TYDIQA.format("dev"), TYDIQA.format("train")], convert_tydiqa, None),
+    "tydiqa_templates.json": ([TYDIQA_SCRIPT], convert_tydiqa_templates, None),
+    "arc_challenge.jsonl": ([ARC_ROWS.format(offset) for offset in range(0, 1172, 100)], convert_arc, None),
+    "lambada.jsonl": ([HUB_LAMBADA], json_lines, "9acdcb12e8c2ef4e"),
+    "arithmetic.jsonl": (HUB_ARITHMETIC, convert_arithmetic, "0766ff41d9c9daf4"),
+    "ifeval.jsonl": ([HUB_IFEVAL], convert_ifeval, "90d5fce99e2e5e0d"),
+}
+
+
+def fetch_text(source: str) -> str:
+    """A public text: "hub:REPO:FILE" through the Hub's client (and its cache), anything else by https."""
+    try:
+        if source.startswith("hub:"):
+            _, repo, file = source.split(":")
+            return Path(hf_hub_download(repo, file, repo_type="dataset")).read_text(encoding="utf-8")
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        with urllib.request.urlopen(source, timeout=60) as answer:
+            return answer.read().decode("utf-8")
+    except Exception as error:  # the Hub client has many error types; a user needs the first line
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source}: could not be fetched ({reason}); put the rows in a folder and name it with --data-dir"
+        ) from None
+
+
+def fetch_benchmarks(files: Iterable[str]) -> Path:
+    """A folder under the Hugging Face cache with these row files, fetched and converted once, and checked."""
+    folder = Path(constants.HF_HOME) / "forgetting-benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if (folder / file).is_file():
+            continue
+        sources, convert, expected = BENCHMARKS[file]
+        content = convert(*map(fetch_text, sources))
+        if not isinstance(content, str):
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        found = hashlib.sha256(content.encode()).hexdigest()
+        if expected is not None and not found.startswith(expected):
+            raise ValueError(f"{file}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})")
+        temporary = folder / f"{file}.tmp{os.getpid()}"
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, folder / file)
+    return folder
 
 
 # ---------------------------------------------------------------------------------- the demo: a world with known noise

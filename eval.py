@@ -10,9 +10,13 @@ one context share its computation: the context runs once, and each continuation 
 """
 
 import argparse
+import functools
+import hashlib
+import importlib.util
 import json
 import math
 import os
+import random
 import re
 import string
 import sys
@@ -27,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Tokenizer, read_rows, split_by_tokens, write_rows
+from data import BENCHMARKS, Tokenizer, fetch_benchmarks, read_rows, split_by_tokens, write_rows
 from lora import load_adapter
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model
 
@@ -225,6 +229,292 @@ def _generate_pack(
 # ------------------------------------------------------------------------------------------------------------- tasks
 
 
+@dataclass(frozen=True)
+class Task:
+    """How a row becomes requests, and how the answers become figures.
+
+    requests(row, tokenizer) lists what to ask; score(row, answers) gives prediction, target and metrics of the document (a
+    metric may be a list: pooled over all documents). prepare(rows, folder) picks the task's rows of the file and puts
+    beside them what else it needs. example(row) is the row as a worked example, for --num-fewshot.
+    """
+
+    file: str
+    version: int  # of the protocol: lm-evaluation-harness 0.4.13's number for the task
+    requests: Callable[[dict, Tokenizer], list[Request]]
+    score: Callable[[dict, list[Answer]], dict]
+    prepare: Callable[[list[dict], Path], list[dict]] = lambda rows, folder: rows
+    example: Callable[[dict], str] | None = None
+    group: Callable[[dict], str] | None = None  # figures are means over the groups' means
+    beside: tuple[str, ...] = ()  # further files that prepare() reads
+
+
+def choice_task(
+    file: str, version: int, ask: Callable[[dict], tuple], normed: bool = False, delimiter: str = " ", **rest
+) -> Task:
+    """Multiple choice: ask(row) gives context, choices and the place of the right one; delimiter + choice is scored.
+
+    acc takes the greatest log-likelihood, acc_norm that per character of the choice; the first wins a tie.
+    """
+
+    def score(row: dict, answers: list[Answer]) -> dict:
+        _, choices, gold = ask(row)
+        totals = [answer.loglikelihood for answer in answers]
+        by_length = [total / len(choice) for total, choice in zip(totals, choices)]
+        best, best_normed = (max(range(len(x)), key=x.__getitem__) for x in (totals, by_length))
+        metrics = {"acc": float(best == gold)} | ({"acc_norm": float(best_normed == gold)} if normed else {})
+        return {"prediction": best, "target": gold, "metrics": metrics}
+
+    def requests(row: dict, _: Tokenizer) -> list[Request]:
+        context, choices, gold = ask(row)
+        if not choices or not 0 <= gold < len(choices):
+            raise ValueError(f"{row['_source']}: {len(choices)} choices, the right one is number {gold}")
+        return [Request(few_shot(row) + context, delimiter + choice) for choice in choices]
+
+    def example(row: dict) -> str:
+        context, choices, gold = ask(row)
+        return f"{context}{delimiter}{choices[gold]}\n\n"
+
+    return Task(file, version, requests, score, example=example, **rest)
+
+
+def exact_task(file: str, version: int, ask: Callable[[dict], tuple[str, str]], delimiter: str = " ", **rest) -> Task:
+    """The model must find every token of one target most probable (acc); also its perplexity, per document."""
+
+    def score(row: dict, answers: list[Answer]) -> dict:
+        total = answers[0].loglikelihood
+        return {"prediction": answers[0].greedy, "target": ask(row)[1],
+                "metrics": {"acc": float(answers[0].greedy), "perplexity": total}}  # fmt: skip
+
+    def requests(row: dict, _: Tokenizer) -> list[Request]:
+        context, target = ask(row)
+        return [Request(few_shot(row) + context, target)]
+
+    return Task(file, version, requests, score, example=lambda row: delimiter.join(ask(row)) + "\n\n", **rest)
+
+
+def few_shot(row: dict) -> str:
+    """The worked examples in front of a row's question; evaluate() puts them there."""
+    return row.get("_examples", "")
+
+
+def boolq(row: dict) -> tuple:
+    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"]
+
+
+def logiqa(row: dict) -> tuple:
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row["options"]))
+    context = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:{listed}\nAnswer:"
+    return context, row["options"], "abcd".index(row["label"].strip())
+
+
+def arc_challenge(row: dict) -> tuple:
+    choices = row["choices"]
+    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
+
+
+def truthfulqa_mc1(row: dict) -> tuple:
+    return f"{row['_prompt']}\n\nQ: {row['question']}\nA:", row["mc1_targets"]["choices"], 0
+
+
+def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
+    return [Request(truthfulqa_mc1(row)[0], " " + choice) for choice in row["mc2_targets"]["choices"]]
+
+
+def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
+    """The share of probability that true answers get."""
+    labels = row["mc2_targets"]["labels"]
+    probabilities = [math.exp(answer.loglikelihood) for answer in answers]
+    true = sum(p for p, label in zip(probabilities, labels) if label == 1)
+    best = max(range(len(answers)), key=probabilities.__getitem__)
+    return {"prediction": best, "target": labels, "metrics": {"acc": true / sum(probabilities)}}
+
+
+def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
+    prompt = (folder / "truthfulqa_prompt.txt").read_text(encoding="utf-8")
+    return [row | {"_prompt": prompt} for row in rows]
+
+
+def lambada(row: dict) -> tuple[str, str]:
+    context, _, word = row["text"].rpartition(" ")
+    return context, " " + word
+
+
+def asdiv(row: dict) -> tuple[str, str]:
+    return f"{row['body']}\nQuestion:{row['question']}\nAnswer:", row["answer"].split(" (")[0]
+
+
+def arithmetic(row: dict) -> tuple[str, str]:
+    context = row["context"].strip().replace("\n\n", "\n").replace("Q:", "Question:").replace("A:", "Answer:")
+    return context, row["completion"]
+
+
+def tydiqa_rows(rows: list[dict], folder: Path) -> list[dict]:
+    """Each row with its language's words and demonstration."""
+    words = json.loads((folder / "tydiqa_templates.json").read_text(encoding="utf-8"))["with_context"]
+    shots = {row["id"].split("-")[0]: row for row in read_rows([str(folder / "tydiqa_1shot.jsonl")])}
+    return [row | {"_words": words[row["id"].split("-")[0]], "_shot": shots[row["id"].split("-")[0]]} for row in rows]
+
+
+def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
+    """One demonstration, then the question; passages are cut to 512 tokens (a bos that encoding adds stays in a cut one)."""
+    words, shot = row["_words"], row["_shot"]
+
+    def asked(of: dict) -> str:
+        ids = tokenizer.encode([of["context"]])[0][0]
+        passage = of["context"] if len(ids) <= 512 else tokenizer.decode(ids[:512], skip_special=False)
+        return f"{words['passage']} {passage}\n{words['question']} {of['question']}\n{words['answer']}"
+
+    prompt = f"{words['instruction']}\n\n{asked(shot)} {shot['answers']['text'][0]}\n\n{asked(row)}"
+    return [Request(prompt, max_new_tokens=50, stop="\n")]
+
+
+def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
+    said, right = answers[0].text.strip(), row["answers"]["text"]
+    f1 = max(f1_score(said, answer) for answer in right)
+    exact = float(any(words_of(said) == words_of(answer) for answer in right))
+    return {"prediction": said, "target": right, "metrics": {"f1": f1, "exact_match": exact}}
+
+
+def ifeval_score(row: dict, answers: list[Answer]) -> dict:
+    """Strict: the reply as it is. Loose: any of eight ways to trim it. A row whose checker is missing is not scored."""
+    reply = answers[0].text
+    checks = list(zip(row["instruction_id_list"], row["kwargs"]))
+    if missing := [name for name, _ in checks if name not in ifeval_checks()]:
+        return {"prediction": reply, "target": None, "metrics": {}, "not_scored": missing}
+    lines = reply.split("\n")
+    trimmed = [reply] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    variants = trimmed + [text.replace("*", "") for text in trimmed]
+    strict = [follows(reply, *check) for check in checks]
+    loose = [any(follows(variant, *check) for variant in variants) for check in checks]
+    metrics = {f"prompt_level_{kind}_acc": float(all(ok)) for kind, ok in (("strict", strict), ("loose", loose))}
+    metrics |= {f"inst_level_{kind}_acc": list(map(float, ok)) for kind, ok in (("strict", strict), ("loose", loose))}
+    return {"prediction": reply, "target": None, "metrics": metrics}
+
+
+def follows(reply: str, name: str, arguments: dict) -> bool:
+    """Whether a reply that is not blank keeps one instruction."""
+    given = {key: value for key, value in arguments.items() if value}
+    return bool(reply.strip()) and bool(ifeval_checks()[name](reply, **given))
+
+
+def related(count: int, relation: str, bound: int) -> bool:
+    return count < bound if relation == "less than" else count >= bound
+
+
+def split_ends(text: str, pattern: str) -> list[str] | None:
+    """Parts between separators; a blank first or last one is dropped, a blank one in between makes it None."""
+    parts = re.split(pattern, text)
+    parts = parts[not parts[0].strip() : len(parts) - (not parts[-1].strip())]
+    return parts if all(part.strip() for part in parts) else None
+
+
+def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    parts = v.split("\n\n")
+    if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
+        return False
+    words = parts[nth_paragraph - 1].split()
+    return bool(words) and re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() == first_word.lower()
+
+
+def postscript(v: str, postscript_marker: str) -> bool:
+    known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
+    return bool(re.findall(known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$"), v.lower(), re.M))
+
+
+def highlighted(v: str, num_highlights: int) -> bool:
+    spans = re.findall(r"\*[^\n\*]*\*", v) + re.findall(r"\*\*[^\n\*]*\*\*", v)
+    return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
+
+
+def is_json(v: str) -> bool:
+    v = v.strip()
+    for opening in ("```json", "```Json", "```JSON", "```"):
+        v = v.removeprefix(opening)
+    try:
+        json.loads(v.removesuffix("```").strip())
+    except ValueError:
+        return False
+    return True
+
+
+def two_responses(v: str) -> bool:
+    parts = v.split("******")
+    said = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
+    return len(said) == 2 and all(said) and said[0] != said[1]
+
+
+@functools.cache
+def ifeval_checks() -> dict[str, Callable[..., bool]]:
+    """The checkers by instruction id; those that need langdetect or nltk are there if the package is."""
+    constrained = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+    checks = {
+        "keywords:existence": lambda v, keywords: all(re.search(k, v, re.I) for k in keywords),
+        "keywords:frequency": lambda v, keyword, frequency, relation: related(
+            len(re.findall(keyword.strip(), v, re.I)), relation, frequency
+        ),
+        "keywords:forbidden_words": lambda v, forbidden_words: (
+            not any(re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words)
+        ),
+        "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation: related(
+            v.lower().count(letter.lower()), let_relation, let_frequency
+        ),
+        "length_constraints:number_words": lambda v, num_words, relation: related(
+            len(re.findall(r"\w+", v)), relation, num_words
+        ),
+        "length_constraints:number_paragraphs": lambda v, num_paragraphs: (
+            len(split_ends(v, r"\s?\*\*\*\s?") or ()) == num_paragraphs
+        ),
+        "length_constraints:nth_paragraph_first_word": nth_first_word,
+        "detectable_content:number_placeholders": lambda v, num_placeholders: (
+            len(re.findall(r"\[.*?\]", v)) >= num_placeholders
+        ),
+        "detectable_content:postscript": postscript,
+        "detectable_format:number_bullet_lists": lambda v, num_bullets: (
+            len(re.findall(r"^\s*\*[^\*].*$", v, re.M)) + len(re.findall(r"^\s*-.*$", v, re.M)) == num_bullets
+        ),
+        "detectable_format:constrained_response": lambda v: any(answer in v for answer in constrained),
+        "detectable_format:number_highlighted_sections": highlighted,
+        "detectable_format:multiple_sections": lambda v, section_spliter, num_sections: (
+            len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections
+        ),
+        "detectable_format:json_format": is_json,
+        "detectable_format:title": lambda v: any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", v)),
+        "combination:two_responses": two_responses,
+        "combination:repeat_prompt": lambda v, prompt_to_repeat: v.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+        "startend:end_checker": lambda v, end_phrase: v.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+        "startend:quotation": lambda v: len(v.strip()) > 1 and v.strip()[0] == v.strip()[-1] == '"',
+        "punctuation:no_comma": lambda v: "," not in v,
+    }
+    return checks | _checks_with_packages()
+
+
+def _checks_with_packages() -> dict[str, Callable[..., bool]]:
+    checks: dict[str, Callable[..., bool]] = {}
+    if importlib.util.find_spec("langdetect"):
+        import langdetect
+
+        def detected(v: str, language: str) -> bool:
+            langdetect.DetectorFactory.seed = 0  # it draws at random unless told not to
+            try:
+                return langdetect.detect(v) == language
+            except langdetect.LangDetectException:
+                return True
+
+        checks["language:response_language"] = detected
+        checks["change_case:english_capital"] = lambda v: v.isupper() and detected(v, "en")
+        checks["change_case:english_lowercase"] = lambda v: v.islower() and detected(v, "en")
+    if importlib.util.find_spec("nltk"):
+        import nltk
+
+        checks["length_constraints:number_sentences"] = lambda v, num_sentences, relation: related(
+            len(nltk.sent_tokenize(v)), relation, num_sentences
+        )
+        checks["change_case:capital_word_frequency"] = lambda v, capital_frequency, capital_relation: related(
+            sum(word.isupper() for word in nltk.word_tokenize(v)), capital_relation, capital_frequency
+        )
+    return checks
+
+
 def words_of(text: str) -> list[str]:
     """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -238,27 +528,8 @@ def f1_score(prediction: str, answer: str) -> float:
     return 2 * shared / (len(said) + len(right)) if shared else 0.0
 
 
-@dataclass(frozen=True)
-class Task:
-    """`requests(row)` lists what to ask; `score(row, answers)` gives prediction, target and metrics of the document."""
-
-    file: str
-    requests: Callable[[dict], list[Request]]
-    score: Callable[[dict, list[Answer]], dict]
-
-
-def demo_mc_requests(row: dict) -> list[Request]:
-    return [Request(row["prompt"] + row["head"], choice) for choice in row["choices"]]
-
-
-def demo_mc_score(row: dict, answers: list[Answer]) -> dict:
-    best = max(range(len(answers)), key=lambda i: answers[i].loglikelihood)
-    gold = row["choices"].index(row["answer"])
-    return {"prediction": best, "target": gold, "metrics": {"acc": float(best == gold)}}
-
-
-def demo_qa_requests(row: dict) -> list[Request]:
-    return [Request(row["prompt"], max_new_tokens=16)]
+def demo_mc(row: dict) -> tuple:
+    return row["prompt"] + row["head"], row["choices"], row["choices"].index(row["answer"])
 
 
 def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
@@ -270,16 +541,51 @@ def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
     return {"prediction": said, "target": row["answer"], "metrics": metrics}
 
 
+SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5da 5ds".split()]
 TASKS = {
-    "demo_mc": Task("demo_mc.jsonl", demo_mc_requests, demo_mc_score),
-    "demo_qa": Task("demo_qa.jsonl", demo_qa_requests, demo_qa_score),
+    "truthfulqa_mc1": choice_task(
+        "truthfulqa.jsonl", 2, truthfulqa_mc1, prepare=truthfulqa_rows, beside=("truthfulqa_prompt.txt",)
+    ),
+    "truthfulqa_mc2": Task(
+        "truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score, truthfulqa_rows, beside=("truthfulqa_prompt.txt",)
+    ),
+    "boolq": choice_task("boolq.jsonl", 2, boolq),
+    "logiqa": choice_task("logiqa.jsonl", 1, logiqa, normed=True),
+    "tydiqa": Task(
+        "tydiqa.jsonl",
+        1,
+        tydiqa_requests,
+        tydiqa_score,
+        tydiqa_rows,
+        group=lambda row: row["id"].split("-")[0],
+        beside=("tydiqa_templates.json", "tydiqa_1shot.jsonl"),
+    ),
+    "asdiv": exact_task("asdiv.jsonl", 1, asdiv),
+    "arc_challenge": choice_task("arc_challenge.jsonl", 1, arc_challenge, normed=True),
+    "lambada": exact_task("lambada.jsonl", 1, lambada),
+    "ifeval": Task("ifeval.jsonl", 4, lambda row, _: [Request(row["prompt"], max_new_tokens=1280)], ifeval_score),
+    "demo_mc": choice_task("demo_mc.jsonl", 1, demo_mc, delimiter=""),
+    "demo_qa": Task("demo_qa.jsonl", 1, lambda row, _: [Request(row["prompt"], max_new_tokens=16)], demo_qa_score),
+}
+TASKS |= {
+    name: exact_task(
+        "arithmetic.jsonl", 2, arithmetic, "", prepare=lambda rows, _, n=name: [r for r in rows if r["subtask"] == n]
+    )
+    for name in SUBTASKS
+}
+GROUPS = {
+    "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
+    "arithmetic": SUBTASKS,
+    "paper": ["truthfulqa_mc2", "boolq", "logiqa", "tydiqa", "asdiv"],
+    "paper-appendix": ["ifeval", "arc_challenge", "lambada", *SUBTASKS],
 }
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raise ValueError for a task that is not in TASKS."""
-    if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+def expand_tasks(names: list[str]) -> list[str]:
+    """Task names with the groups spelled out; ValueError for a name that is neither."""
+    if unknown := [name for name in names if name not in TASKS and name not in GROUPS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*TASKS, *GROUPS])}")
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
 
 def answer_requests(
@@ -309,47 +615,124 @@ def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
     tasks: list[str],
-    data_dir: str | os.PathLike,
+    data_dir: str | os.PathLike | None,
     limit: int | None = None,
+    num_fewshot: int = 0,
     batch_tokens: int = 4096,
-) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """Run tasks on the rows of data_dir; (results, samples).
+) -> tuple[dict[str, dict], list[dict]]:
+    """Run tasks, or groups of them, on the rows of data_dir (None: fetched from their public homes); (results, samples).
 
     results[task] has each metric's mean over the documents that have it, its standard error (sample standard deviation
-    over sqrt(n)) as METRIC_stderr, and n, the number of documents. samples has one object per task and document.
+    over sqrt(n)) as METRIC_stderr, n, the protocol's version and the data's sha256. samples has one object per document.
     """
-    check_tasks(tasks)
     model.eval()
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict] = {}
     samples: list[dict] = []
-    for name in tasks:
-        task = TASKS[name]
-        rows = read_rows([str(Path(data_dir) / task.file)])[:limit]
-        try:
-            requests = [task.requests(row) for row in rows]
-        except KeyError as error:
-            raise ValueError(f"{Path(data_dir) / task.file}: a row has no field {error}") from None
+    names = expand_tasks(tasks)
+    folder = Path(data_dir) if data_dir is not None else fetched_folder(names)
+    for name in names:
+        task, path = TASKS[name], folder / TASKS[name].file
+        rows = task_rows(task, path, limit, num_fewshot)
+        requests = [requests_of(task, row, tokenizer) for row in rows]
         flat = [request for group in requests for request in group]
         answers = iter(answer_requests(model, tokenizer, flat, batch_tokens, name))
         documents = []
-        for doc_id, (row, group) in enumerate(zip(rows, requests)):
+        for row, group in zip(rows, requests):
             own = [next(answers) for _ in group]
-            said = {"loglikelihoods": [a.loglikelihood for a in own]} if group[0].continuation else {"text": own[0].text}
-            documents.append({"task": name, "doc_id": doc_id} | said | task.score(row, own))
-        results[name] = summarise([document["metrics"] for document in documents]) | {"n": len(rows)}
+            scored = group[0].continuation is not None
+            said = {"loglikelihoods": [answer.loglikelihood for answer in own]} if scored else {"text": own[0].text}
+            documents.append({"task": name, "doc_id": row["_doc"]} | said | task.score(row, own))
+        groups = [task.group(row) for row in rows] if task.group else None
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        results[name] = summarise([document["metrics"] for document in documents], groups)
+        results[name] |= {"n": len(rows), "version": task.version, "data_sha256": digest, "limit": limit}
+        if skipped := sum("not_scored" in document for document in documents):
+            results[name]["not_scored"] = skipped
         samples += documents
     return results, samples
 
 
-def summarise(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Mean and standard error of every metric over the documents that have it."""
-    summary: dict[str, float] = {}
+def fetched_folder(names: list[str]) -> Path:
+    """The cache folder with the tasks' rows; rank 0 fetches, the others find them there."""
+    if unknown := [name for name in names if TASKS[name].file not in BENCHMARKS]:
+        raise ValueError(f"{', '.join(unknown)}: --data-dir is needed, these rows have no public home")
+    files = [file for name in names for file in (TASKS[name].file, *TASKS[name].beside)]
+    if rank_and_world()[0] == 0:
+        fetch_benchmarks(files)
+    wait_for_all()
+    return fetch_benchmarks(files)
+
+
+def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
+    """The documents of a task, with num_fewshot worked examples each where the task takes any.
+
+    The examples come from NAME_train.jsonl if it lies beside, else from the evaluated rows, never the row itself: drawn as
+    lm-evaluation-harness draws them, by one generator that goes on from row to row.
+    """
+    rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
+    try:
+        pool = rows = task.prepare(rows, path.parent)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: what belongs beside its rows is missing or malformed ({error})") from None
+    rows = rows[:limit]
+    if not rows:
+        raise ValueError(f"{path}: no document to evaluate")
+    if not num_fewshot or task.example is None or "truthfulqa" in task.file:
+        return rows
+    train = path.with_name(f"{path.stem}_train.jsonl")
+    if train.is_file():
+        pool = read_rows([str(train)])
+    own = int(not train.is_file())
+    if len(pool) < num_fewshot + own:
+        raise ValueError(f"{path}: {num_fewshot} examples asked for, {len(pool) - own} are there to draw from")
+    rng = random.Random(1234)
+    drawn = [[r for r in rng.sample(pool, num_fewshot + own) if r is not row][:num_fewshot] for row in rows]
+    return [row | {"_examples": "".join(map(task.example, examples))} for row, examples in zip(rows, drawn)]
+
+
+def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
+    """A row's requests; a row that lacks what the task needs is a ValueError that names it."""
+    try:
+        requests = task.requests(row, tokenizer)
+    except KeyError as error:
+        raise ValueError(f"{row['_source']}: no field {error}") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(str(error) if str(error).startswith(row["_source"]) else f"{row['_source']}: {error}") from None
+    if not requests:
+        raise ValueError(f"{row['_source']}: no choices")
+    return requests
+
+
+def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
+    """Mean and standard error of every metric over the documents that have it; lists are pooled.
+
+    With groups (one name per document) the figures are unweighted means over the groups, which stand in "by_group".
+    The perplexity of a task is exp of minus the mean log-likelihood.
+    """
+    if groups is not None:
+        names = sorted(set(groups))
+        parts = {name: summarise([m for m, g in zip(metrics, groups) if g == name]) for name in names}
+        keys = [key for key in next(iter(parts.values())) if not key.endswith("_stderr")]
+        summary = {key: sum(part[key] for part in parts.values()) / len(names) for key in keys}
+        squares = {key: sum(part[f"{key}_stderr"] ** 2 for part in parts.values()) for key in keys}
+        return summary | {f"{key}_stderr": math.sqrt(squares[key]) / len(names) for key in keys} | {"by_group": parts}
+    summary = {}
     for key in dict.fromkeys(key for one in metrics for key in one):
-        values = [one[key] for one in metrics if key in one]
+        found = [one[key] for one in metrics if key in one]
+        values = [x for value in found for x in (value if isinstance(value, list) else [value])]
         mean = sum(values) / len(values)
         variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-        summary |= {key: mean, f"{key}_stderr": math.sqrt(variance / len(values))}
+        error = math.sqrt(variance / len(values))
+        if key == "perplexity":
+            mean, error = math.exp(-mean), math.exp(-mean) * error
+        summary |= {key: mean, f"{key}_stderr": error}
     return summary
+
+
+def headline(result: dict) -> tuple[str, float]:
+    """The metric that stands for a task in a table of tasks: its first."""
+    name = next(key for key in result if f"{key}_stderr" in result)
+    return name, result[name]
 
 
 def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
@@ -365,14 +748,32 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
+def show(results: dict[str, dict]) -> str:
+    """Tables for the screen: the tasks side by side with their average, as in the paper; then every metric."""
+    firsts = {task: headline(result) for task, result in results.items()}
+    percents = [100 * value for _, value in firsts.values()]
+    side_by_side = table([*firsts, "average"], [[f"{p:.2f}" for p in [*percents, sum(percents) / len(percents)]]])
+    rows = []
+    for task, result in results.items():
+        for metric in (key for key in result if f"{key}_stderr" in result):
+            rows.append([task, metric, f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])])
+        if "not_scored" in result:
+            rows.append([task, "not scored (a checker's package is missing)", "", "", str(result["not_scored"])])
+        if "by_group" in result:
+            rows.append([task, f"mean over {', '.join(result['by_group'])}", "", "", ""])
+    return f"{side_by_side}\n\n{table(['task', 'metric', 'value', 'stderr', 'n'], rows)}"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join([*TASKS, *GROUPS])
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
     parser.add_argument("--adapter", help="folder of a PEFT-layout LoRA adapter")
-    parser.add_argument("--tasks", nargs="+", required=True, help=f"any of {', '.join(TASKS)}")
-    parser.add_argument("--data-dir", required=True, help="folder of the row files")
+    parser.add_argument("--tasks", nargs="+", required=True, help=f"any of {known}")
+    parser.add_argument("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
     parser.add_argument("--limit", type=int, help="only the first LIMIT documents of each task")
+    parser.add_argument("--num-fewshot", type=int, default=0, help="worked examples in front of each question [0]")
     parser.add_argument("--output", help="write the results here (.json)")
     parser.add_argument("--samples", help="write one line per document here (.jsonl)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
@@ -380,28 +781,26 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass")
     arguments = parser.parse_args()
     try:
-        check_tasks(arguments.tasks)
+        expand_tasks(arguments.tasks)
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
         model, tokenizer = load_model(folder, device, DTYPES[arguments.dtype]), Tokenizer(folder)
         if arguments.adapter:
             load_adapter(model, arguments.adapter)
-        results, samples = evaluate(
-            model, tokenizer, arguments.tasks, arguments.data_dir, arguments.limit, arguments.batch_tokens
-        )
+        options = (arguments.limit, arguments.num_fewshot, arguments.batch_tokens)
+        results, samples = evaluate(model, tokenizer, arguments.tasks, arguments.data_dir, *options)
     except ValueError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if rank_and_world()[0] == 0:
-        for task, metrics in results.items():
-            figures = (f"{k} {v:.4f} +- {metrics[k + '_stderr']:.4f}" for k, v in metrics.items() if k + "_stderr" in metrics)
-            print(f"{task:24} n {metrics['n']:6}  {'  '.join(figures)}")
-        if arguments.limit is not None:
-            print(f"only the first {arguments.limit} documents of each task (--limit)")
-        if arguments.output:
-            write_text(json.dumps(results, indent=2) + "\n", arguments.output)
-        if arguments.samples:
-            write_rows(samples, arguments.samples)
+    for result in results.values():
+        result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype", "num_fewshot")}
+    say(show(results))
+    if arguments.limit is not None:
+        say(f"only the first {arguments.limit} documents of each task (--limit)")
+    if arguments.output and rank_and_world()[0] == 0:
+        write_text(json.dumps(results, indent=2) + "\n", arguments.output)
+    if arguments.samples and rank_and_world()[0] == 0:
+        write_rows(samples, arguments.samples)
     if dist.is_initialized():
         dist.destroy_process_group()
 

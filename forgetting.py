@@ -41,8 +41,9 @@ from tqdm import tqdm
 import data
 from data import Corpus, Tokenizer, build_corpus, detection, pack, read_rows, shift, unique_rows
 from eval import (
-    check_tasks,
     evaluate,
+    expand_tasks,
+    headline,
     rank_and_world,
     say,
     spread,
@@ -50,7 +51,7 @@ from eval import (
     sum_over_ranks,
     table,
     wait_for_all,
-    write_text,  # fmt: skip
+    write_text,
 )
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
 from model import (
@@ -233,7 +234,7 @@ class Options:
     overwrite: bool = option(False, "start over where the run folder holds results of other inputs", action="store_true")
     export: bool = option(False, "also save each trained model with its adapter merged in", action="store_true")
     tasks: list[str] = option([], "tasks of eval.py for the table", nargs="+")
-    data_dir: str | None = option(None, "folder of the tasks' rows", type=str)
+    data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]", type=str)
     limit: int | None = option(None, "only the first LIMIT documents of each task", type=int)
 
 
@@ -282,9 +283,7 @@ def check_options(options: Options) -> None:
     known = [*UNTRAINED, *METHODS]
     if unknown := [m for m in options.methods if m not in known]:
         raise ValueError(f"unknown method {', '.join(unknown)}; known: {', '.join(known)}")
-    check_tasks(options.tasks)
-    if options.tasks and options.data_dir is None:
-        raise ValueError("--tasks needs --data-dir, the folder of their rows")
+    expand_tasks(options.tasks)
     if options.rho is not None or options.forget_rate is not None:
         partition(np.zeros(1), 0.7 if options.rho is None else options.rho, options.forget_rate)
     if options.t_max < options.t_min:
@@ -719,10 +718,11 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
 
 def columns(results: dict) -> dict[str, float]:
     """The columns of one trained model: task metrics in percent, the average of each task's first, the two losses."""
-    tasks = {
-        f"{t} {m}": 100 * v for t, ms in results["tasks"].items() for m, v in ms.items() if m != "n" and "_stderr" not in m
-    }
-    firsts = [100 * next(iter(metrics.values())) for metrics in results["tasks"].values()]
+    tasks = {}
+    for task, result in results["tasks"].items():
+        for metric in (key for key in result if f"{key}_stderr" in result):
+            tasks[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
+    firsts = [100 * headline(result)[1] for result in results["tasks"].values()]
     average = {"average": sum(firsts) / len(firsts)} if firsts else {}
     return average | tasks | {name: results[name] for name in ("L_P", "L_N") if results[name] is not None}
 

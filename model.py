@@ -506,7 +506,10 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
-            pickled = " (pytorch_model.bin is a pickle and is not read: save it as safetensors)" * any(folder.glob("*.bin"))
+            pickled = (
+                " (pytorch_model.bin is a pickle and is not read; transformers converts it: load it, then save_pretrained)"
+            )
+            pickled *= any(folder.glob("*.bin"))
             raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json in it{pickled}")
         return {folder / "model.safetensors": None}
     files: dict[Path, list[str]] = {}
@@ -533,22 +536,24 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
     loaded: set[str] = set()
     for path, names in weight_files(folder).items():
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in names if names is not None else file.keys():
-                    if KNOWN_BUFFERS.search(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
-                        continue  # not a weight; a second copy of a tied head
-                    if name not in expected:
-                        raise ValueError(f"{path}: unexpected tensor {name}")
+            if names is None:
+                with safe_open(path, framework="pt") as file:
+                    names = list(file.keys())
+            for name in names:
+                if KNOWN_BUFFERS.search(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
+                    continue  # not a weight; a second copy of a tied head
+                if name not in expected:
+                    raise ValueError(f"{path}: unexpected tensor {name}")
+                with safe_open(path, framework="pt") as file:  # opened anew: the pages read so far are given back
                     tensor = file.get_tensor(name)
-                    if tensor.shape != expected[name].shape:
-                        shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-                        raise ValueError(f"{path}: tensor {name} has shape {shapes}")
-                    if not torch.isfinite(tensor).all():
-                        raise ValueError(f"{path}: tensor {name} holds values that are not finite")
-                    owner, _, leaf = name.rpartition(".")
-                    parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-                    setattr(model.get_submodule(owner), leaf, parameter)
-                    loaded.add(name)
+                if tensor.shape != expected[name].shape:
+                    shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+                    raise ValueError(f"{path}: tensor {name} has shape {shapes}")
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{path}: tensor {name} holds values that are not finite")
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+                loaded.add(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if missing := sorted(expected.keys() - loaded):

@@ -1,0 +1,336 @@
+"""The public benchmarks, example by example, against what lm-evaluation-harness 0.4.13 gives (stored; not imported)."""
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+import data
+import tiny
+
+from data import Tokenizer
+from eval import (
+    SUBTASKS,
+    TASKS,
+    Answer,
+    encode_pair,
+    evaluate,
+    expand_tasks,
+    f1_score,
+    follows,
+    ifeval_checks,
+    ifeval_score,
+    requests_of,
+    summarise,
+    task_rows,
+    words_of,
+)
+from model import load_model
+
+NAMES = ("arc_challenge", "arithmetic", "asdiv", "boolq", "lambada", "logiqa", "truthfulqa_mc1", "truthfulqa_mc2")
+
+
+def compare_with_golden(golden: dict, model, tokenizer, data_dir) -> None:
+    """Log-likelihoods to 1e-3 of their size; greedy flags, predictions and metrics exactly; token counts too."""
+    samples = golden["samples"]
+    names = sorted({sample["task"] for sample in samples})
+    wanted = {(sample["task"], sample["doc"]): sample for sample in samples}
+    per_task = len(samples) // len(names)
+    _, ours = evaluate(model, tokenizer, names, data_dir, limit=per_task)
+    assert len(ours) == len(samples)
+    for name in names:
+        rows = task_rows(TASKS[name], Path(data_dir) / TASKS[name].file, per_task, 0)
+        for row, document in zip(rows, [d for d in ours if d["task"] == name]):
+            sample = wanted[name, row["_doc"]] if (name, row["_doc"]) in wanted else wanted[name, rows.index(row)]
+            pairs = [encode_pair(tokenizer, r.context, r.continuation) for r in requests_of(TASKS[name], row, tokenizer)]
+            assert [len(ids) for _, ids in pairs] == sample["continuation_tokens"]
+            assert {len(ids) for ids, _ in pairs} == {sample["context_tokens"]}
+            assert document["loglikelihoods"] == pytest.approx(sample["loglikelihoods"], rel=1e-3)
+            if "predicted" in sample:
+                assert document["prediction"] == sample["predicted"]
+            for metric in ("acc", "acc_norm"):
+                if metric in sample:
+                    assert document["metrics"][metric] == pytest.approx(sample[metric], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_llama2_goldens(shared, name):
+    """A model whose tokenizer puts a bos, with 128 positions: bos handling and truncation from the left."""
+    path = shared / "data" / "goldens" / f"tiny_llama2_{name}.json"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} among the goldens")
+    folder = shared / "data" / "checkpoints" / "tiny_llama2"
+    compare_with_golden(json.loads(path.read_text()), load_model(folder), Tokenizer(folder), shared / "data" / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    folder = os.environ.get("SMOLLM2")
+    if not folder:
+        pytest.skip("set SMOLLM2 to a folder made by shared/tools/get_smollm2.py (1 min a task)")
+    return load_model(folder), Tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smollm2_goldens(shared, smollm2, name):
+    golden = json.loads((shared / "data" / "goldens" / f"smollm2_{name}.json").read_text())
+    compare_with_golden(golden, *smollm2, shared / "data" / "benchmarks")
+
+
+def test_ifeval_scoring_is_lm_evals(shared):
+    """Canned replies, every checker that needs no package: strict and loose, instruction by instruction."""
+    golden = json.loads((shared / "data" / "goldens" / "ifeval_checks.json").read_text())
+    rows = [json.loads(line) for line in (shared / "data" / "benchmarks" / "ifeval.jsonl").read_text().splitlines()]
+    seen: dict = {}
+    for sample in golden["samples"]:
+        row, reply = rows[sample["row"]], sample["reply"]
+        if reply == "built":
+            text = seen[sample["row"]] = sample["text"]
+        elif reply == "wrapped":
+            text = "Sure! Here it is:\n" + seen[sample["row"]] + "\nHope this helps."
+        else:
+            text = golden["generic_replies"][reply]
+        metrics = ifeval_score(row, [Answer(text=text)])["metrics"]
+        assert metrics["inst_level_strict_acc"] == sample["strict"], (row["instruction_id_list"], text)
+        assert metrics["inst_level_loose_acc"] == sample["loose"], (row["instruction_id_list"], text)
+
+
+def test_tydiqa_scoring_is_squads(shared):
+    golden = json.loads((shared / "data" / "goldens" / "tydiqa_scores.json").read_text())
+    path = shared / "data" / "benchmarks" / "tydiqa.jsonl"
+    rows = {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    metrics, languages = [], []
+    for sample in golden["samples"]:
+        row = rows[sample["id"]]
+        scored = TASKS["tydiqa"].score(row, [Answer(text=sample["prediction"])])["metrics"]
+        assert scored["f1"] == pytest.approx(sample["squad"]["f1"])
+        assert scored["exact_match"] == sample["squad"]["exact_match"]
+        metrics.append(scored)
+        languages.append(TASKS["tydiqa"].group(row))
+    summary, stored = summarise(metrics, languages), golden["aggregate_percent"]["squad"]
+    assert 100 * summary["f1"] == pytest.approx(stored["average"]["f1"])
+    assert all(100 * summary["by_group"][name]["f1"] == pytest.approx(stored[name]["f1"]) for name in set(languages))
+
+
+# --------------------------------------------------------------- without shared/: rows of our own in each benchmark's layout
+
+ROWS = {
+    "boolq.jsonl": [{"question": "is the fox quick", "passage": "Fox -- The quick fox jumps.", "label": 1}],
+    "logiqa.jsonl": [{"label": "b", "context": "The river is long.", "question": "Why?", "options": ["No", "The hills are far", "42", "dog"]}],
+    "arc_challenge.jsonl": [{"question": "Why is it so?", "choices": {"text": ["the dog", "water", "hills"], "label": ["1", "2", "3"]}, "answerKey": "3"}],
+    "truthfulqa.jsonl": [{"question": "What is 12 plus 30?", "mc1_targets": {"choices": ["It is 42.", "It is 7."], "labels": [1, 0]},
+                          "mc2_targets": {"choices": ["It is 7.", "It is 42.", "Thank you"], "labels": [0, 1, 0]}}],
+    "lambada.jsonl": [{"text": "Tell me the name of the\nriver"}],
+    "asdiv.jsonl": [{"body": "Two dogs and three dogs.", "question": "How many dogs? ", "answer": "5 (dogs)"}],
+    "arithmetic.jsonl": [{"subtask": "arithmetic_2da", "context": "\n\nQ: What is 12 plus 30?\n\nA:", "completion": " 42"}],
+}  # fmt: skip
+
+
+def write(folder: Path, rows: dict) -> Path:
+    for name, content in rows.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "truthfulqa_prompt.txt").write_text("Q: Who?\nA: The fox.")
+    return folder
+
+
+def test_prompts_to_the_byte(tmp_path):
+    tiny.save_tokenizer(tmp_path, "qwen2")
+    tokenizer, folder = Tokenizer(tmp_path), write(tmp_path, ROWS)
+
+    def asked(name):
+        row = task_rows(TASKS[name], folder / TASKS[name].file, None, 0)[0]
+        return [(r.context, r.continuation) for r in requests_of(TASKS[name], row, tokenizer)]
+
+    assert asked("boolq") == [("Fox -- The quick fox jumps.\nQuestion: is the fox quick?\nAnswer:", c) for c in (" no", " yes")]
+    logiqa = "Passage: The river is long.\nQuestion: Why?\nChoices:\nA. No\nB. The hills are far\nC. 42\nD. dog\nAnswer:"
+    assert asked("logiqa") == [(logiqa, c) for c in (" No", " The hills are far", " 42", " dog")]
+    assert asked("arc_challenge")[2] == ("Question: Why is it so?\nAnswer:", " hills")
+    assert asked("truthfulqa_mc1") == [
+        ("Q: Who?\nA: The fox.\n\nQ: What is 12 plus 30?\nA:", c) for c in (" It is 42.", " It is 7.")
+    ]
+    assert len(asked("truthfulqa_mc2")) == 3
+    assert asked("lambada") == [("Tell me the name of", " the\nriver")]  # split at spaces alone
+    assert asked("asdiv") == [("Two dogs and three dogs.\nQuestion:How many dogs? \nAnswer:", "5")]
+    assert asked("arithmetic_2da") == [("Question: What is 12 plus 30?\nAnswer:", " 42")]
+
+
+def test_scores_by_hand():
+    row = {"choices": {"text": ["ab", "abcdef"], "label": ["A", "B"]}, "answerKey": "B", "question": "?"}
+    scored = TASKS["arc_challenge"].score(row, [Answer(-2.0), Answer(-3.0)])
+    assert scored["prediction"] == 0 and scored["metrics"] == {"acc": 0.0, "acc_norm": 1.0}
+    assert TASKS["arc_challenge"].score(row, [Answer(-3.0), Answer(-3.0)])["prediction"] == 0  # the first wins a tie
+    row = {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 1]}}
+    scored = TASKS["truthfulqa_mc2"].score(row, [Answer(math.log(0.2)), Answer(math.log(0.1)), Answer(math.log(0.1))])
+    assert scored["metrics"]["acc"] == pytest.approx(0.75)
+    assert summarise([{"perplexity": -1.0}, {"perplexity": -3.0}])["perplexity"] == pytest.approx(math.exp(2))
+    assert f1_score("The cat", "cat") == 1 and words_of("An (odd) a-b!") == ["odd", "ab"]
+
+
+def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check():
+    names = ["punctuation:no_comma", "startend:quotation"]
+    documents = [
+        ifeval_score({"instruction_id_list": names, "kwargs": [{}, {}]}, [Answer(text='"so it is"')]),
+        ifeval_score({"instruction_id_list": names[:1], "kwargs": [{"relation": None}]}, [Answer(text="a, b\nc")]),
+        ifeval_score({"instruction_id_list": ["no:such"], "kwargs": [{}]}, [Answer(text="x")]),
+    ]
+    summary = summarise([document["metrics"] for document in documents])
+    assert summary["inst_level_strict_acc"] == pytest.approx(2 / 3) and summary["prompt_level_strict_acc"] == 0.5
+    assert summary["inst_level_loose_acc"] == 1.0  # without the first line there is no comma
+    assert documents[2]["not_scored"] == ["no:such"]
+    assert not follows(" \n", "punctuation:no_comma", {}) and len(ifeval_checks()) >= 20
+
+
+def test_groups_are_averaged_not_documents():
+    found = summarise([{"f1": 1.0}, {"f1": 0.0}, {"f1": 0.0}, {"f1": 0.0}], ["a", "b", "b", "b"])
+    assert found["f1"] == 0.5 and found["by_group"]["b"]["f1"] == 0.0
+
+
+def test_tydiqa_prompt_and_the_cut_passage(tmp_path):
+    """A passage of more than 512 tokens is decoded from its first 512, with the bos that encoding put there."""
+    tiny.save_tokenizer(tmp_path, "llama3")
+    tokenizer = Tokenizer(tmp_path)
+    words = {"instruction": "Answer.", "passage": "Passage:", "question": "Question:", "answer": "Answer:"}
+    shot = {"id": "english-1", "context": "the dog", "question": "who?", "answers": {"text": ["a fox", "b"]}}
+    row = {
+        "id": "english-2-0",
+        "context": "the river " * 600,
+        "question": "why?",
+        "answers": {"text": ["hills"]},
+        "_source": "x",
+    }
+    request = requests_of(TASKS["tydiqa"], row | {"_words": words, "_shot": shot}, tokenizer)[0]
+    head = "Answer.\n\nPassage: the dog\nQuestion: who?\nAnswer: a fox\n\nPassage: "
+    cut = tokenizer.decode(tokenizer.encode([row["context"]])[0][0][:512], skip_special=False)
+    assert request.context == head + cut + "\nQuestion: why?\nAnswer:" and cut.startswith("<|begin_of_text|>")
+    assert (request.max_new_tokens, request.stop) == (50, "\n")
+
+
+def test_few_shot_examples_are_other_rows(tmp_path):
+    rows = [{"body": f"Body {i}.", "question": "How many?", "answer": f"{i} (dogs)"} for i in range(5)]
+    folder = write(tmp_path, {"asdiv.jsonl": rows})
+    drawn = task_rows(TASKS["asdiv"], folder / "asdiv.jsonl", None, 2)
+    for i, row in enumerate(drawn):
+        assert row["_examples"].count("\n\n") == 2 and f"Body {i}." not in row["_examples"]
+        assert row["_examples"].startswith("Body ") and row["_examples"].endswith("\n\n")
+    assert "Answer: 3\n\n" in "".join(row["_examples"] for row in drawn)
+    with pytest.raises(ValueError, match="5 examples asked for, 4 are there"):
+        task_rows(TASKS["asdiv"], folder / "asdiv.jsonl", None, 5)
+
+
+# ------------------------------------------------------------------------------- from the originals' formats to our rows
+
+TYDIQA_FILE = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [
+    {"id": f"{language}-{i}-0", "question": f"q{i}", "answers": [{"text": "a", "answer_start": 0}]}
+    for language in ("swahili", "arabic") for i in range(102)]}]}]}  # fmt: skip
+ORIGINALS = {  # converter: (original texts, the rows they become)
+    "convert_boolq": (
+        ['{"question": "is it", "title": "Fox", "answer": true, "passage": "So it is."}\n'],
+        [{"question": "is it", "passage": "Fox -- So it is.", "idx": 0, "label": 1}],
+    ),
+    "convert_logiqa": (
+        ["\nb\nOne.Two. \nWhy so?\nA.No.\nB. Yes\nC.x\nD.y\n\na\nThree\nWho?\nA.1\nB.2\nC.3\nD.4\n"],
+        [{"label": "b", "context": "One. Two.", "question": "Why so?", "options": ["No.", "Yes", "x", "y"]},
+         {"label": "a", "context": "Three", "question": "Who?", "options": ["1", "2", "3", "4"]}],
+    ),
+    "convert_asdiv": (
+        ["<M><ProblemSet><Problem><Body>Two dogs.</Body><Question>How many? </Question><Solution-Type>Sum</Solution-Type>"
+         "<Answer>2 (dogs)</Answer><Formula>2=2</Formula></Problem></ProblemSet></M>"],
+        [{"body": "Two dogs.", "question": "How many? ", "solution_type": "Sum", "answer": "2 (dogs)", "formula": "2=2"}],
+    ),
+    "convert_truthfulqa": (
+        ['[{"question": "q", "mc1_targets": {"b": 1, "a": 0}, "mc2_targets": {"x": 0, "w": 1}}]'],
+        [{"question": "q", "mc1_targets": {"choices": ["b", "a"], "labels": [1, 0]},
+          "mc2_targets": {"choices": ["x", "w"], "labels": [0, 1]}}],
+    ),
+    "convert_truthfulqa_prompt": (
+        ["doc_to_text: \"\\\n  {% set prompt_qa = '\\\n  Q: Who?\\n\\\n  A: It.\\n\\n\\\n  Q: Why?\\n\\\n  A: So.\\\n  '%}\\\n  {{x}}\""],
+        "Q: Who?\nA: It.\n\nQ: Why?\nA: So.",
+    ),
+    "convert_ifeval": (
+        ['{"key": 1, "prompt": "p", "instruction_id_list": ["a"], "kwargs": [{"n": 2, "m": null}]}\n'],
+        [{"key": 1, "prompt": "p", "instruction_id_list": ["a"], "kwargs": [{"n": 2}]}],
+    ),
+    "convert_arc": (
+        ['{"rows": [{"row_idx": 0, "row": {"id": "x"}}]}', '{"rows": [{"row_idx": 1, "row": {"id": "y"}}]}'],
+        [{"id": "x"}, {"id": "y"}],
+    ),
+    "convert_tydiqa_templates": (
+        ['import vllm\nencoding_templates_with_context = {"english": ("I", "P:", "Q:", "A:")}\nraise SystemExit'],
+        '{"with_context": {"english": {"instruction": "I", "passage": "P:", "question": "Q:", "answer": "A:"}}}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("converter", ORIGINALS)
+def test_converters(converter):
+    originals, rows = ORIGINALS[converter]
+    found = getattr(data, converter)(*originals)
+    assert (json.loads(found) == json.loads(rows)) if converter == "convert_tydiqa_templates" else found == rows
+
+
+def test_the_tydiqa_draw():
+    """Languages sorted, 100 of each, then one training row of each from the same generator."""
+    text = json.dumps(TYDIQA_FILE)
+    rows = data.convert_tydiqa(text)
+    assert [row["id"].split("-")[0] for row in rows] == ["arabic"] * 100 + ["swahili"] * 100
+    rng = random.Random(42)
+    ids = [f"arabic-{i}-0" for i in range(102)]
+    assert [row["id"] for row in rows[:100]] == rng.sample(ids, 100)
+    rng.sample(ids, 100)
+    shots = data.convert_tydiqa(text, text)
+    assert [row["id"] for row in shots] == [
+        rng.sample([f"{name}-{i}-0" for i in range(102)], 1)[0] for name in ("arabic", "swahili")
+    ]
+    assert shots[0]["answers"] == {"text": ["a"], "answer_start": [0]}
+
+
+def test_fetching_checks_caches_and_says_what_failed(tmp_path, monkeypatch):
+    """Through a stand-in for the network: one fetch, a check of what came, and one line when it is not there."""
+    monkeypatch.setattr(data.constants, "HF_HOME", str(tmp_path))
+    fetched = []
+    monkeypatch.setattr(data, "fetch_text", lambda source: fetched.append(source) or ORIGINALS["convert_arc"][0][0])
+    folder = data.fetch_benchmarks(["arc_challenge.jsonl"])
+    assert json.loads((folder / "arc_challenge.jsonl").read_text().split("\n")[0]) == {"id": "x"} and len(fetched) == 12
+    data.fetch_benchmarks(["arc_challenge.jsonl"])
+    assert len(fetched) == 12 and [path.name for path in folder.iterdir()] == ["arc_challenge.jsonl"]
+    monkeypatch.setattr(data, "fetch_text", lambda source: ORIGINALS["convert_boolq"][0][0])
+    with pytest.raises(ValueError, match=r"boolq.jsonl: https://\S+ is not what it was \(sha256"):
+        data.fetch_benchmarks(["boolq.jsonl"])
+    monkeypatch.undo()
+    monkeypatch.setattr(data.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match="https://nowhere.invalid/x: could not be fetched .HF_HUB_OFFLINE is set.; put the rows"
+    ):
+        data.fetch_text("https://nowhere.invalid/x")
+
+
+def test_every_task_has_a_public_home_or_is_the_demos():
+    for name, task in TASKS.items():
+        assert name.startswith("demo_") or {task.file, *task.beside} <= set(data.BENCHMARKS), name
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("arc_challenge", {"question": "?", "choices": {"text": [], "label": []}, "answerKey": "A"}, "'A' is not in list"),
+        ("arc_challenge", {"question": "?", "choices": {"text": ["x"], "label": ["A"]}}, "no field 'answerKey'"),
+        ("logiqa", {"label": "e", "context": "", "question": "", "options": ["x"]}, "substring not found"),
+        ("boolq", {"question": "?", "passage": "x", "label": 2}, "2 choices, the right one is number 2"),
+        ("truthfulqa_mc2", {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": []}}, "no choices"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path, name, row, message):
+    folder = write(tmp_path, {TASKS[name].file: [row]})
+    loaded = task_rows(TASKS[name], folder / TASKS[name].file, None, 0)[0]
+    with pytest.raises(ValueError, match=f"{TASKS[name].file}:1: {message}"):
+        requests_of(TASKS[name], loaded, None)
+
+
+def test_groups_of_tasks():
+    assert expand_tasks(["truthfulqa", "boolq", "truthfulqa_mc1"]) == ["truthfulqa_mc1", "truthfulqa_mc2", "boolq"]
+    assert expand_tasks(["arithmetic"]) == SUBTASKS and len(SUBTASKS) == 10
+    assert len(expand_tasks(["paper"])) == 5 and "ifeval" in expand_tasks(["paper-appendix"])
+    with pytest.raises(ValueError, match="unknown task boolque"):
+        expand_tasks(["boolque"])
