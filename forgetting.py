@@ -652,6 +652,7 @@ def run(options: Options) -> dict:
     reference_set, train_set = select_data(options, tokenizer)
     for_reference, for_scores, for_training = stage_inputs(options, checkpoint, reference_set, train_set)
     write_config(options, for_training, out)
+    say(f"{out}: {options.model}")
     for name, corpus in (("D_ref", reference_set), ("D_train", train_set)):
         say(f"{name} {len(corpus):,} examples, {len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response; "
             f"{corpus.dropped} rows dropped for want of a response within {options.max_length} tokens")  # fmt: skip

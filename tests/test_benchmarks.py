@@ -7,9 +7,10 @@ import random
 from pathlib import Path
 
 import pytest
-import data
 import tiny
+from rows import IFEVAL, ROWS, TRUTHFULQA_PROMPT
 
+import data
 from data import Tokenizer
 from eval import (
     SUBTASKS,
@@ -114,25 +115,43 @@ def test_tydiqa_scoring_is_squads(shared):
     assert all(100 * summary["by_group"][name]["f1"] == pytest.approx(stored[name]["f1"]) for name in set(languages))
 
 
-# --------------------------------------------------------------- without shared/: rows of our own in each benchmark's layout
+# ------------------------------------- without shared/: documents of our own, and what lm-eval gives for them on tiny.py's model
 
-ROWS = {
-    "boolq.jsonl": [{"question": "is the fox quick", "passage": "Fox -- The quick fox jumps.", "label": 1}],
-    "logiqa.jsonl": [{"label": "b", "context": "The river is long.", "question": "Why?", "options": ["No", "The hills are far", "42", "dog"]}],
-    "arc_challenge.jsonl": [{"question": "Why is it so?", "choices": {"text": ["the dog", "water", "hills"], "label": ["1", "2", "3"]}, "answerKey": "3"}],
-    "truthfulqa.jsonl": [{"question": "What is 12 plus 30?", "mc1_targets": {"choices": ["It is 42.", "It is 7."], "labels": [1, 0]},
-                          "mc2_targets": {"choices": ["It is 7.", "It is 42.", "Thank you"], "labels": [0, 1, 0]}}],
-    "lambada.jsonl": [{"text": "Tell me the name of the\nriver"}],
-    "asdiv.jsonl": [{"body": "Two dogs and three dogs.", "question": "How many dogs? ", "answer": "5 (dogs)"}],
-    "arithmetic.jsonl": [{"subtask": "arithmetic_2da", "context": "\n\nQ: What is 12 plus 30?\n\nA:", "completion": " 42"}],
-}  # fmt: skip
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "lm_eval.json").read_text())
 
 
 def write(folder: Path, rows: dict) -> Path:
     for name, content in rows.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
-    (folder / "truthfulqa_prompt.txt").write_text("Q: Who?\nA: The fox.")
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    (folder / "truthfulqa_prompt.txt").write_text(TRUTHFULQA_PROMPT, encoding="utf-8")
     return folder
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_requests_are_lm_evals(tmp_path, batch_tokens):
+    """Eight tasks: log-likelihoods, greedy flags, metrics, aggregates; stored by make_lm_eval_goldens.py."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
+    names = list(GOLDENS["requests"])
+    results, samples = evaluate(model, Tokenizer(tmp_path / "m"), names, write(tmp_path, ROWS), batch_tokens=batch_tokens)
+    for name in names:
+        golden = GOLDENS["requests"][name]
+        documents = [sample for sample in samples if sample["task"] == name]
+        for document, expected in zip(documents, golden["documents"], strict=True):
+            assert document["loglikelihoods"] == pytest.approx(expected["loglikelihoods"], rel=1e-3)
+            for metric in ("acc", "acc_norm"):
+                if metric in expected:
+                    assert document["metrics"][metric] == pytest.approx(expected[metric], rel=1e-3)
+            if len(expected["greedy"]) == 1:
+                assert document["prediction"] == expected["greedy"][0]
+        for metric, value in golden["aggregate"].items():
+            assert results[name][metric] == pytest.approx(value, rel=1e-3)
+
+
+def test_ifeval_verdicts_are_lm_evals():
+    replies = [(ids, arguments, reply) for ids, arguments, said in IFEVAL for reply in said]
+    for (ids, arguments, reply), (strict, loose) in zip(replies, GOLDENS["ifeval"], strict=True):
+        metrics = ifeval_score({"instruction_id_list": ids, "kwargs": arguments}, [Answer(text=reply)])["metrics"]
+        assert (metrics["inst_level_strict_acc"], metrics["inst_level_loose_acc"]) == (strict, loose), (ids, reply)
 
 
 def test_prompts_to_the_byte(tmp_path):
@@ -143,16 +162,17 @@ def test_prompts_to_the_byte(tmp_path):
         row = task_rows(TASKS[name], folder / TASKS[name].file, None, 0)[0]
         return [(r.context, r.continuation) for r in requests_of(TASKS[name], row, tokenizer)]
 
-    assert asked("boolq") == [("Fox -- The quick fox jumps.\nQuestion: is the fox quick?\nAnswer:", c) for c in (" no", " yes")]
-    logiqa = "Passage: The river is long.\nQuestion: Why?\nChoices:\nA. No\nB. The hills are far\nC. 42\nD. dog\nAnswer:"
-    assert asked("logiqa") == [(logiqa, c) for c in (" No", " The hills are far", " 42", " dog")]
-    assert asked("arc_challenge")[2] == ("Question: Why is it so?\nAnswer:", " hills")
-    assert asked("truthfulqa_mc1") == [
-        ("Q: Who?\nA: The fox.\n\nQ: What is 12 plus 30?\nA:", c) for c in (" It is 42.", " It is 7.")
-    ]
-    assert len(asked("truthfulqa_mc2")) == 3
-    assert asked("lambada") == [("Tell me the name of", " the\nriver")]  # split at spaces alone
-    assert asked("asdiv") == [("Two dogs and three dogs.\nQuestion:How many dogs? \nAnswer:", "5")]
+    passage = "River -- The river is long. It comes from the hills.\nQuestion: is the river long?\nAnswer:"
+    assert asked("boolq") == [(passage, " no"), (passage, " yes")]
+    assert asked("logiqa")[1] == (
+        "Passage: All foxes are quick. This is a fox.\nQuestion: What follows?\nChoices:\nA. It is slow\n"
+        "B. It is quick, and brown\nC. It is a dog\nD. Nothing\nAnswer:",
+        " It is quick, and brown",
+    )
+    assert asked("arc_challenge")[2] == ("Question: Which thing is long?\nAnswer:", " 42")
+    assert asked("truthfulqa_mc1")[0][0] == TRUTHFULQA_PROMPT + "\n\nQ: Why is the river so long?\nA:"
+    assert asked("lambada") == [("The quick brown fox jumps over the lazy", " dog")]
+    assert asked("asdiv") == [("There are two dogs and three foxes.\nQuestion:How many are there?\nAnswer:", "5")]
     assert asked("arithmetic_2da") == [("Question: What is 12 plus 30?\nAnswer:", " 42")]
 
 

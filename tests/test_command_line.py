@@ -161,7 +161,10 @@ def test_eval_command_line(finished, setting, tmp_path):
     both = run("--model", setting / "model", "--adapter", finished / "full/seed-1", "--tasks", "demo_mc", "--data-dir", setting,
                "--samples", tmp_path / "t.jsonl", script="eval.py", ranks=2)  # fmt: skip
     again = json.loads((tmp_path / "t.jsonl").read_text())
-    assert again["loglikelihoods"] == pytest.approx(sample["loglikelihoods"], rel=1e-5) and both.stdout.count("| demo_mc | acc ") == 1
+    assert (
+        again["loglikelihoods"] == pytest.approx(sample["loglikelihoods"], rel=1e-5)
+        and both.stdout.count("| demo_mc | acc ") == 1
+    )
 
 
 @pytest.mark.parametrize(

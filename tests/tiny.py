@@ -92,7 +92,11 @@ def save_tokenizer(folder: Path, kind: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _, bos, eos, _ = SPECIAL[kind]
     make_tokenizer(kind).save(str(folder / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": {"content": eos, "special": True}}
+    named = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": {"__type": "AddedToken", "content": eos},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
 
 
