@@ -298,25 +298,30 @@ def few_shot(row: dict) -> str:
 
 
 def boolq(row: dict) -> tuple:
+    """BoolQ: yes or no after a passage that begins with its title."""
     return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"]
 
 
 def logiqa(row: dict) -> tuple:
+    """LogiQA: the options are listed with letters, and scored as texts."""
     listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row["options"]))
     context = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:{listed}\nAnswer:"
     return context, row["options"], "abcd".index(row["label"].strip())
 
 
 def arc_challenge(row: dict) -> tuple:
+    """ARC: three to five choices, whatever their labels."""
     choices = row["choices"]
     return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
 
 
 def truthfulqa_mc1(row: dict) -> tuple:
+    """TruthfulQA: six fixed pairs in front; the first choice is the true one."""
     return f"{row['_prompt']}\n\nQ: {row['question']}\nA:", row["mc1_targets"]["choices"], 0
 
 
 def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
+    """TruthfulQA mc2: every true and false answer."""
     return [Request(truthfulqa_mc1(row)[0], " " + choice) for choice in row["mc2_targets"]["choices"]]
 
 
@@ -330,20 +335,24 @@ def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
 
 
 def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
+    """The rows with the fixed pairs beside them."""
     prompt = (folder / "truthfulqa_prompt.txt").read_text(encoding="utf-8")
     return [row | {"_prompt": prompt} for row in rows]
 
 
 def lambada(row: dict) -> tuple[str, str]:
+    """LAMBADA: the last word, split at spaces alone."""
     context, _, word = row["text"].rpartition(" ")
     return context, " " + word
 
 
 def asdiv(row: dict) -> tuple[str, str]:
+    """ASDiv: the number alone, with no space in front."""
     return f"{row['body']}\nQuestion:{row['question']}\nAnswer:", row["answer"].split(" (")[0]
 
 
 def arithmetic(row: dict) -> tuple[str, str]:
+    """Arithmetic: the GPT-3 rows, cleaned as the task does."""
     context = row["context"].strip().replace("\n\n", "\n").replace("Q:", "Question:").replace("A:", "Answer:")
     return context, row["completion"]
 
@@ -369,6 +378,7 @@ def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
 
 
 def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
+    """SQuAD's F1 and exact match, the best over the answers."""
     said, right = answers[0].text.strip(), row["answers"]["text"]
     f1 = max(f1_score(said, answer) for answer in right)
     exact = float(any(words_of(said) == words_of(answer) for answer in right))
@@ -398,6 +408,7 @@ def follows(reply: str, name: str, arguments: dict) -> bool:
 
 
 def related(count: int, relation: str, bound: int) -> bool:
+    """The two relations of IFEval."""
     return count < bound if relation == "less than" else count >= bound
 
 
@@ -409,6 +420,7 @@ def split_ends(text: str, pattern: str) -> list[str] | None:
 
 
 def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """IFEval: the first word of the nth of exactly so many paragraphs."""
     parts = v.split("\n\n")
     if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
@@ -417,16 +429,19 @@ def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: 
 
 
 def postscript(v: str, postscript_marker: str) -> bool:
+    """IFEval: a postscript with the marker."""
     known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
     return bool(re.findall(known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$"), v.lower(), re.M))
 
 
 def highlighted(v: str, num_highlights: int) -> bool:
+    """IFEval: enough spans between asterisks that are not blank."""
     spans = re.findall(r"\*[^\n\*]*\*", v) + re.findall(r"\*\*[^\n\*]*\*\*", v)
     return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
 
 
 def is_json(v: str) -> bool:
+    """IFEval: JSON, in a code block or not."""
     v = v.strip()
     for opening in ("```json", "```Json", "```JSON", "```"):
         v = v.removeprefix(opening)
@@ -438,6 +453,7 @@ def is_json(v: str) -> bool:
 
 
 def two_responses(v: str) -> bool:
+    """IFEval: exactly two different parts around six asterisks."""
     parts = v.split("******")
     said = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
     return len(said) == 2 and all(said) and said[0] != said[1]
@@ -529,6 +545,7 @@ def f1_score(prediction: str, answer: str) -> float:
 
 
 def demo_mc(row: dict) -> tuple:
+    """The demo's multiple choice."""
     return row["prompt"] + row["head"], row["choices"], row["choices"].index(row["answer"])
 
 

@@ -40,30 +40,10 @@ from tqdm import tqdm
 
 import data
 from data import Corpus, Tokenizer, build_corpus, detection, pack, read_rows, shift, unique_rows
-from eval import (
-    evaluate,
-    expand_tasks,
-    headline,
-    rank_and_world,
-    say,
-    spread,
-    start_ranks,
-    sum_over_ranks,
-    table,
-    wait_for_all,
-    write_text,
-)
+from eval import (evaluate, expand_tasks, headline, rank_and_world, say, spread, start_ranks, sum_over_ranks, table,
+                  wait_for_all, write_text)  # fmt: skip
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
-from model import (
-    DTYPES,
-    Transformer,
-    checkpoint_folder,
-    head_chunks,
-    load_model,
-    model_fingerprint,
-    save_model,
-    token_losses,  # fmt: skip
-)
+from model import DTYPES, Transformer, checkpoint_folder, head_chunks, load_model, model_fingerprint, save_model, token_losses
 
 # ------------------------------------------------------------------------------------------------------ the equations
 
@@ -202,23 +182,19 @@ class Options:
     reference_data: list[str] = option([], "rows of D_ref; without it D_ref is drawn from --data", nargs="+")
     n_reference: int | None = option(None, "examples in D_ref [10,000, or a sixth of a pool under 60,000]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000, or the rest of a smaller pool]", type=int)
-    out: str | None = option(
-        None, "run folder; the same command again goes on from what is there [runs/demo or runs/latest]", type=str
-    )
+    out: str | None = option(None, "run folder, continued by the same command [runs/demo or runs/latest]", type=str)
     methods: list[str] = option(["base", "reference", "full", "ignoring", "forgetting"], "rows of the table", nargs="+")
-    seeds: list[int] = option([0], "one training per method and seed: LoRA init, dropout and order", nargs="+", type=int)
-    world: str = option("popular", "the demo's wrong answers: one popular error, or random ones", choices=["popular", "random"])
+    seeds: list[int] = option([0], "one training per method and seed (LoRA init, dropout, order)", nargs="+", type=int)
+    world: str = option("popular", "the demo's wrong answers", choices=["popular", "random"])
     rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", type=float)
     forget_rate: float | None = option(None, "share of lowest-Q tokens unlearned [1 - rho]", type=float)
-    lambda_schedule: str = option("linear", "linear as in the paper, or t-max throughout", choices=["linear", "constant"])
+    lambda_schedule: str = option("linear", "as in the paper, or t-max throughout", choices=["linear", "constant"])
     t_min: float = option(1e-5, "lambda rises with slope t-max - t-min (the paper: 1e-5 for 1B, 1e-4 for 3B and 8B)")
     t_max: float = option(0.25, "lambda at the end of training")
     rank: int = option(64, "LoRA rank")
     alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank")
     dropout: float = option(0.1, "LoRA dropout")
-    targets: list[str] = option(
-        list(DEFAULT_TARGETS), "linear layers that get an adapter; of the default, those there are", nargs="+"
-    )
+    targets: list[str] = option(list(DEFAULT_TARGETS), "layers that get an adapter; of the default, those there are", nargs="+")
     lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)")
     warmup: float = option(0.03, "share of the steps in which the rate rises from 0; then it falls to 0")
     batch_size: int = option(24, "sequences a step, over all ranks")
@@ -231,7 +207,7 @@ class Options:
     dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of the frozen weights", choices=sorted(DTYPES))
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     save_every: int = option(100, "steps between checkpoints")
-    overwrite: bool = option(False, "start over where the run folder holds results of other inputs", action="store_true")
+    overwrite: bool = option(False, "start over where results of other inputs are", action="store_true")
     export: bool = option(False, "also save each trained model with its adapter merged in", action="store_true")
     tasks: list[str] = option([], "tasks of eval.py for the table", nargs="+")
     data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]", type=str)
@@ -562,20 +538,25 @@ def same_inputs(where: Path, before: dict | None, now: dict, overwrite: bool) ->
     return False
 
 
+def read_inputs(folder: Path) -> dict | None:
+    """What the artifact in a folder was made from, as claim() noted it; None if nothing is there."""
+    path = folder / "inputs.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def claim(folder: Path, inputs: dict, overwrite: bool) -> bool:
     """Whether stage `folder` is done: its adapter is there, made from the same inputs (kept in inputs.json).
 
     What was made from other inputs is an error, or, with overwrite, removed. Every rank gets the same answer.
     """
     rank, _ = rank_and_world()
-    path, adapter = folder / "inputs.json", folder / "adapter_model.safetensors"
-    before = json.loads(path.read_text()) if path.is_file() else None
-    serves = same_inputs(folder, before, inputs, overwrite)
+    adapter = folder / "adapter_model.safetensors"
+    serves = same_inputs(folder, read_inputs(folder), inputs, overwrite)
     done = serves and adapter.is_file()
     wait_for_all()
     if rank == 0 and not serves:
         shutil.rmtree(folder, ignore_errors=True)
-        write_text(json.dumps(inputs, indent=2) + "\n", path)
+        write_text(json.dumps(inputs, indent=2) + "\n", folder / "inputs.json")
     wait_for_all()
     if done:
         say(f"found {adapter}, skipping")
@@ -631,16 +612,22 @@ def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options:
     return base_loss, ref_loss
 
 
-def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, train_set: Corpus) -> tuple[dict, dict, dict]:
-    """What the reference, the scores and a training are made from: equal inputs, equal artifacts."""
+def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, train_set: Corpus) -> tuple[dict, dict]:
+    """What theta' and the scores are made from: equal inputs, equal artifacts."""
     recipe = ("dtype", "rank", "alpha", "dropout", "targets", "warmup", "batch_size", "max_grad_norm")
-    reference = {"model": model_fingerprint(checkpoint), "reference data": reference_set.fingerprint()}
-    reference |= {name: getattr(options, name) for name in recipe}
-    reference |= {"lr": options.reference_lr or options.lr, "epochs": options.reference_epochs or options.epochs}
-    scores = {("reference " * (name in ("lr", "epochs")) + name): value for name, value in reference.items()}
-    scores |= {"training data": train_set.fingerprint()}
-    schedule = ("lr", "epochs", "rho", "forget_rate", "lambda_schedule", "t_min", "t_max")
-    return reference, scores, scores | {name: getattr(options, name) for name in schedule}
+    common = {"model": model_fingerprint(checkpoint)} | {name: getattr(options, name) for name in recipe}
+    reference = {"reference data": reference_set.fingerprint(), "reference lr": options.reference_lr or options.lr,
+                 "reference epochs": options.reference_epochs or options.epochs}  # fmt: skip
+    return common | reference, common | reference | {"training data": train_set.fingerprint()}
+
+
+def method_inputs(name: str, seed: int, for_scores: dict, options: Options) -> dict:
+    """What a trained adapter is made from; options that its method does not look at may change without harm."""
+    method = METHODS[name]
+    seen = {key: value for key, value in for_scores.items() if name not in REFERENCE_FREE or not key.startswith("reference")}
+    schedule = ["lr", "epochs"] + ["rho"] * (method.rho < 1)
+    schedule += ["forget_rate", "lambda_schedule", "t_min", "t_max"] * method.unlearn
+    return seen | {key: getattr(options, key) for key in schedule} | {"method": name, "seed": seed}
 
 
 def run(options: Options) -> dict:
@@ -650,8 +637,14 @@ def run(options: Options) -> dict:
     checkpoint = checkpoint_folder(options.model)
     tokenizer = Tokenizer(checkpoint)
     reference_set, train_set = select_data(options, tokenizer)
-    for_reference, for_scores, for_training = stage_inputs(options, checkpoint, reference_set, train_set)
-    write_config(options, for_training, out)
+    for_reference, for_scores = stage_inputs(options, checkpoint, reference_set, train_set)
+    trainings = {
+        (name, seed): out / name / f"seed-{seed}" for name in options.methods if name in METHODS for seed in options.seeds
+    }
+    for_trainings = {key: method_inputs(*key, for_scores, options) for key in trainings}
+    for key, folder in {"": out / "reference", **trainings}.items():  # refuse before anything is written
+        same_inputs(folder, read_inputs(folder), for_trainings.get(key, for_reference), options.overwrite)
+    write_config(options, for_scores, out)
     say(f"{out}: {options.model}")
     for name, corpus in (("D_ref", reference_set), ("D_train", train_set)):
         say(f"{name} {len(corpus):,} examples, {len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response; "
@@ -663,7 +656,8 @@ def run(options: Options) -> dict:
         load_adapter(model, out / "reference")
     else:
         everything = reference_set.response.astype(np.int8)
-        train(model, reference_set, everything, out / "reference", options, 0, for_reference["lr"], for_reference["epochs"])
+        train(model, reference_set, everything, out / "reference", options, 0,
+              for_reference["reference lr"], for_reference["reference epochs"])  # fmt: skip
 
     # Stage 2: Q of every response token of D_train; theta and theta' are one set of weights
     base_loss, ref_loss = score(model, train_set, out / "scores.safetensors", for_scores, options)
@@ -671,7 +665,8 @@ def run(options: Options) -> dict:
 
     # Stage 3, for the rows that are not trained here: L_P and L_N are reported on the sides of plain forgetting
     sides = choose_signs(METHODS["forgetting"], quality, train_set, options, seed=0)
-    figures = lambda folder: measure(model, tokenizer, train_set, sides, folder, for_training, options)
+    for_figures = for_scores | {"rho": options.rho, "forget_rate": options.forget_rate}
+    figures = lambda folder: measure(model, tokenizer, train_set, sides, folder, for_figures, options)
     results: dict[str, dict] = {}
     if "reference" in options.methods:
         results["reference"] = {"0": figures(out / "reference")}
@@ -680,19 +675,17 @@ def run(options: Options) -> dict:
         results["base"] = {"0": figures(out / "base")}
 
     # Stages 3 and 4: for each method its signs, and a fresh adapter on theta
-    for name in (name for name in options.methods if name in METHODS):
-        for seed in options.seeds:
-            folder = out / name / f"seed-{seed}"
-            if claim(folder, for_training | {"method": name, "seed": seed}, options.overwrite):
-                load_adapter(model, folder)
-            else:
-                signs = choose_signs(METHODS[name], quality, train_set, options, seed)
-                limit = METHODS[name].max_negative_loss
-                train(model, train_set, signs, folder, options, seed, options.lr, options.epochs, limit)
-            results.setdefault(name, {})[str(seed)] = figures(folder)
-            remove_lora(model)
-            if options.export:
-                export(checkpoint, folder, DTYPES[options.dtype])
+    for (name, seed), folder in trainings.items():
+        if claim(folder, for_trainings[name, seed], options.overwrite):
+            load_adapter(model, folder)
+        else:
+            signs = choose_signs(METHODS[name], quality, train_set, options, seed)
+            limit = METHODS[name].max_negative_loss
+            train(model, train_set, signs, folder, options, seed, options.lr, options.epochs, limit)
+        results.setdefault(name, {})[str(seed)] = figures(folder)
+        remove_lora(model)
+        if options.export:
+            export(checkpoint, folder, DTYPES[options.dtype])
     return {"methods": {name: results[name] for name in options.methods}, "detection": detection(quality, sides < 0, train_set)}
 
 

@@ -126,7 +126,10 @@ def test_the_same_command_again_finds_everything(finished, setting):
 
 def test_other_inputs_are_refused_until_overwritten(finished, setting):
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished, *FAST, "--methods", "full"]
-    done = run(*common, "--t-max", 0.5, code=2)
+    config = (finished / "config.json").read_bytes()
+    done = run(*common, "forgetting", "--t-max", 0.5, code=2)
+    assert (finished / "config.json").read_bytes() == config
+    run(*common, "--t-max", 0.5)  # full does not look at lambda
     assert done.stderr.splitlines()[-1].endswith("t_max (there 0.25, now 0.5): use another --out, or --overwrite")
     assert "Traceback" not in done.stderr
     before = load_file(finished / "full/seed-0/adapter_model.safetensors")
