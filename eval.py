@@ -656,8 +656,9 @@ def evaluate(
         documents = []
         for row, group in zip(rows, requests):
             own = [next(answers) for _ in group]
-            scored = group[0].continuation is not None
-            said = {"loglikelihoods": [answer.loglikelihood for answer in own]} if scored else {"text": own[0].text}
+            said = {"text": own[0].text}
+            if group[0].continuation is not None:
+                said = {"loglikelihoods": [a.loglikelihood for a in own], "is_greedy": [a.greedy for a in own]}
             documents.append({"task": name, "doc_id": row["_doc"]} | said | task.score(row, own))
         groups = [task.group(row) for row in rows] if task.group else None
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -746,10 +747,9 @@ def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
     return summary
 
 
-def headline(result: dict) -> tuple[str, float]:
-    """The metric that stands for a task in a table of tasks: its first."""
-    name = next(key for key in result if f"{key}_stderr" in result)
-    return name, result[name]
+def headline(result: dict) -> tuple[str, float] | None:
+    """The metric that stands for a task in a table of tasks: its first. None if no document could be scored."""
+    return next(((key, result[key]) for key in result if f"{key}_stderr" in result), None)
 
 
 def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
@@ -767,9 +767,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def show(results: dict[str, dict]) -> str:
     """Tables for the screen: the tasks side by side with their average, as in the paper; then every metric."""
-    firsts = {task: headline(result) for task, result in results.items()}
-    percents = [100 * value for _, value in firsts.values()]
-    side_by_side = table([*firsts, "average"], [[f"{p:.2f}" for p in [*percents, sum(percents) / len(percents)]]])
+    percents = {task: 100 * first[1] for task, result in results.items() if (first := headline(result))}
+    average = sum(percents.values()) / max(len(percents), 1)
+    side_by_side = table([*percents, "average"], [[f"{p:.2f}" for p in [*percents.values(), average]]])
     rows = []
     for task, result in results.items():
         for metric in (key for key in result if f"{key}_stderr" in result):
@@ -790,7 +790,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True, help=f"any of {known}")
     parser.add_argument("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
     parser.add_argument("--limit", type=int, help="only the first LIMIT documents of each task")
-    parser.add_argument("--num-fewshot", type=int, default=0, help="worked examples in front of each question [0]")
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        default=0,
+        help="worked examples per question [0]; TruthfulQA, TydiQA and IFEval have their own",
+    )
     parser.add_argument("--output", help="write the results here (.json)")
     parser.add_argument("--samples", help="write one line per document here (.jsonl)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")

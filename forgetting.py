@@ -716,7 +716,7 @@ def columns(results: dict) -> dict[str, float]:
     for task, result in results["tasks"].items():
         for metric in (key for key in result if f"{key}_stderr" in result):
             tasks[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
-    firsts = [100 * headline(result)[1] for result in results["tasks"].values()]
+    firsts = [100 * first[1] for result in results["tasks"].values() if (first := headline(result))]
     average = {"average": sum(firsts) / len(firsts)} if firsts else {}
     return average | tasks | {name: results[name] for name in ("L_P", "L_N") if results[name] is not None}
 

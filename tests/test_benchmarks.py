@@ -24,6 +24,7 @@ from eval import (
     ifeval_checks,
     ifeval_score,
     requests_of,
+    show,
     summarise,
     task_rows,
     words_of,
@@ -49,6 +50,7 @@ def compare_with_golden(golden: dict, model, tokenizer, data_dir) -> None:
             assert [len(ids) for _, ids in pairs] == sample["continuation_tokens"]
             assert {len(ids) for ids, _ in pairs} == {sample["context_tokens"]}
             assert document["loglikelihoods"] == pytest.approx(sample["loglikelihoods"], rel=1e-3)
+            assert document["is_greedy"] == sample["is_greedy"]
             if "predicted" in sample:
                 assert document["prediction"] == sample["predicted"]
             for metric in ("acc", "acc_norm"):
@@ -141,8 +143,7 @@ def test_requests_are_lm_evals(tmp_path, batch_tokens):
             for metric in ("acc", "acc_norm"):
                 if metric in expected:
                     assert document["metrics"][metric] == pytest.approx(expected[metric], rel=1e-3)
-            if len(expected["greedy"]) == 1:
-                assert document["prediction"] == expected["greedy"][0]
+            assert document["is_greedy"] == expected["greedy"]
         for metric, value in golden["aggregate"].items():
             assert results[name][metric] == pytest.approx(value, rel=1e-3)
 
@@ -199,6 +200,7 @@ def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check():
     assert summary["inst_level_strict_acc"] == pytest.approx(2 / 3) and summary["prompt_level_strict_acc"] == 0.5
     assert summary["inst_level_loose_acc"] == 1.0  # without the first line there is no comma
     assert documents[2]["not_scored"] == ["no:such"]
+    assert "| average |" in show({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}})  # nothing could be scored
     assert not follows(" \n", "punctuation:no_comma", {}) and len(ifeval_checks()) >= 20
 
 
