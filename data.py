@@ -22,7 +22,7 @@ import re
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 from xml.etree import ElementTree
 
 import numpy as np
@@ -44,7 +44,11 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder}: no tokenizer.json in it (a sentencepiece tokenizer.model alone is not read)")
-        self.raw = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.raw = tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise ValueError(f"{path}: not a tokenizer file ({error})") from None
         self.raw.no_truncation()
         self.raw.no_padding()
         self.bos, self.bos_id = self._special(folder, "bos")
@@ -81,6 +85,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids."""
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
+
+
+def keep_offsets(content: Any) -> Any:
+    """tokenizer.json with offset trimming off: a trimmed whitespace token covers no character and would get no loss."""
+    if isinstance(content, list):
+        return [keep_offsets(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {key: keep_offsets(part) for key, part in content.items() if key not in ("vocab", "merges")}
+    if "trim_offsets" in kept:
+        kept["trim_offsets"] = False
+    return content | kept
 
 
 # -------------------------------------------------------------------------------------------------- rows and layouts
@@ -161,7 +177,9 @@ def render(row: dict, eos: str) -> Pieces:
         raise ValueError(f"{where}: unknown layout, fields found: {found}; known: {'; '.join(LAYOUTS)}")
     if layout == ("messages",):
         return _conversation(_check_messages(row["messages"], where), eos)
-    context = row.get("input") if "output" in layout else row.get("context") if "response" in layout else None
+    context = None
+    if layout[0] == "instruction":
+        context = row.get("input" if layout[1] == "output" else "context")
     for value in (*(row[field] for field in layout), context or ""):
         if not isinstance(value, str):
             raise ValueError(f"{where}: {' and '.join(layout)} must be strings, not {type(value).__name__}")
@@ -513,7 +531,11 @@ def fetch_benchmarks(files: Iterable[str]) -> Path:
         if (folder / file).is_file():
             continue
         sources, convert, expected = BENCHMARKS[file]
-        content = convert(*map(fetch_text, sources))
+        texts = [fetch_text(source) for source in sources]
+        try:
+            content = convert(*texts)
+        except Exception as error:  # what came is not in the format it had
+            raise ValueError(f"{file}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
         if not isinstance(content, str):
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
         found = hashlib.sha256(content.encode()).hexdigest()
@@ -671,6 +693,7 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
 
 def write_rows(rows: list[dict], path: str | os.PathLike) -> None:
     """Write rows as .jsonl, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

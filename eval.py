@@ -40,8 +40,12 @@ from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, lo
 
 def start_ranks(device: str) -> str:
     """Join the process group when started by torchrun; the device of this rank ("cuda" becomes "cuda:LOCAL_RANK")."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is not supported: cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here")
+        raise ValueError(f"--device {device}: torch sees no CUDA device here")
+    if device.startswith("cuda:") and "RANK" in os.environ:
+        raise ValueError(f"--device {device}: under torchrun every rank has a device of its own, so say --device cuda")
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device == "cuda":
@@ -113,6 +117,12 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     return context_ids, whole[len(context_ids) :]
 
 
+def check_length(model: Transformer, continuation: list[int]) -> None:
+    """A continuation must fit the model's positions whole: only contexts are cut."""
+    if len(continuation) > (limit := model.config.max_position_embeddings):
+        raise ValueError(f"a continuation of {len(continuation)} tokens exceeds the model's {limit} positions")
+
+
 @torch.inference_mode()
 def loglikelihoods(
     model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096, bar: tqdm | None = None
@@ -126,8 +136,7 @@ def loglikelihoods(
     limit = model.config.max_position_embeddings
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(pairs):
-        if len(continuation) > limit:
-            raise ValueError(f"a continuation of {len(continuation)} tokens exceeds the model's {limit} positions")
+        check_length(model, continuation)
         groups.setdefault(tuple((context + continuation)[-(limit + 1) : -len(continuation)]), []).append(i)
     contexts = list(groups)
     sizes = [len(c) + sum(len(pairs[i][1]) - 1 for i in groups[c]) for c in contexts]
@@ -259,7 +268,7 @@ def choice_task(
     def score(row: dict, answers: list[Answer]) -> dict:
         _, choices, gold = ask(row)
         totals = [answer.loglikelihood for answer in answers]
-        by_length = [total / len(choice) for total, choice in zip(totals, choices)]
+        by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
         best, best_normed = (max(range(len(x)), key=x.__getitem__) for x in (totals, by_length))
         metrics = {"acc": float(best == gold)} | ({"acc_norm": float(best_normed == gold)} if normed else {})
         return {"prediction": best, "target": gold, "metrics": metrics}
@@ -328,10 +337,10 @@ def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
 def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
     """The share of probability that true answers get."""
     labels = row["mc2_targets"]["labels"]
-    probabilities = [math.exp(answer.loglikelihood) for answer in answers]
+    best = max(answer.loglikelihood for answer in answers)  # taken off everywhere, so that not all of them underflow
+    probabilities = [math.exp(answer.loglikelihood - best) for answer in answers]
     true = sum(p for p, label in zip(probabilities, labels) if label == 1)
-    best = max(range(len(answers)), key=probabilities.__getitem__)
-    return {"prediction": best, "target": labels, "metrics": {"acc": true / sum(probabilities)}}
+    return {"prediction": probabilities.index(1.0), "target": labels, "metrics": {"acc": true / sum(probabilities)}}
 
 
 def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
@@ -504,6 +513,17 @@ def ifeval_checks() -> dict[str, Callable[..., bool]]:
     return checks | _checks_with_packages()
 
 
+def _punkt_is_there() -> bool:
+    """nltk comes without the data its tokenizers need."""
+    import nltk
+
+    try:
+        nltk.word_tokenize("One. Two.")
+    except LookupError:
+        return False
+    return True
+
+
 def _checks_with_packages() -> dict[str, Callable[..., bool]]:
     checks: dict[str, Callable[..., bool]] = {}
     if importlib.util.find_spec("langdetect"):
@@ -519,7 +539,7 @@ def _checks_with_packages() -> dict[str, Callable[..., bool]]:
         checks["language:response_language"] = detected
         checks["change_case:english_capital"] = lambda v: v.isupper() and detected(v, "en")
         checks["change_case:english_lowercase"] = lambda v: v.islower() and detected(v, "en")
-    if importlib.util.find_spec("nltk"):
+    if importlib.util.find_spec("nltk") and _punkt_is_there():
         import nltk
 
         checks["length_constraints:number_sentences"] = lambda v, num_sentences, relation: related(
@@ -606,9 +626,9 @@ def expand_tasks(names: list[str]) -> list[str]:
 
 
 def answer_requests(
-    model: Transformer, tokenizer: Tokenizer, requests: list[Request], batch_tokens: int, label: str
+    model: Transformer, tokenizer: Tokenizer, requests: list[Request], sources: list[str], batch_tokens: int, label: str
 ) -> list[Answer]:
-    """The answers in the order of the requests, under one progress bar."""
+    """The answers in the order of the requests, under one progress bar; sources say which row each is from."""
     answers: list[Answer] = [Answer()] * len(requests)
     scored = [i for i, request in enumerate(requests) if request.continuation is not None]
     kinds: dict[tuple, list[int]] = {}
@@ -617,7 +637,13 @@ def answer_requests(
             kinds.setdefault((request.max_new_tokens, request.stop), []).append(i)
     rank, _ = rank_and_world()
     with tqdm(total=len(requests), desc=label, unit="request", disable=rank > 0, leave=False) as bar:
-        pairs = [encode_pair(tokenizer, requests[i].context, requests[i].continuation) for i in scored]
+        pairs = []
+        for i in scored:
+            try:
+                pairs.append(encode_pair(tokenizer, requests[i].context, requests[i].continuation))
+                check_length(model, pairs[-1][1])
+            except ValueError as error:
+                raise ValueError(f"{sources[i]}: {error}") from None
         for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, bar)):
             answers[i] = answer
         for (max_new_tokens, stop), group in kinds.items():
@@ -645,14 +671,12 @@ def evaluate(
     model.eval()
     results: dict[str, dict] = {}
     samples: list[dict] = []
-    names = expand_tasks(tasks)
-    folder = Path(data_dir) if data_dir is not None else fetched_folder(names)
-    for name in names:
-        task, path = TASKS[name], folder / TASKS[name].file
-        rows = task_rows(task, path, limit, num_fewshot)
-        requests = [requests_of(task, row, tokenizer) for row in rows]
+    for name in expand_tasks(tasks):
+        task = TASKS[name]
+        rows, requests = prepare(name, tokenizer, data_dir, limit, num_fewshot)
+        sources = [row["_source"] for row, group in zip(rows, requests) for _ in group]
         flat = [request for group in requests for request in group]
-        answers = iter(answer_requests(model, tokenizer, flat, batch_tokens, name))
+        answers = iter(answer_requests(model, tokenizer, flat, sources, batch_tokens, name))
         documents = []
         for row, group in zip(rows, requests):
             own = [next(answers) for _ in group]
@@ -661,24 +685,43 @@ def evaluate(
                 said = {"loglikelihoods": [a.loglikelihood for a in own], "is_greedy": [a.greedy for a in own]}
             documents.append({"task": name, "doc_id": row["_doc"]} | said | task.score(row, own))
         groups = [task.group(row) for row in rows] if task.group else None
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         results[name] = summarise([document["metrics"] for document in documents], groups)
-        results[name] |= {"n": len(rows), "version": task.version, "data_sha256": digest, "limit": limit}
+        results[name] |= {"n": len(rows), "limit": limit} | data_digests([name], data_dir)[name]
         if skipped := sum("not_scored" in document for document in documents):
             results[name]["not_scored"] = skipped
         samples += documents
     return results, samples
 
 
-def fetched_folder(names: list[str]) -> Path:
-    """The cache folder with the tasks' rows; rank 0 fetches, the others find them there."""
-    if unknown := [name for name in names if TASKS[name].file not in BENCHMARKS]:
-        raise ValueError(f"{', '.join(unknown)}: --data-dir is needed, these rows have no public home")
-    files = [file for name in names for file in (TASKS[name].file, *TASKS[name].beside)]
+def rows_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
+    """Where a task's rows are: data_dir, or the cache of fetched ones; rank 0 fetches, the others find them there."""
+    if data_dir is not None:
+        return Path(data_dir)
+    files = (TASKS[name].file, *TASKS[name].beside)
+    if TASKS[name].file not in BENCHMARKS:
+        raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
     if rank_and_world()[0] == 0:
         fetch_benchmarks(files)
     wait_for_all()
     return fetch_benchmarks(files)
+
+
+def data_digests(tasks: list[str], data_dir: str | os.PathLike | None) -> dict[str, dict]:
+    """By task: the protocol's version, the sha256 of its rows, and of what lies beside them."""
+    digests = {}
+    for name in expand_tasks(tasks):
+        task, folder = TASKS[name], rows_folder(name, data_dir)
+        rows, *beside = (hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (task.file, *task.beside))
+        digests[name] = {"version": task.version, "data_sha256": rows} | ({"beside_sha256": beside} if beside else {})
+    return digests
+
+
+def prepare(
+    name: str, tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None, num_fewshot: int = 0
+) -> tuple[list[dict], list[list[Request]]]:
+    """A task's documents and their requests; everything about the rows that can be wrong is found here."""
+    rows = task_rows(TASKS[name], rows_folder(name, data_dir) / TASKS[name].file, limit, num_fewshot)
+    return rows, [requests_of(TASKS[name], row, tokenizer) for row in rows]
 
 
 def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
@@ -712,12 +755,13 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
     """A row's requests; a row that lacks what the task needs is a ValueError that names it."""
     try:
         requests = task.requests(row, tokenizer)
+        if not requests:
+            raise ValueError("no choices")
+        task.score(row, [Answer()] * len(requests))  # a dry run: what scoring needs must be there before the model runs
     except KeyError as error:
         raise ValueError(f"{row['_source']}: no field {error}") from None
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(str(error) if str(error).startswith(row["_source"]) else f"{row['_source']}: {error}") from None
-    if not requests:
-        raise ValueError(f"{row['_source']}: no choices")
     return requests
 
 
@@ -742,7 +786,8 @@ def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
         variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
         error = math.sqrt(variance / len(values))
         if key == "perplexity":
-            mean, error = math.exp(-mean), math.exp(-mean) * error
+            mean = math.exp(-mean) if mean > -700 else math.inf
+            error *= mean
         summary |= {key: mean, f"{key}_stderr": error}
     return summary
 
@@ -750,6 +795,13 @@ def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
 def headline(result: dict) -> tuple[str, float] | None:
     """The metric that stands for a task in a table of tasks: its first. None if no document could be scored."""
     return next(((key, result[key]) for key in result if f"{key}_stderr" in result), None)
+
+
+def headlines(results: dict[str, dict]) -> dict[str, float]:
+    """What stands for each task in a table of tasks, in percent: its first metric; arithmetic is one, the mean of ten."""
+    percents = {task: 100 * first[1] for task, result in results.items() if (first := headline(result))}
+    sums = {task: percents.pop(task) for task in SUBTASKS if task in percents}
+    return percents | ({"arithmetic": sum(sums.values()) / len(sums)} if sums else {})
 
 
 def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
@@ -767,7 +819,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def show(results: dict[str, dict]) -> str:
     """Tables for the screen: the tasks side by side with their average, as in the paper; then every metric."""
-    percents = {task: 100 * first[1] for task, result in results.items() if (first := headline(result))}
+    percents = headlines(results)
     average = sum(percents.values()) / max(len(percents), 1)
     side_by_side = table([*percents, "average"], [[f"{p:.2f}" for p in [*percents.values(), average]]])
     rows = []
@@ -804,6 +856,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         expand_tasks(arguments.tasks)
+        if arguments.limit is not None and arguments.limit < 1:
+            raise ValueError(f"--limit {arguments.limit} is not allowed: at least 1")
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
         model, tokenizer = load_model(folder, device, DTYPES[arguments.dtype]), Tokenizer(folder)
@@ -811,18 +865,18 @@ def main() -> None:
             load_adapter(model, arguments.adapter)
         options = (arguments.limit, arguments.num_fewshot, arguments.batch_tokens)
         results, samples = evaluate(model, tokenizer, arguments.tasks, arguments.data_dir, *options)
-    except ValueError as error:
+        for result in results.values():
+            result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype", "num_fewshot")}
+        say(show(results))
+        if arguments.limit is not None:
+            say(f"only the first {arguments.limit} documents of each task (--limit)")
+        if arguments.output and rank_and_world()[0] == 0:
+            write_text(json.dumps(results, indent=2) + "\n", arguments.output)
+        if arguments.samples and rank_and_world()[0] == 0:
+            write_rows(samples, arguments.samples)
+    except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    for result in results.values():
-        result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype", "num_fewshot")}
-    say(show(results))
-    if arguments.limit is not None:
-        say(f"only the first {arguments.limit} documents of each task (--limit)")
-    if arguments.output and rank_and_world()[0] == 0:
-        write_text(json.dumps(results, indent=2) + "\n", arguments.output)
-    if arguments.samples and rank_and_world()[0] == 0:
-        write_rows(samples, arguments.samples)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -40,8 +40,21 @@ from tqdm import tqdm
 
 import data
 from data import Corpus, Tokenizer, build_corpus, detection, pack, read_rows, shift, unique_rows
-from eval import (evaluate, expand_tasks, headline, rank_and_world, say, spread, start_ranks, sum_over_ranks, table,
-                  wait_for_all, write_text)  # fmt: skip
+from eval import (
+    data_digests,
+    evaluate,
+    expand_tasks,
+    headlines,
+    prepare,
+    rank_and_world,
+    say,
+    spread,
+    start_ranks,
+    sum_over_ranks,
+    table,
+    wait_for_all,  # fmt: skip
+    write_text,
+)
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
 from model import DTYPES, Transformer, checkpoint_folder, head_chunks, load_model, model_fingerprint, save_model, token_losses
 
@@ -202,7 +215,7 @@ class Options:
     reference_lr: float | None = option(None, "peak rate of the reference [--lr]", type=float)
     reference_epochs: int | None = option(None, "passes over D_ref [--epochs]", type=int)
     max_length: int = option(2048, "tokens an example is cut to")
-    micro_tokens: int = option(8192, "tokens of one packed forward pass; does not change the result")
+    micro_tokens: int = option(8192, "tokens of one packed forward pass; with dropout 0 it does not change the result")
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, as in the paper")
     dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of the frozen weights", choices=sorted(DTYPES))
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
@@ -260,12 +273,19 @@ def check_options(options: Options) -> None:
     if unknown := [m for m in options.methods if m not in known]:
         raise ValueError(f"unknown method {', '.join(unknown)}; known: {', '.join(known)}")
     expand_tasks(options.tasks)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit {options.limit} is not allowed: at least 1")
+    if min(options.seeds) < 0:
+        raise ValueError(f"--seeds {min(options.seeds)} is not allowed: at least 0")
+    for name in ("lr", "reference_lr"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed: more than 0")
     if options.rho is not None or options.forget_rate is not None:
         partition(np.zeros(1), 0.7 if options.rho is None else options.rho, options.forget_rate)
     if options.t_max < options.t_min:
         raise ValueError(f"--t-max {options.t_max} is below --t-min {options.t_min}")
-    for name in ("batch_size", "epochs", "rank", "max_length", "micro_tokens", "save_every"):
-        if getattr(options, name) < 1:
+    for name in ("batch_size", "epochs", "reference_epochs", "rank", "max_length", "micro_tokens", "save_every"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed: at least 1")
     for name, high in (("dropout", 1.0), ("warmup", 1.0)):
         if not 0 <= getattr(options, name) < high:
@@ -321,13 +341,14 @@ def accumulate(
     """Add the gradient of equation 8 over one optimiser step to the parameters' .grad, micro-batch by micro-batch.
 
     examples are those of the whole step; this rank runs its share of them, with weights that count P and N over all.
-    Returns the sums of losses (2,) over this rank's P and N (a token of weight 0 is not run), and n_P and n_N of the step.
+    Returns (3,) this rank's part of the objective and its sums of losses over P and over N (a token of weight 0 is not
+    run), and n_P and n_N of the step.
     """
     rank, world = rank_and_world()
     head = model.lm_head.weight
     step_signs = signs[corpus.places(examples)]
     counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
-    sums = torch.zeros(2, device=head.device)
+    sums = torch.zeros(3, device=head.device)
     by_length = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
     for batch in pack(corpus, by_length[rank::world], token_budget):
         sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
@@ -338,8 +359,9 @@ def accumulate(
         weights = weights[weights != 0].to(head.device)  # (n,)
         hidden = model(batch.tokens.to(head.device), batch.cu_seqlens)[rows]  # (n, D)
         losses = torch.empty(len(rows), device=head.device)
-        weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses).backward()
-        sums += torch.stack((losses[weights > 0].sum(), losses[weights < 0].sum()))
+        loss = weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses)
+        loss.backward()
+        sums += torch.stack((loss.detach(), losses[weights > 0].sum(), losses[weights < 0].sum()))
     return sums, counts
 
 
@@ -376,6 +398,7 @@ def train(
 
     All methods, the reference included, are this loop with other signs. Leaves the adapter on the model and in `folder`,
     with metrics.jsonl; a checkpoint in the folder is continued. Randomness is a function of (seed, step, rank) alone.
+    The dropout masks are therefore those of this number of ranks and this --micro-tokens; all else does not depend on them.
     Raises FloatingPointError, with the step's figures and examples, when loss or gradient is not finite.
     """
     rank, _ = rank_and_world()
@@ -396,8 +419,9 @@ def train(
         gradient.zero_()
         sums, counts = accumulate(model, corpus, signs, examples, lam, options.micro_tokens, max_negative_loss)
         sum_over_ranks(gradient)
-        l_positive, l_negative = (s / max(n, 1) for s, n in zip(sum_over_ranks(sums).tolist(), counts))
-        loss, norm = l_positive - lam * l_negative, torch.linalg.vector_norm(gradient).item()
+        loss, *totals = sum_over_ranks(sums).tolist()
+        l_positive, l_negative = (total / max(n, 1) for total, n in zip(totals, counts))
+        norm = torch.linalg.vector_norm(gradient).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             figures = f"lambda {lam:.4g}, L_P {l_positive:.4g}, L_N {l_negative:.4g}, gradient norm {norm:.4g}"
             raise FloatingPointError(f"{folder}: not finite at step {step}: {figures}, examples {examples.tolist()}")
@@ -539,9 +563,12 @@ def same_inputs(where: Path, before: dict | None, now: dict, overwrite: bool) ->
 
 
 def read_inputs(folder: Path) -> dict | None:
-    """What the artifact in a folder was made from, as claim() noted it; None if nothing is there."""
+    """What the adapter or checkpoint in a folder was made from, as claim() noted it; None if there is neither."""
     path = folder / "inputs.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not of a run: use another --out")
+    begun = (folder / "adapter_model.safetensors").is_file() or (folder / "checkpoint").is_dir()
+    return json.loads(path.read_text()) if path.is_file() and begun else None
 
 
 def claim(folder: Path, inputs: dict, overwrite: bool) -> bool:
@@ -571,7 +598,7 @@ def measure(
     The losses are over up to 512 examples of D_train; sides (N,) int8 are forgetting's, the same for every method.
     """
     path = folder / "results.json"
-    asked = {"tasks": options.tasks, "data_dir": options.data_dir, "limit": options.limit, "inputs": inputs}
+    asked = {"tasks": data_digests(options.tasks, options.data_dir), "limit": options.limit, "inputs": inputs}
     if path.is_file() and (found := json.loads(path.read_text()))["asked"] == asked:
         return found
     some = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
@@ -591,14 +618,18 @@ def measure(
     return results
 
 
+def score_inputs(path: Path) -> dict | None:
+    """What the scores in a file were made from; None if there is no file."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="np") as file:
+        return json.loads(file.metadata()["inputs"])
+
+
 def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Stage 2: base_loss and ref_loss (N,) of D_train, from `path` if it was made from the same inputs."""
     rank, _ = rank_and_world()
-    before = None
-    if path.is_file():
-        with safe_open(path, framework="np") as file:
-            before = json.loads(file.metadata()["inputs"])
-    if same_inputs(path, before, inputs, options.overwrite):
+    if same_inputs(path, score_inputs(path), inputs, options.overwrite):
         say(f"found {path}, skipping")
         arrays = load_arrays(path)
         return arrays["base_loss"], arrays["ref_loss"]
@@ -616,8 +647,11 @@ def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, trai
     """What theta' and the scores are made from: equal inputs, equal artifacts."""
     recipe = ("dtype", "rank", "alpha", "dropout", "targets", "warmup", "batch_size", "max_grad_norm")
     common = {"model": model_fingerprint(checkpoint)} | {name: getattr(options, name) for name in recipe}
-    reference = {"reference data": reference_set.fingerprint(), "reference lr": options.reference_lr or options.lr,
-                 "reference epochs": options.reference_epochs or options.epochs}  # fmt: skip
+    reference = {
+        "reference data": reference_set.fingerprint(),
+        "reference lr": options.lr if options.reference_lr is None else options.reference_lr,
+        "reference epochs": options.epochs if options.reference_epochs is None else options.reference_epochs,
+    }
     return common | reference, common | reference | {"training data": train_set.fingerprint()}
 
 
@@ -644,6 +678,9 @@ def run(options: Options) -> dict:
     for_trainings = {key: method_inputs(*key, for_scores, options) for key in trainings}
     for key, folder in {"": out / "reference", **trainings}.items():  # refuse before anything is written
         same_inputs(folder, read_inputs(folder), for_trainings.get(key, for_reference), options.overwrite)
+    same_inputs(out / "scores.safetensors", score_inputs(out / "scores.safetensors"), for_scores, options.overwrite)
+    for task in expand_tasks(options.tasks):  # rows that are missing or malformed: now, not after hours of training
+        prepare(task, tokenizer, options.data_dir, options.limit)
     write_config(options, for_scores, out)
     say(f"{out}: {options.model}")
     for name, corpus in (("D_ref", reference_set), ("D_train", train_set)):
@@ -716,8 +753,8 @@ def columns(results: dict) -> dict[str, float]:
     for task, result in results["tasks"].items():
         for metric in (key for key in result if f"{key}_stderr" in result):
             tasks[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
-    firsts = [100 * first[1] for result in results["tasks"].values() if (first := headline(result))]
-    average = {"average": sum(firsts) / len(firsts)} if firsts else {}
+    firsts = headlines(results["tasks"])
+    average = {"average": sum(firsts.values()) / len(firsts)} if firsts else {}
     return average | tasks | {name: results[name] for name in ("L_P", "L_N") if results[name] is not None}
 
 
@@ -755,12 +792,15 @@ def report(results: dict, title: str) -> str:
     return "\n\n".join(parts)
 
 
-def write_report(panels: dict[str, dict], out: Path) -> None:
+def write_report(panels: dict[str, dict], out: Path, limit: int | None) -> None:
     """results.json, and results.md, which is also printed."""
     text = "\n\n".join(report(results, title) for title, results in panels.items())
     command = "python forgetting.py " + " ".join(sys.argv[1:])
     text += "\n\nmean +- sample standard deviation over n seeds; tasks in percent; L_P, L_N: mean loss, in nats, on the tokens that "
-    text += f"forgetting keeps and unlearns.\nMade by `{command.strip()}`.\n"
+    text += "forgetting keeps and unlearns.\n" + f"Only the first {limit} documents of each task (--limit).\n" * (
+        limit is not None
+    )
+    text += f"Made by `{command.strip()}`.\n"
     if rank_and_world()[0] == 0:
         write_text(json.dumps(panels, indent=2) + "\n", out / "results.json")
         write_text(text, out / "results.md")
@@ -801,9 +841,8 @@ def main() -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
     options, demo = parse_options()
     try:
-        options.out = options.out or (
-            "runs/demo" if options.world == "popular" else "runs/demo-random" if demo else "runs/latest"
-        )
+        demo_out = "runs/demo" if options.world == "popular" else "runs/demo-random"
+        options.out = options.out or (demo_out if demo else "runs/latest")
         options.device = start_ranks(options.device)
         if demo:
             panels = run_demo(options)
@@ -811,8 +850,8 @@ def main() -> None:
             results = run(options)
             results["detection"] = {name: [value] for name, value in results["detection"].items()}
             panels = {f"{options.model} on {', '.join(options.data)}": results}
-        write_report(panels, Path(options.out))
-    except (ValueError, FloatingPointError) as error:
+        write_report(panels, Path(options.out), options.limit)
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"forgetting.py: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

@@ -97,7 +97,9 @@ def add_lora(
         raise ValueError("the model has an adapter already: remove_lora or merge_lora first")
     if r < 1:
         raise ValueError(f"rank {r} is not allowed: at least 1")
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if "lm_head" in targets:
+        raise ValueError("lm_head cannot be a LoRA target here: losses are computed from its weight, a chunk at a time")
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
     found = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
     unknown = sorted(target for target, names in found.items() if not names)
     if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
@@ -178,12 +180,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
         "inference_mode": True,
         "modules_to_save": None,
     }
-    temporary = folder / "adapter_model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "adapter_model.safetensors")
     temporary = folder / "adapter_config.json.tmp"
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "adapter_config.json")
+    temporary = folder / "adapter_model.safetensors.tmp"  # last: where the weights are, the adapter is whole
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "adapter_model.safetensors")
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict:
@@ -191,12 +193,18 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no adapter_config.json in it, so it is not an adapter folder")
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
     allowed = {"peft_type": ("LORA",), "bias": ("none",)}
     empty = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
     for key, values in (allowed | {key: (None, False, {}, []) for key in empty}).items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {values[0]!r}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(raw.get(key), (int, float)):
+            raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number")
     if not isinstance(raw.get("target_modules"), list):
         raise ValueError(f"{path}: target_modules = {raw.get('target_modules')!r} is not supported, only a list of names")
     return {

@@ -11,7 +11,8 @@ Shapes, here and in the other files:
     H query heads        G key/value heads           K width of a head    R rows of a key/value cache
 
 Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the weights;
-only the matrix products run in it. Scoring subtracts two losses, and bfloat16 sums would bury the difference.
+only the matrix products run in it, the output head's among them. Scoring subtracts two losses, and bfloat16 sums would
+bury the difference.
 """
 
 import hashlib
@@ -483,21 +484,19 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"],
+                                      ignore_patterns=["original/*", "consolidated*"]))  # fmt: skip
     except Exception as error:  # the Hub client has many error types; a user needs its first line
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_repo}: not a local folder, and the Hub did not deliver it: {reason}") from None
 
 
 def model_fingerprint(folder: Path) -> str:
-    """sha256 of config.json and of every weight file's size, first and last MiB: a check in a second, not a proof."""
+    """sha256 of config.json and of every weight file, in full (about a second per gigabyte)."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(str(path.stat().st_size).encode())
+    for path in sorted(weight_files(folder)):
         with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(path.stat().st_size - 2**20, 0))
-            digest.update(file.read())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -586,9 +585,13 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier, sharded save
     dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
     dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n")
     for file in TOKENIZER_FILES:
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)
+    config = json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n"
+    (folder / "config.json.tmp").write_text(config)  # last: where config.json is, the checkpoint is whole
+    os.replace(folder / "config.json.tmp", folder / "config.json")

@@ -3,26 +3,30 @@
 # ./run.sh test       the tests
 # ./run.sh --model M --data rows.jsonl ...     everything is passed on to forgetting.py (torchrun if there are more GPUs)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-    if [ ! -x .venv/bin/python ]; then
-        "${PYTHON:-python3}" -m venv .venv
+    python="${PYTHON:-python3}"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run.sh: Python 3.11 or newer is needed (PYTHON=/path/to/it ./run.sh)" >&2; exit 2; }
+    if [ ! -f "$root/.venv/bin/activate" ]; then
+        rm -rf "$root/.venv"
+        "$python" -m venv "$root/.venv"
     fi
-    source .venv/bin/activate
+    source "$root/.venv/bin/activate"
 fi
-if ! cmp -s requirements.txt "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.forgetting-requirements"; then
+installed="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.forgetting-requirements"
+if ! cmp -s "$root/requirements.txt" "$installed"; then
     echo "installing requirements.txt (once)"
-    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.forgetting-requirements"
+    python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
+    cp "$root/requirements.txt" "$installed"
 fi
 
 if [ "${1:-}" = test ]; then
     shift
-    exec python -m pytest -q tests "$@"
+    exec python -m pytest -q "$root/tests" "$@"
 fi
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -gt 1 ]; then
-    exec torchrun --standalone --nproc_per_node="$gpus" forgetting.py "$@"
+    exec torchrun --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
 fi
-exec python forgetting.py "$@"
+exec python "$root/forgetting.py" "$@"

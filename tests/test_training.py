@@ -65,7 +65,7 @@ def test_the_step_is_equation_8_whatever_the_micro_batches(tmp_path):
     oracle = naive_gradient(model, corpus, signs)
     total = len(corpus.tokens)
     whole = gradient_of(model, corpus, signs, total)
-    assert torch.allclose(whole[:-2], oracle, atol=1e-6)
+    assert torch.allclose(whole[:-3], oracle, atol=1e-6)
     for budget in (total // 5 + 20, 1):
         assert torch.allclose(gradient_of(model, corpus, signs, budget), whole, atol=1e-6, rtol=1e-5)
     for side in (1, -1):
@@ -73,7 +73,7 @@ def test_the_step_is_equation_8_whatever_the_micro_batches(tmp_path):
         assert torch.allclose(
             gradient_of(model, corpus, half, 1), gradient_of(model, corpus, half, total), atol=1e-6, rtol=1e-5
         )
-        assert gradient_of(model, corpus, half, total)[:-2].abs().max() > 1e-3
+        assert gradient_of(model, corpus, half, total)[:-3].abs().max() > 1e-3
 
 
 def on_rank(rank: int, folder, store: str) -> None:
@@ -170,7 +170,7 @@ def test_unlearning_raises_the_loss_on_n(tmp_path):
               for name in ("forgetting", "ignoring")}  # fmt: skip
     assert len(logged["forgetting"]) == 8 and logged["forgetting"][-1]["L_N"] > logged["forgetting"][0]["L_N"]
     assert all(line["loss"] == pytest.approx(line["L_P"] - 0.25 * line["L_N"]) for line in logged["forgetting"])
-    assert all(line["L_N"] is None and line["loss"] == line["L_P"] for line in logged["ignoring"])
+    assert all(line["L_N"] is None and line["loss"] == pytest.approx(line["L_P"]) for line in logged["ignoring"])
 
 
 def test_a_run_stopped_at_a_checkpoint_ends_the_same(tmp_path, monkeypatch):
