@@ -21,6 +21,7 @@ from eval import (
     expand_tasks,
     f1_score,
     follows,
+    headlines,
     ifeval_checks,
     ifeval_score,
     requests_of,
@@ -189,6 +190,19 @@ def test_scores_by_hand():
     assert f1_score("The cat", "cat") == 1 and words_of("An (odd) a-b!") == ["odd", "ab"]
 
 
+def test_a_collapsed_model_still_gets_figures():
+    """Ascent without bound can drive log-likelihoods below what exp() takes; that is a result, not a crash."""
+    row = {"mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
+    scored = TASKS["truthfulqa_mc2"].score(row, [Answer(-2000.0), Answer(-1999.0)])
+    assert scored["metrics"]["acc"] == pytest.approx(1 / (1 + math.e)) and scored["prediction"] == 1
+    assert summarise([{"perplexity": -5000.0}])["perplexity"] == math.inf
+
+
+def test_arithmetic_counts_once_in_an_average():
+    results = {name: {"acc": 1.0, "acc_stderr": 0.0, "n": 1} for name in SUBTASKS} | {"boolq": {"acc": 0.0, "acc_stderr": 0.0}}
+    assert headlines(results) == {"boolq": 0.0, "arithmetic": 100.0}
+
+
 def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check():
     names = ["punctuation:no_comma", "startend:quotation"]
     documents = [
@@ -341,6 +355,14 @@ def test_every_task_has_a_public_home_or_is_the_demos():
         ("logiqa", {"label": "e", "context": "", "question": "", "options": ["x"]}, "substring not found"),
         ("boolq", {"question": "?", "passage": "x", "label": 2}, "2 choices, the right one is number 2"),
         ("truthfulqa_mc2", {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": []}}, "no choices"),
+        (
+            "truthfulqa_mc2",
+            {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": ["x"]}},
+            "no field 'labels'",
+        ),
+        ("demo_qa", {"prompt": "x", "group": "y"}, "no field 'answer'"),
+        ("ifeval", {"prompt": "x"}, "no field 'instruction_id_list'"),
+        ("asdiv", {"body": "x", "question": "?", "answer": 5}, "'int' object has no attribute 'split'"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, name, row, message):

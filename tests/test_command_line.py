@@ -198,6 +198,84 @@ def test_user_errors_are_one_line_and_exit_code_2(setting, tmp_path, monkeypatch
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
 
 
+def in_process(monkeypatch, capsys, *arguments, code: int = 0) -> str:
+    """forgetting.main() without a process of its own; its stdout, or the one line it ends with."""
+    import forgetting
+
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", *map(str, arguments)])
+    if code == 0:
+        forgetting.main()
+        return capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        forgetting.main()
+    assert stop.value.code == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("forgetting.py:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_without_out_leaves_the_demos_folder_alone(setting, tmp_path, monkeypatch, capsys):
+    """`runs/demo` was once the default of every run, because the world option's default is "popular"."""
+    monkeypatch.chdir(tmp_path)
+    in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "base")
+    assert (tmp_path / "runs/latest/results.md").is_file() and not (tmp_path / "runs/demo").exists()
+
+
+def test_folders_of_others_are_not_touched(setting, tmp_path, monkeypatch, capsys):
+    """A project with a folder named reference/ lost it when its root was given as --out."""
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "precious.txt").write_text("mine")
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "full"]
+    for overwrite in ([], ["--overwrite"]):
+        assert "holds files that are not of a run" in in_process(monkeypatch, capsys, *common, *overwrite, code=2)
+    assert (tmp_path / "reference" / "precious.txt").read_text() == "mine"
+
+
+def test_a_mistyped_first_command_does_not_block_its_folder(setting, tmp_path, monkeypatch, capsys):
+    """Only inputs.json was there, and the corrected command was refused as another run."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "base"]
+    assert "names no linear layer" in in_process(monkeypatch, capsys, *common, "--targets", "qproj", code=2)
+    assert "| base" in in_process(monkeypatch, capsys, *common, "--targets", "q_proj")
+
+
+def test_changed_rows_of_a_task_are_evaluated_again(setting, tmp_path, monkeypatch, capsys):
+    """Results were kept by the name of the data folder, so edited rows gave the old figures."""
+    question = {"group": "x", "prompt": "Tell me:", "head": " it is ", "choices": ["the dog", "a fox"], "answer": "a fox"}
+    write_rows([question], tmp_path / "demo_mc.jsonl")
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", *FAST,
+              "--methods", "base", "--tasks", "demo_mc", "--data-dir", tmp_path]  # fmt: skip
+    in_process(monkeypatch, capsys, *common)
+    write_rows([question, question | {"answer": "the dog"}], tmp_path / "demo_mc.jsonl")
+    in_process(monkeypatch, capsys, *common)
+    result = json.loads((tmp_path / "run/base/results.json").read_text())["tasks"]["demo_mc"]
+    assert result["n"] == 2 and result["acc"] == 0.5
+
+
+def test_what_is_wrong_with_tasks_is_found_before_training(setting, tmp_path, monkeypatch, capsys):
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", *FAST]
+    write_rows([{"body": "x", "question": "?", "answer": 5}], tmp_path / "asdiv.jsonl")
+    for more, message in (
+        (["--tasks", "boolq", "--data-dir", tmp_path / "nowhere"], "boolq.jsonl: no such file"),
+        (["--tasks", "asdiv", "--data-dir", tmp_path], "asdiv.jsonl:1: 'int' object has no attribute"),
+        (["--limit", "0"], "--limit 0 is not allowed"),
+        (["--seeds", "-1"], "--seeds -1 is not allowed"),
+        (["--reference-epochs", "0"], "--reference-epochs 0 is not allowed"),
+        (["--reference-lr", "0"], "--reference-lr 0.0 is not allowed"),
+        (["--targets", "lm_head"], "lm_head cannot be a LoRA target"),
+        (["--device", "tpu"], "--device tpu is not supported"),
+    ):
+        assert message in in_process(monkeypatch, capsys, *common, *more, code=2)
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
+
+
+def test_a_truncated_score_file_is_one_line(setting, tmp_path, monkeypatch, capsys):
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "base"]
+    in_process(monkeypatch, capsys, *common)
+    path = tmp_path / "scores.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    assert in_process(monkeypatch, capsys, *common, code=2)
+
+
 def test_unknown_flags_are_refused():
     with pytest.raises(SystemExit):
         parse_options(["--learning-rate", "1"])

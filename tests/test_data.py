@@ -61,6 +61,17 @@ def test_bos_count_by_style(tmp_path, kind):
     assert tokenizer.encode(["The dog."], special=False)[0][0][0] != tokenizer.bos_id
 
 
+def test_whitespace_tokens_are_response_tokens(tmp_path):
+    """LLaMA-3's and GPT-2's files trim offsets: an indentation then covers no character, and would get no loss."""
+    tiny.save_tokenizer(tmp_path, "qwen2")
+    raw = tiny.make_tokenizer("qwen2")
+    raw.post_processor = tiny.processors.ByteLevel(trim_offsets=True)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, response = Tokenizer(tmp_path), "def f(x):\n    return x 🙂 é   \n"
+    corpus = build_corpus([{"instruction": "Write", "output": response}], tokenizer)
+    assert tokenizer.decode(corpus.tokens[corpus.response].tolist(), skip_special=False) == response + tokenizer.eos
+
+
 def test_an_eos_that_the_tokenizer_adds_is_taken_off(tmp_path):
     """Some tokenizers end every text with eos; render() has put one already, and a prompt must not end in one."""
     tiny.save_tokenizer(tmp_path, "llama2")

@@ -140,6 +140,8 @@ def edit(folder, **changes):
         (lambda a: save_file({"x": torch.ones(1)}, a / "adapter_model.safetensors"), "is missing"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b"abc"), "not a whole safetensors file"),
         (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
+        (lambda a: edit(a, lora_alpha=None), "lora_alpha = None is not a number"),
+        (lambda a: edit(a, target_modules=["q_proj", "lm_head"]), "lm_head cannot be a LoRA target"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path, change, message):
