@@ -829,7 +829,7 @@ def show(results: dict[str, dict]) -> str:
         if "not_scored" in result:
             rows.append([task, "not scored (a checker's package is missing)", "", "", str(result["not_scored"])])
         if "by_group" in result:
-            rows.append([task, f"mean over {', '.join(result['by_group'])}", "", "", ""])
+            rows.append([task, f"unweighted mean over {', '.join(result['by_group'])}", "", "", ""])
     return f"{side_by_side}\n\n{table(['task', 'metric', 'value', 'stderr', 'n'], rows)}"
 
 

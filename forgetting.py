@@ -664,6 +664,14 @@ def method_inputs(name: str, seed: int, for_scores: dict, options: Options) -> d
     return seen | {key: getattr(options, key) for key in schedule} | {"method": name, "seed": seed}
 
 
+def refuse_other_runs(out: Path, by_folder: dict[Path, dict], for_scores: dict, overwrite: bool) -> None:
+    """Raise ValueError, before anything is written, if the run folder holds artifacts made from other inputs."""
+    for folder, inputs in by_folder.items():
+        same_inputs(folder, read_inputs(folder), inputs, overwrite)
+    scores = out / "scores.safetensors"
+    same_inputs(scores, score_inputs(scores), for_scores, overwrite)
+
+
 def run(options: Options) -> dict:
     """Algorithm 1 on one base model and one pair of data sets; returns what report() shows."""
     check_options(options)
@@ -672,13 +680,9 @@ def run(options: Options) -> dict:
     tokenizer = Tokenizer(checkpoint)
     reference_set, train_set = select_data(options, tokenizer)
     for_reference, for_scores = stage_inputs(options, checkpoint, reference_set, train_set)
-    trainings = {
-        (name, seed): out / name / f"seed-{seed}" for name in options.methods if name in METHODS for seed in options.seeds
-    }
-    for_trainings = {key: method_inputs(*key, for_scores, options) for key in trainings}
-    for key, folder in {"": out / "reference", **trainings}.items():  # refuse before anything is written
-        same_inputs(folder, read_inputs(folder), for_trainings.get(key, for_reference), options.overwrite)
-    same_inputs(out / "scores.safetensors", score_inputs(out / "scores.safetensors"), for_scores, options.overwrite)
+    trainings = [(m, seed, out / m / f"seed-{seed}") for m in options.methods if m in METHODS for seed in options.seeds]
+    for_training = {folder: method_inputs(method, seed, for_scores, options) for method, seed, folder in trainings}
+    refuse_other_runs(out, {out / "reference": for_reference, **for_training}, for_scores, options.overwrite)
     for task in expand_tasks(options.tasks):  # rows that are missing or malformed: now, not after hours of training
         prepare(task, tokenizer, options.data_dir, options.limit)
     write_config(options, for_scores, out)
@@ -712,8 +716,8 @@ def run(options: Options) -> dict:
         results["base"] = {"0": figures(out / "base")}
 
     # Stages 3 and 4: for each method its signs, and a fresh adapter on theta
-    for (name, seed), folder in trainings.items():
-        if claim(folder, for_trainings[name, seed], options.overwrite):
+    for name, seed, folder in trainings:
+        if claim(folder, for_training[folder], options.overwrite):
             load_adapter(model, folder)
         else:
             signs = choose_signs(METHODS[name], quality, train_set, options, seed)
