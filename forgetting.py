@@ -11,7 +11,7 @@
 
 One idea carries the file: every method is a *signed weight per token*, +1/n_P, -lambda/n_N or 0, with n_P and n_N counted
 over the whole optimiser step. The weights are known before the forward pass, so the output head runs only where they are
-not 0, and splitting a step into micro-batches, or over ranks, cannot change what it computes.
+not 0, and splitting a step into micro-batches, or over ranks, changes nothing but the draw of the dropout masks.
 """
 
 import argparse
@@ -203,7 +203,7 @@ class Options:
     forget_rate: float | None = option(None, "share of lowest-Q tokens unlearned [1 - rho]", type=float)
     lambda_schedule: str = option("linear", "as in the paper, or t-max throughout", choices=["linear", "constant"])
     t_min: float = option(1e-5, "lambda rises with slope t-max - t-min (the paper: 1e-5 for 1B, 1e-4 for 3B and 8B)")
-    t_max: float = option(0.25, "lambda at the end of training")
+    t_max: float = option(0.25, "lambda nears t-max - t-min at the end of training")
     rank: int = option(64, "LoRA rank")
     alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank")
     dropout: float = option(0.1, "LoRA dropout")
@@ -411,9 +411,8 @@ def train(
     for step in bar:
         began = time.perf_counter()
         examples = examples_of(step, len(corpus), options.batch_size, seed)
-        lam = options.t_max
-        if options.lambda_schedule == "linear":
-            lam = lambda_at(step, total_steps, options.t_min, options.t_max)
+        linear = lambda_at(step, total_steps, options.t_min, options.t_max)
+        lam = linear if options.lambda_schedule == "linear" else options.t_max
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big"))
 
         gradient.zero_()
