@@ -404,6 +404,8 @@ def train(
     rank, _ = rank_and_world()
     parameters, optimizer, gradient = fresh_adapter(model, options, seed)
     total_steps = epochs * math.ceil(len(corpus) / options.batch_size)
+    if learning_rate_at(total_steps - 1, total_steps, lr, options.warmup) == 0:
+        say(f"warning: {folder} is a single step, which warm-up gives rate 0: use more data or epochs, or --warmup 0")
     first = load_checkpoint(folder / "checkpoint", parameters, optimizer)
     keep_lines(folder / "metrics.jsonl", first)
     model.train()

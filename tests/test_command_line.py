@@ -276,6 +276,15 @@ def test_a_truncated_score_file_is_one_line(setting, tmp_path, monkeypatch, caps
     assert in_process(monkeypatch, capsys, *common, code=2)
 
 
+def test_a_single_step_of_rate_0_is_warned_about(setting, tmp_path, monkeypatch, capsys):
+    """With a handful of rows all of training was the first step of warm-up, and nothing was learned in silence."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--n-reference", 4, "--n-train", 4, "--rank", 4]
+    out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--methods", "full")
+    assert out.count("warning: ") == 2 and "--warmup 0" in out
+    out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b", "--methods", "full", "--warmup", 0)
+    assert "warning" not in out
+
+
 def test_unknown_flags_are_refused():
     with pytest.raises(SystemExit):
         parse_options(["--learning-rate", "1"])
