@@ -10,6 +10,7 @@ one context share its computation: the context runs once, and each continuation 
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -286,13 +287,14 @@ def choice_task(
     return Task(file, version, requests, score, example=example, **rest)
 
 
-def exact_task(file: str, version: int, ask: Callable[[dict], tuple[str, str]], delimiter: str = " ", **rest) -> Task:
-    """The model must find every token of one target most probable (acc); also its perplexity, per document."""
+def exact_task(
+    file: str, version: int, ask: Callable[[dict], tuple[str, str]], delimiter: str = " ", perplexity: bool = False, **rest
+) -> Task:
+    """The model must find every token of one target most probable (acc); on request its perplexity, per document."""
 
     def score(row: dict, answers: list[Answer]) -> dict:
-        total = answers[0].loglikelihood
-        return {"prediction": answers[0].greedy, "target": ask(row)[1],
-                "metrics": {"acc": float(answers[0].greedy), "perplexity": total}}  # fmt: skip
+        metrics = {"acc": float(answers[0].greedy)} | ({"perplexity": answers[0].loglikelihood} if perplexity else {})
+        return {"prediction": answers[0].greedy, "target": ask(row)[1], "metrics": metrics}
 
     def requests(row: dict, _: Tokenizer) -> list[Request]:
         context, target = ask(row)
@@ -580,8 +582,9 @@ def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
 
 SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5da 5ds".split()]
 TASKS = {
-    "truthfulqa_mc1": choice_task(
-        "truthfulqa.jsonl", 2, truthfulqa_mc1, prepare=truthfulqa_rows, beside=("truthfulqa_prompt.txt",)
+    "truthfulqa_mc1": dataclasses.replace(
+        choice_task("truthfulqa.jsonl", 2, truthfulqa_mc1, prepare=truthfulqa_rows, beside=("truthfulqa_prompt.txt",)),
+        example=None,  # its worked examples are fixed
     ),
     "truthfulqa_mc2": Task(
         "truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score, truthfulqa_rows, beside=("truthfulqa_prompt.txt",)
@@ -599,7 +602,7 @@ TASKS = {
     ),
     "asdiv": exact_task("asdiv.jsonl", 1, asdiv),
     "arc_challenge": choice_task("arc_challenge.jsonl", 1, arc_challenge, normed=True),
-    "lambada": exact_task("lambada.jsonl", 1, lambada),
+    "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True),
     "ifeval": Task("ifeval.jsonl", 4, lambda row, _: [Request(row["prompt"], max_new_tokens=1280)], ifeval_score),
     "demo_mc": choice_task("demo_mc.jsonl", 1, demo_mc, delimiter=""),
     "demo_qa": Task("demo_qa.jsonl", 1, lambda row, _: [Request(row["prompt"], max_new_tokens=16)], demo_qa_score),
@@ -738,7 +741,7 @@ def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> li
     rows = rows[:limit]
     if not rows:
         raise ValueError(f"{path}: no document to evaluate")
-    if not num_fewshot or task.example is None or "truthfulqa" in task.file:
+    if not num_fewshot or task.example is None:
         return rows
     train = path.with_name(f"{path.stem}_train.jsonl")
     if train.is_file():

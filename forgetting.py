@@ -52,7 +52,7 @@ from eval import (
     start_ranks,
     sum_over_ranks,
     table,
-    wait_for_all,  # fmt: skip
+    wait_for_all,
     write_text,
 )
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
@@ -784,11 +784,14 @@ def report(results: dict, title: str) -> str:
             cells = []
             for name in compared:
                 differences = [methods[method][s][name] - methods[baseline][s][name] for s in both]
-                wins = sum(d < 0 if "popular" in name else d > 0 for d in differences)
+                lower_is_better = name.endswith((" popular", " perplexity"))
+                wins = sum(d < 0 if lower_is_better else d > 0 for d in differences)
                 cells.append(f"{spread(differences, sign='+')} ({wins}/{len(both)})")
             rows.append([f"{method} - {baseline}", *cells])
     if rows:
-        parts.append("Paired differences over seeds (in how many the first is better; less of the popular error is better):")
+        parts.append(
+            "Paired differences over seeds (in how many the first is better; of perplexity and the popular error, less is better):"
+        )
         parts.append(table(["pair", *compared], rows))
     if results["detection"]:
         parts.append("Does a low Q find the known noise? (AUC 0.5: chance; the precision of a random N is the noise share.)")
@@ -802,9 +805,9 @@ def write_report(panels: dict[str, dict], out: Path, limit: int | None) -> None:
     text = "\n\n".join(report(results, title) for title, results in panels.items())
     command = "python forgetting.py " + " ".join(sys.argv[1:])
     text += "\n\nmean +- sample standard deviation over n seeds; tasks in percent; L_P, L_N: mean loss, in nats, on the tokens that "
-    text += "forgetting keeps and unlearns.\n" + f"Only the first {limit} documents of each task (--limit).\n" * (
-        limit is not None
-    )
+    text += "forgetting keeps and unlearns.\n"
+    if limit is not None:
+        text += f"Only the first {limit} documents of each task (--limit).\n"
     text += f"Made by `{command.strip()}`.\n"
     if rank_and_world()[0] == 0:
         write_text(json.dumps(panels, indent=2) + "\n", out / "results.json")
@@ -817,6 +820,8 @@ def run_demo(options: Options) -> dict[str, dict]:
 
     Methods that do not look at the reference are trained once, for the first panel, and shown in both.
     """
+    if options.tasks or options.data_dir or options.reference_data:
+        raise ValueError("--tasks, --data-dir and --reference-data need --model and --data: the demo brings its own")
     panels: dict[str, dict] = {panel: {"methods": {}, "detection": {}} for panel in DEMO_PANELS}
     for seed in options.seeds:
         world = Path(options.out) / f"world-{seed}"
