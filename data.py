@@ -14,23 +14,31 @@ Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences 
 """
 
 import ast
+import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import random
 import re
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
+from http.client import IncompleteRead
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 from xml.etree import ElementTree
 
 import numpy as np
 import tokenizers
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, list_repo_files
 from torch import Tensor
 
+from lora import read_object, whole_file
+from model import hub_error
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # a row may carry known noise: {"noise": [[start, end, kind], ...]}
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
@@ -61,13 +69,17 @@ class Tokenizer:
     def _special(self, folder: Path, kind: str) -> tuple[str | None, int | None]:
         """Text and id of a special token: tokenizer_config.json first, then config.json and generation_config.json."""
         files = [folder / name for name in ("tokenizer_config.json", "config.json", "generation_config.json")]
-        configs = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in files]
+        configs = [read_object(path) if path.is_file() else {} for path in files]
         text = configs[0].get(f"{kind}_token")
-        text = text["content"] if isinstance(text, dict) else text
+        text = text.get("content") if isinstance(text, dict) else text
         if text is None:
             ids = [config.get(f"{kind}_token_id") for config in configs[1:]]
             ids = [i[0] if isinstance(i, list) else i for i in ids if i is not None]
+            if ids and not (isinstance(ids[0], int) and ids[0] >= 0):
+                raise ValueError(f"{folder}: {kind}_token_id {ids[0]!r} is not a token id")
             text = self.raw.id_to_token(ids[0]) if ids else None
+        if not isinstance(text, str | None):
+            raise ValueError(f"{files[0]}: {kind}_token {text!r} is not a text")
         return text, None if text is None else self.raw.token_to_id(text)
 
     def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -87,6 +99,12 @@ class Tokenizer:
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
 
 
+def check_ids(ids: Any, vocab_size: int, where: object) -> None:
+    """Raise ValueError for a token id that the model has no embedding for; a tokenizer may know such, unless they occur."""
+    if len(ids) and (largest := int(np.max(ids))) >= vocab_size:
+        raise ValueError(f"{where}: its tokenizer gives id {largest}, the model's vocab_size is {vocab_size}: not a pair")
+
+
 def keep_offsets(content: Any) -> Any:
     """tokenizer.json with offset trimming off: a trimmed whitespace token covers no character and would get no loss."""
     if isinstance(content, list):
@@ -103,34 +121,37 @@ def keep_offsets(content: Any) -> Any:
 
 
 def read_rows(files: Iterable[str]) -> list[dict]:
-    """The rows of .jsonl or .json files, each `path` or `path:count` (the first count rows).
+    """The rows of .jsonl or .json files, each `path` or `path:count` (the first count rows); a path may be in RECIPES.
 
-    Every row gets a field "_source" (file:line) for messages. Raises ValueError naming the file and line.
+    A file of that name wins over the recipe. Every row gets a field "_source" (file:line) for messages. Raises ValueError
+    naming the file and line.
     """
     rows: list[dict] = []
     for entry in files:
         path, _, count = entry.rpartition(":")
         if not count.isdigit():
             path, count = entry, ""
-        if not os.path.isfile(path):
-            raise ValueError(f"{path}: no such file")
-        read = list(_parse(Path(path)))
-        if count and int(count) > len(read):
-            raise ValueError(f"{path}: {count} rows asked for, {len(read)} are there")
+        if not os.path.isfile(path) and path not in RECIPES:
+            what = "a folder, not a file" if os.path.isdir(path) else "no such file"
+            raise ValueError(f"{path}: {what}, nor a public set by name ({', '.join(RECIPES)})")
+        read = list(_parse(Path(path) if os.path.isfile(path) else fetch_recipe(path)))
+        if count and not 1 <= int(count) <= len(read):
+            raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
         rows += read[: int(count)] if count else read
     return rows
 
 
 def _parse(path: Path) -> Iterator[dict]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # the byte-order mark that some editors put first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    half_characters = "\\ud" in text.lower()  # escapes: no UTF-8 text holds them as they are
     lines: Iterable = enumerate(text.split("\n"), 1)
     if path.suffix == ".json":
         try:
             whole = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(whole, list):
             raise ValueError(f"{path}: a list of rows is expected, not {type(whole).__name__}")
@@ -142,10 +163,12 @@ def _parse(path: Path) -> Iterator[dict]:
                 continue
             try:
                 line = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(line, dict):
             raise ValueError(f"{path}:{number}: a row must be an object, not {type(line).__name__}")
+        if half_characters and (found := HALF_CHARACTER.search(json.dumps(line, ensure_ascii=False))):
+            raise ValueError(f"{path}:{number}: \\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
         count += 1
         yield line | {"_source": f"{path}:{number}"}
     if not count:
@@ -237,8 +260,8 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
-    def lengths(self) -> np.ndarray:  # (E,)
+    @cached_property
+    def lengths(self) -> np.ndarray:  # (E,), worked out once: a step must not cost what the corpus does
         return np.diff(self.offsets)
 
     def fingerprint(self) -> str:
@@ -247,6 +270,12 @@ class Corpus:
         for array in (self.tokens, self.response, self.offsets):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
+
+    def part(self, first: int, last: int) -> "Corpus":
+        """Examples first to last - 1 as a corpus of their own, without copying."""
+        tokens = slice(self.offsets[first], self.offsets[last])
+        arrays = (array[tokens] for array in (self.tokens, self.response, self.noise))
+        return Corpus(*arrays, self.offsets[first : last + 1] - self.offsets[first], dropped=0)
 
     def places(self, examples: Sequence[int]) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
@@ -280,7 +309,7 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
             for text, is_response in row_pieces:
                 if is_response:
                     mask |= covers(ends, at, at + len(text))
-                    for first, last, kind in row.get("noise", ()):
+                    for first, last, kind in known_noise(row):
                         kinds[covers(ends, at + first, at + last)] = NOISE_KINDS.index(kind)
                 at += len(text)
             mask[:1] = False
@@ -294,6 +323,16 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     flat = [np.concatenate(parts) for parts in (tokens, response, noise)]
     return Corpus(*flat, offsets, dropped=len(rows) - len(lengths))
+
+
+def known_noise(row: dict) -> list[tuple[int, int, str]]:
+    """The spans of a row's field `noise`; ValueError naming the row if that field is something else."""
+    spans = row.get("noise") or []
+    is_span = lambda x: isinstance(x, list) and [type(part) for part in x] == [int, int, str] and x[2] in NOISE_KINDS[1:]
+    if not (isinstance(spans, list) and all(map(is_span, spans))):
+        expected = f"a list of [start, end, kind], kinds {', '.join(NOISE_KINDS[1:])}"
+        raise ValueError(f"{row.get('_source', 'row')}: noise {str(spans)[:40]} is not {expected}")
+    return spans
 
 
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
@@ -507,44 +546,161 @@ BENCHMARKS = {  # file: (where its originals are, how they are converted, start 
 
 
 def fetch_text(source: str) -> str:
-    """A public text: "hub:REPO:FILE" through the Hub's client (and its cache), anything else by https."""
+    """A public text: "hub:REPO:FILE" through the Hub's client (and its cache), anything else by https.
+
+    A .gz file is unpacked; a .parquet file becomes JSONL. Raises ValueError naming the source.
+    """
+    reason = lambda error: (str(error).strip() or type(error).__name__).splitlines()[0]
     try:
         if source.startswith("hub:"):
             _, repo, file = source.split(":")
-            return Path(hf_hub_download(repo, file, repo_type="dataset")).read_text(encoding="utf-8")
-        if constants.HF_HUB_OFFLINE:
+            reason = lambda error: hub_error(f"datasets/{repo}", error)
+            content = Path(hf_hub_download(repo, file, repo_type="dataset")).read_bytes()
+        elif constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(source, timeout=60) as answer:
-            return answer.read().decode("utf-8")
-    except Exception as error:  # the Hub client has many error types; a user needs the first line
-        reason = str(error).strip().splitlines()[0]
+        else:
+            content = download(source)
+        if source.endswith(".parquet"):
+            return parquet_lines(content)
+        return (gzip.decompress(content) if source.endswith(".gz") else content).decode("utf-8")
+    except Exception as error:  # urllib and the Hub's client have many error types; a user needs one line
         raise ValueError(
-            f"{source}: could not be fetched ({reason}); put the rows in a folder and name it with --data-dir"
+            f"{source}: could not be fetched ({reason(error)}); "
+            "put the rows in a file for --data, or those of a benchmark in a folder for --data-dir"
         ) from None
+
+
+def download(url: str, tries: int = 5) -> bytes:
+    """What is behind an address. A connection that breaks off is taken up where it broke. Raises OSError."""
+    content = b""
+    for _ in range(tries):
+        request = urllib.request.Request(url, headers={"Range": f"bytes={len(content)}-"} if content else {})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            content = content if answer.status == 206 else b""  # 200: a server that knows no ranges begins again
+            try:
+                return content + answer.read()
+            except IncompleteRead as error:
+                content += error.partial
+    raise OSError(f"the connection broke off {tries} times, the last time after {len(content)} bytes")
+
+
+def convert_once(path: Path, sources: Iterable[str], convert: Callable[..., str | list[dict]], expected: str | None) -> None:
+    """Write `path`, unless it is there, from its public sources. Raises ValueError if they are not what they were."""
+    if path.is_file():
+        return
+    sources = [one for source in sources for one in expand_source(source)]
+    texts = [fetch_text(source) for source in sources]
+    try:
+        content = convert(*texts)
+    except Exception as error:  # what came is not in the format it had
+        raise ValueError(f"{path.name}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
+    if not isinstance(content, str):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    found = hashlib.sha256(content.encode()).hexdigest()
+    if expected is not None and not found.startswith(expected):
+        raise ValueError(f"{path.name}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def fetch_benchmarks(files: Iterable[str]) -> Path:
     """A folder under the Hugging Face cache with these row files, fetched and converted once, and checked."""
     folder = Path(constants.HF_HOME) / "forgetting-benchmarks"
-    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        if (folder / file).is_file():
-            continue
-        sources, convert, expected = BENCHMARKS[file]
-        texts = [fetch_text(source) for source in sources]
-        try:
-            content = convert(*texts)
-        except Exception as error:  # what came is not in the format it had
-            raise ValueError(f"{file}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
-        if not isinstance(content, str):
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        found = hashlib.sha256(content.encode()).hexdigest()
-        if expected is not None and not found.startswith(expected):
-            raise ValueError(f"{file}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})")
-        temporary = folder / f"{file}.tmp{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, folder / file)
+        convert_once(folder / file, *BENCHMARKS[file])
     return folder
+
+
+# -------------------------------------------------------------------------------- the training sets' public homes
+
+
+def convert_rows(*texts: str) -> list[dict]:
+    """JSON lists or JSONL as rows, those without a response left out: a user cannot mend a public file."""
+    rows = [row for text in texts for row in (json.loads(text) if text.lstrip()[:1] == "[" else json_lines(text))]
+    kept = [row for row in rows if has_response(row)]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} public rows have no response and are left out", flush=True)
+    return kept
+
+
+def has_response(row: dict) -> bool:
+    """Whether the response of a row is not blank. Rows of no known layout pass: render() says what is wrong with them."""
+    layout = next((fields for fields in LAYOUTS.values() if all(field in row for field in fields)), None)
+    if layout is None:
+        return True
+    if layout == ("messages",):
+        return any(message["role"] == "assistant" and message["content"] for message in row["messages"])
+    return bool((row[layout[-1]] or "").strip())
+
+
+def convert_oasst(text: str) -> list[dict]:
+    """Message trees as one conversation each, the best: at every turn the reply of lowest rank, as in Tulu 2.
+
+    Deleted and blank messages are skipped with what hangs on them; a last question without an answer is dropped.
+    """
+    rows = []
+    for tree in json_lines(text):
+        messages, replies = [], [tree["prompt"]]
+        while replies := [reply for reply in replies if not reply.get("deleted") and (reply["text"] or "").strip()]:
+            best = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
+            role = {"prompter": "user", "assistant": "assistant"}[best["role"]]
+            messages.append({"role": role, "content": best["text"]})
+            replies = best.get("replies") or []
+        if messages and messages[-1]["role"] == "user":
+            messages.pop()
+        rows.append({"messages": messages})
+    return convert_rows("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def parquet_lines(content: bytes) -> str:
+    """The rows of a parquet file as JSONL; pyarrow, which is not required otherwise, must be there (expand_source)."""
+    from pyarrow import BufferReader, parquet
+
+    rows = parquet.read_table(BufferReader(content)).to_pylist()
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def expand_source(source: str) -> list[str]:
+    """The source itself, or for "hub:REPO:*" those of its files that hold rows: JSON or JSONL, else parquet.
+
+    If the names of some say that they are for training, these alone. Raises ValueError naming the repository.
+    """
+    if not source.endswith(":*"):
+        return [source]
+    repo = source.split(":")[1]
+    try:
+        files = sorted(list_repo_files(repo, repo_type="dataset"))
+    except Exception as error:  # the Hub's client has many error types
+        raise ValueError(f"{source}: {hub_error(f'datasets/{repo}', error)}") from None
+    found = [file for file in files if re.search(r"(?<!dataset_infos)\.jsonl?(\.gz)?$", file)]
+    if not found:
+        found = [file for file in files if file.endswith(".parquet")]
+        if found and importlib.util.find_spec("pyarrow") is None:
+            raise ValueError(f"{source}: its rows are parquet files, such as {found[0]}: pip install pyarrow to read them")
+    if not found:
+        raise ValueError(f"{source}: no .jsonl, .json or .parquet file there, only {', '.join(files) or 'nothing'}")
+    found = [file for file in found if "train" in file.lower()] or found
+    print(f"{repo}: rows of {', '.join(found)}", flush=True)
+    return [f"hub:{repo}:{file}" for file in found]
+
+
+RECIPES = {  # name: (where its originals are, how they are converted)
+    "flan_v2": (["hub:hamishivi/tulu_mix_store:flan_v2_resampled_50k.jsonl"], convert_rows),
+    "dolly": (["hub:databricks/databricks-dolly-15k:databricks-dolly-15k.jsonl"], convert_rows),
+    "oasst1": (["hub:OpenAssistant/oasst1:2023-04-12_oasst_ready.trees.jsonl.gz"], convert_oasst),
+    "alpaca": ([GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json"], convert_rows),
+    "wizardlm": (["hub:WizardLMTeam/WizardLM_evol_instruct_70k:alpaca_evol_instruct_70k.json"], convert_rows),
+    "paper": (["hub:Aligh1380/forgetting-llm-dataset:*"], convert_rows),
+}
+
+
+def fetch_recipe(name: str) -> Path:
+    """The rows of a public training set as JSONL under the Hugging Face cache, fetched and converted once."""
+    path = Path(constants.HF_HOME) / "forgetting-rows" / f"{name}.jsonl"
+    convert_once(path, *RECIPES[name], None)
+    return path
 
 
 # ---------------------------------------------------------------------------------- the demo: a world with known noise
@@ -693,8 +849,5 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
 
 def write_rows(rows: list[dict], path: str | os.PathLike) -> None:
     """Write rows as .jsonl, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)

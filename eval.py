@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NoReturn
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import BENCHMARKS, Tokenizer, fetch_benchmarks, read_rows, split_by_tokens, write_rows
-from lora import load_adapter
+from data import BENCHMARKS, Tokenizer, check_ids, fetch_benchmarks, read_rows, split_by_tokens, write_rows
+from lora import load_adapter, whole_file
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model
 
 # ------------------------------------------------------------------------------------------------------------- ranks
@@ -43,6 +43,10 @@ def start_ranks(device: str) -> str:
     """Join the process group when started by torchrun; the device of this rank ("cuda" becomes "cuda:LOCAL_RANK")."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {device} is not supported: cpu, cuda or cuda:N")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device} is not supported: cpu, cuda or cuda:N") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here")
     if device.startswith("cuda:") and "RANK" in os.environ:
@@ -52,7 +56,12 @@ def start_ranks(device: str) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except dist.DistError as error:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = f"{where} (MASTER_ADDR:MASTER_PORT; is the port in use?): {str(error).splitlines()[0]}"
+        raise ValueError(f"the ranks cannot meet at {reason}") from None
     return device
 
 
@@ -639,19 +648,23 @@ def answer_requests(
         if request.continuation is None:
             kinds.setdefault((request.max_new_tokens, request.stop), []).append(i)
     rank, _ = rank_and_world()
+    pairs = []
+    for i in scored:
+        try:
+            pairs.append(encode_pair(tokenizer, requests[i].context, requests[i].continuation))
+            check_length(model, pairs[-1][1])
+        except ValueError as error:
+            raise ValueError(f"{sources[i]}: {error}") from None
+        check_ids(sum(pairs[-1], []), model.config.vocab_size, model.folder)
+    prompts = {}
+    for kind, group in kinds.items():
+        prompts[kind] = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
+        check_ids([i for ids in prompts[kind] for i in ids], model.config.vocab_size, model.folder)
     with tqdm(total=len(requests), desc=label, unit="request", disable=rank > 0, leave=False) as bar:
-        pairs = []
-        for i in scored:
-            try:
-                pairs.append(encode_pair(tokenizer, requests[i].context, requests[i].continuation))
-                check_length(model, pairs[-1][1])
-            except ValueError as error:
-                raise ValueError(f"{sources[i]}: {error}") from None
         for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, bar)):
             answers[i] = answer
         for (max_new_tokens, stop), group in kinds.items():
-            prompts = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
-            texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, bar)
+            texts = generate(model, tokenizer, prompts[max_new_tokens, stop], max_new_tokens, stop, batch_tokens, bar)
             for i, text in zip(group, texts):
                 answers[i] = Answer(text=text)
     return answers
@@ -836,9 +849,30 @@ def show(results: dict[str, dict]) -> str:
     return f"{side_by_side}\n\n{table(['task', 'metric', 'value', 'stderr', 'n'], rows)}"
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2, without the usage that argparse prints first."""
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError, before any work, for what cannot be meant."""
+    expand_tasks(arguments.tasks)
+    for flag, least in (("limit", 1), ("num_fewshot", 0), ("batch_tokens", 1)):
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} is not allowed: at least {least}")
+    for flag in ("output", "samples"):
+        path = getattr(arguments, flag)
+        if path is not None and (Path(path).is_dir() or Path(path).absolute().parent.is_file()):
+            raise ValueError(f"--{flag} {path} is not allowed: the path of a file, in a folder")
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ", ".join([*TASKS, *GROUPS])
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
     parser.add_argument("--adapter", help="folder of a PEFT-layout LoRA adapter")
@@ -858,12 +892,13 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass")
     arguments = parser.parse_args()
     try:
-        expand_tasks(arguments.tasks)
-        if arguments.limit is not None and arguments.limit < 1:
-            raise ValueError(f"--limit {arguments.limit} is not allowed: at least 1")
+        check_arguments(arguments)
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
-        model, tokenizer = load_model(folder, device, DTYPES[arguments.dtype]), Tokenizer(folder)
+        tokenizer = Tokenizer(folder)
+        for task in expand_tasks(arguments.tasks):  # rows that are missing or malformed: now, not after the tasks before
+            prepare(task, tokenizer, arguments.data_dir, arguments.limit, arguments.num_fewshot)
+        model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.adapter:
             load_adapter(model, arguments.adapter)
         options = (arguments.limit, arguments.num_fewshot, arguments.batch_tokens)
@@ -886,10 +921,8 @@ def main() -> None:
 
 def write_text(text: str, path: str | os.PathLike) -> None:
     """Write a text file, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -39,8 +38,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Corpus, Tokenizer, build_corpus, detection, pack, read_rows, shift, unique_rows
+from data import Corpus, Tokenizer, build_corpus, check_ids, detection, pack, read_rows, shift, unique_rows
 from eval import (
+    Parser,
     data_digests,
     evaluate,
     expand_tasks,
@@ -55,8 +55,30 @@ from eval import (
     wait_for_all,
     write_text,
 )
-from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora, remove_lora, save_adapter
-from model import DTYPES, Transformer, checkpoint_folder, head_chunks, load_model, model_fingerprint, save_model, token_losses
+from lora import (
+    DEFAULT_TARGETS,
+    add_lora,
+    load_adapter,
+    lora_disabled,
+    lora_parameters,
+    merge_lora,
+    read_object,
+    remove_lora,
+    save_adapter,
+    target_layers,
+    whole_file,
+)
+from model import (
+    DTYPES,
+    Transformer,
+    checkpoint_folder,
+    head_chunks,
+    load_model,
+    model_fingerprint,
+    read_config,
+    save_model,
+    token_losses,
+)
 
 # ------------------------------------------------------------------------------------------------------ the equations
 
@@ -191,7 +213,11 @@ class Options:
     """The command line; the defaults are the paper's recipe."""
 
     model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision", type=str)
-    data: list[str] = option([], "training rows: .jsonl or .json files, each with an optional :count", nargs="+")
+    data: list[str] = option(
+        [],
+        "training rows: .jsonl or .json files, or named sets (flan_v2, dolly, oasst1, alpaca, wizardlm, paper); :count takes the first",
+        nargs="+",
+    )
     reference_data: list[str] = option([], "rows of D_ref; without it D_ref is drawn from --data", nargs="+")
     n_reference: int | None = option(None, "examples in D_ref [10,000, or a sixth of a pool under 60,000]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000, or the rest of a smaller pool]", type=int)
@@ -215,9 +241,13 @@ class Options:
     reference_lr: float | None = option(None, "peak rate of the reference [--lr]", type=float)
     reference_epochs: int | None = option(None, "passes over D_ref [--epochs]", type=int)
     max_length: int = option(2048, "tokens an example is cut to")
-    micro_tokens: int = option(8192, "tokens of one packed forward pass; with dropout 0 it does not change the result")
+    micro_tokens: int = option(
+        8192 if torch.cuda.is_available() else 2048, "tokens of one packed forward pass; with dropout 0 the result is the same"
+    )
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, as in the paper")
     dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of the frozen weights", choices=sorted(DTYPES))
+    score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", choices=sorted(DTYPES))
+    checkpoint_activations: bool = option(False, "less memory in training, a third more time", action="store_true")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     save_every: int = option(100, "steps between checkpoints")
     overwrite: bool = option(False, "start over where results of other inputs are", action="store_true")
@@ -247,7 +277,7 @@ REFERENCE_FREE = ("base", "full", "ignoring-random")  # methods that do not look
 
 def parse_options(argv: list[str] | None = None) -> tuple[Options, bool]:
     """The command line as Options, and whether it asks for the demo (neither --model nor --data)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Options):
         rest = dict(field.metadata)
         text = rest.pop("help")
@@ -267,19 +297,26 @@ def parse_options(argv: list[str] | None = None) -> tuple[Options, bool]:
 
 def check_options(options: Options) -> None:
     """Raise ValueError, before any work, for options that cannot be meant."""
-    if options.model is None or not options.data:
-        raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
     known = [*UNTRAINED, *METHODS]
     if unknown := [m for m in options.methods if m not in known]:
         raise ValueError(f"unknown method {', '.join(unknown)}; known: {', '.join(known)}")
+    for name in ("methods", "seeds"):
+        values = getattr(options, name)
+        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+            raise ValueError(f"--{name} names {twice[0]} twice")
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a file: a folder is needed")
     expand_tasks(options.tasks)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit {options.limit} is not allowed: at least 1")
     if min(options.seeds) < 0:
         raise ValueError(f"--seeds {min(options.seeds)} is not allowed: at least 0")
-    for name in ("lr", "reference_lr"):
-        if getattr(options, name) is not None and not getattr(options, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed: more than 0")
+    for name in ("lr", "reference_lr", "alpha"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed: more than 0, and finite")
+    for name in ("t_min", "t_max", "max_grad_norm"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed: at least 0, and finite")
     if options.rho is not None or options.forget_rate is not None:
         partition(np.zeros(1), 0.7 if options.rho is None else options.rho, options.forget_rate)
     if options.t_max < options.t_min:
@@ -301,20 +338,25 @@ def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     if options.reference_data:
         reference = unique_rows(read_rows(options.reference_data), tokenizer.eos)
-        reference = reference[: _count(options.n_reference, len(reference), len(reference), "--n-reference")]
+        reference = reference[: _count(options.n_reference, len(reference), len(reference), "--n-reference", "given apart")]
         shuffled = unique_rows(reference + shuffled, tokenizer.eos)[len(reference) :]
     else:
-        paper = 10_000 if len(rows) >= 60_000 else len(rows) // 6
+        if len(rows) < 2:
+            raise ValueError(f"{' '.join(options.data)}: one distinct row cannot be split into D_ref and D_train: at least 2")
+        paper = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
         n_reference = _count(options.n_reference, paper, len(rows) - 1, "--n-reference")
         reference, shuffled = shuffled[:n_reference], shuffled[n_reference:]
-    train = shuffled[: _count(options.n_train, min(50_000, len(shuffled)), len(shuffled), "--n-train")]
+    if not shuffled:
+        raise ValueError(f"{' '.join(options.data)}: no row is left for D_train, all {len(rows)} are in --reference-data")
+    besides = f"{len(reference)} more are D_ref"
+    train = shuffled[: _count(options.n_train, min(50_000, len(shuffled)), len(shuffled), "--n-train", besides)]
     return tuple(build_corpus(part, tokenizer, options.max_length) for part in (reference, train))
 
 
-def _count(asked: int | None, default: int, most: int, flag: str) -> int:
+def _count(asked: int | None, default: int, most: int, flag: str, besides: str = "at least 1 more must be left") -> int:
     count = default if asked is None else asked
     if not 1 <= count <= most:
-        raise ValueError(f"{flag} {count}: from 1 to {most} are there, exact duplicates and the other set taken out")
+        raise ValueError(f"{flag} {count}: from 1 to {most} are there, exact duplicates taken out; {besides}")
     return count
 
 
@@ -353,16 +395,21 @@ def accumulate(
     for batch in pack(corpus, by_length[rank::world], token_budget):
         sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        rows, targets = (x.to(head.device) for x in shift(batch.tokens, weights != 0))  # (n,) each
+        rows, targets = (to_device(x, head) for x in shift(batch.tokens, weights != 0))  # (n,) each
         if not len(rows):
             continue  # nothing here is in P or N: no contribution
-        weights = weights[weights != 0].to(head.device)  # (n,)
-        hidden = model(batch.tokens.to(head.device), batch.cu_seqlens)[rows]  # (n, D)
+        weights = to_device(weights[weights != 0], head)  # (n,)
+        hidden = model(to_device(batch.tokens, head), batch.cu_seqlens)[rows]  # (n, D)
         losses = torch.empty(len(rows), device=head.device)
         loss = weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses)
         loss.backward()
-        sums += torch.stack((loss.detach(), losses[weights > 0].sum(), losses[weights < 0].sum()))
+        sums += torch.stack((loss.detach(), losses @ (weights > 0).float(), losses @ (weights < 0).float()))
     return sums, counts
+
+
+def to_device(x: Tensor, like: Tensor) -> Tensor:
+    """x where `like` is. From pinned memory the host need not wait: it packs the next batch while the GPU computes."""
+    return x.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else x
 
 
 def fresh_adapter(model: Transformer, options: Options, seed: int) -> tuple[dict, torch.optim.Optimizer, Tensor]:
@@ -407,7 +454,7 @@ def train(
     if learning_rate_at(total_steps - 1, total_steps, lr, options.warmup) == 0:
         say(f"warning: {folder} is a single step, which warm-up gives rate 0: use more data or epochs, or --warmup 0")
     first = load_checkpoint(folder / "checkpoint", parameters, optimizer)
-    keep_lines(folder / "metrics.jsonl", first)
+    log, warned = keep_lines(folder / "metrics.jsonl", first), False
     model.train()
     bar = tqdm(range(first, total_steps), desc=label_of(folder), initial=first, total=total_steps, disable=rank > 0)
     for step in bar:
@@ -437,6 +484,10 @@ def train(
         watched = ("loss", "L_P", "L_N", "lambda", "tokens/s") if counts[1] else ("loss", "tokens/s")
         shown = {name: f"{figures[name]:.4g}" for name in watched if figures[name] is not None}
         bar.set_postfix(shown, refresh=False)
+        log.append(figures)
+        if not warned and (warned := forgetting_hurts(log)):
+            say(f"warning: {folder}, step {step}: L_P is above its start, and L_N too: lambda {lam:.3g} unlearns more than it "
+                "teaches; use a lower --t-max or --lr, or forgetting-clipped")  # fmt: skip
         if rank == 0:
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
@@ -453,21 +504,31 @@ def label_of(folder: Path) -> str:
     return "/".join(folder.parts[-2:])
 
 
-def keep_lines(path: Path, count: int) -> None:
-    """Cut a log to its first lines: what lies behind the checkpoint that is continued will be written again."""
+def keep_lines(path: Path, count: int) -> list[dict]:
+    """Cut a log to its first lines, and read them: what lies behind the checkpoint that is continued comes again."""
+    lines = path.read_text().splitlines(keepends=True)[:count] if path.is_file() else []
+    wait_for_all()
     if rank_and_world()[0] == 0:
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        write_text("".join(lines[:count]), path)
+        write_text("".join(lines), path)
+    return [json.loads(line) for line in lines]
+
+
+def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
+    """Whether L_P and L_N are both above their start, as means over the first and the last `window` steps that have both."""
+    both = [(line["L_P"], line["L_N"]) for line in log if line["L_N"] is not None]
+    if len(both) < 2 * window:
+        return False
+    start, now = np.mean(both[:window], axis=0), np.mean(both[-window:], axis=0)
+    return bool((now > start).all())
 
 
 def save_checkpoint(folder: Path, parameters: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Adapter, both AdamW moments and the number of steps done, in one file that is replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Adapter, both AdamW moments and the number of steps done, in one file; the one before stays until it is whole."""
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         tensors |= {f"{name}.{key}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
-    save_file(tensors, folder / "state.tmp", metadata={"step": str(step)})
-    os.replace(folder / "state.tmp", folder / "state.safetensors")
+    with whole_file(folder / "state.safetensors") as file:
+        save_file(tensors, file, metadata={"step": str(step)})
 
 
 def load_checkpoint(folder: Path, parameters: dict, optimizer: torch.optim.Optimizer) -> int:
@@ -475,9 +536,12 @@ def load_checkpoint(folder: Path, parameters: dict, optimizer: torch.optim.Optim
     path = folder / "state.safetensors"
     if not path.is_file():
         return 0
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it") from None
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
         moments = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
@@ -505,8 +569,8 @@ def response_losses(
     with tqdm(total=int(corpus.lengths[mine].sum()), desc=label, unit="token", disable=rank > 0) as bar:
         for batch in pack(corpus, mine, token_budget):
             judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-            rows, targets = (x.to(device) for x in shift(batch.tokens, judged))  # (n,) each
-            tokens, places = batch.tokens.to(device), batch.places[judged].to(device)
+            rows, targets = (to_device(x, head) for x in shift(batch.tokens, judged))  # (n,) each
+            tokens, places = to_device(batch.tokens, head), to_device(batch.places[judged], head)
             table[1, places] = token_losses(model(tokens, batch.cu_seqlens)[rows], head, targets)
             if with_base:
                 with lora_disabled(model):
@@ -566,10 +630,10 @@ def same_inputs(where: Path, before: dict | None, now: dict, overwrite: bool) ->
 def read_inputs(folder: Path) -> dict | None:
     """What the adapter or checkpoint in a folder was made from, as claim() noted it; None if there is neither."""
     path = folder / "inputs.json"
-    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+    if not path.is_file() and folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not of a run: use another --out")
     begun = (folder / "adapter_model.safetensors").is_file() or (folder / "checkpoint").is_dir()
-    return json.loads(path.read_text()) if path.is_file() and begun else None
+    return read_object(path) if path.is_file() and begun else None
 
 
 def claim(folder: Path, inputs: dict, overwrite: bool) -> bool:
@@ -588,6 +652,8 @@ def claim(folder: Path, inputs: dict, overwrite: bool) -> bool:
     wait_for_all()
     if done:
         say(f"found {adapter}, skipping")
+        if rank == 0:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of a run stopped between the last two lines of train()
     return done
 
 
@@ -600,7 +666,7 @@ def measure(
     """
     path = folder / "results.json"
     asked = {"tasks": data_digests(options.tasks, options.data_dir), "limit": options.limit, "inputs": inputs}
-    if path.is_file() and (found := json.loads(path.read_text()))["asked"] == asked:
+    if path.is_file() and (found := read_object(path)).get("asked") == asked:
         return found
     some = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
     _, losses = response_losses(model, corpus, some, options.micro_tokens, f"{label_of(folder)} losses", with_base=False)
@@ -623,25 +689,47 @@ def score_inputs(path: Path) -> dict | None:
     """What the scores in a file were made from; None if there is no file."""
     if not path.is_file():
         return None
-    with safe_open(path, framework="np") as file:
-        return json.loads(file.metadata()["inputs"])
+    try:
+        with safe_open(path, framework="np") as file:
+            return json.loads(file.metadata()["inputs"])
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
 
 
 def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Stage 2: base_loss and ref_loss (N,) of D_train, from `path` if it was made from the same inputs."""
+    """Stage 2: base_loss and ref_loss (N,) of D_train, from `path` if it was made from the same inputs.
+
+    What is scored is kept beside it every --save-every x --batch-size examples; a run that was stopped goes on from there.
+    """
     rank, _ = rank_and_world()
     if same_inputs(path, score_inputs(path), inputs, options.overwrite):
         say(f"found {path}, skipping")
         arrays = load_arrays(path)
         return arrays["base_loss"], arrays["ref_loss"]
-    everything = np.arange(len(corpus))
-    base_loss, ref_loss = response_losses(model, corpus, everything, options.micro_tokens, f"{path.parent.name}/scores")
+    kept, at_once = partial_scores(path), options.save_every * options.batch_size
+    losses, done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
+    if same_inputs(kept, score_inputs(kept), inputs, options.overwrite):
+        arrays = load_arrays(kept)
+        losses = np.stack((arrays["base_loss"], arrays["ref_loss"]))
+        done = int(np.searchsorted(corpus.offsets, np.flatnonzero(np.isfinite(losses[1]))[-1], side="right"))  # examples
+    for first in range(done, len(corpus), at_once):
+        last = min(first + at_once, len(corpus))
+        part, label = corpus.part(first, last), f"{path.parent.name}/scores {last:,}/{len(corpus):,}"
+        tokens = slice(corpus.offsets[first], corpus.offsets[last])
+        losses[:, tokens] = response_losses(model, part, np.arange(len(part)), options.micro_tokens, label)
+        if rank == 0:
+            arrays = {"base_loss": losses[0], "ref_loss": losses[1], "offsets": corpus.offsets}
+            with whole_file(kept if last < len(corpus) else path) as file:
+                save_arrays(arrays, file, metadata={"inputs": json.dumps(inputs)})
     if rank == 0:
-        arrays = {"base_loss": base_loss, "ref_loss": ref_loss, "offsets": corpus.offsets}
-        save_arrays(arrays, f"{path}.tmp", metadata={"inputs": json.dumps(inputs)})
-        os.replace(f"{path}.tmp", path)
+        kept.unlink(missing_ok=True)
     wait_for_all()
-    return base_loss, ref_loss
+    return losses[0], losses[1]
+
+
+def partial_scores(path: Path) -> Path:
+    """Where the scores of a part of the corpus are kept."""
+    return path.with_stem(path.stem + ".part")
 
 
 def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, train_set: Corpus) -> tuple[dict, dict]:
@@ -653,7 +741,8 @@ def stage_inputs(options: Options, checkpoint: Path, reference_set: Corpus, trai
         "reference lr": options.lr if options.reference_lr is None else options.reference_lr,
         "reference epochs": options.epochs if options.reference_epochs is None else options.reference_epochs,
     }
-    return common | reference, common | reference | {"training data": train_set.fingerprint()}
+    scores = {"reference score dtype": options.score_dtype or options.dtype, "training data": train_set.fingerprint()}
+    return common | reference, common | reference | scores
 
 
 def method_inputs(name: str, seed: int, for_scores: dict, options: Options) -> dict:
@@ -667,31 +756,40 @@ def method_inputs(name: str, seed: int, for_scores: dict, options: Options) -> d
 
 def refuse_other_runs(out: Path, by_folder: dict[Path, dict], for_scores: dict, overwrite: bool) -> None:
     """Raise ValueError, before anything is written, if the run folder holds artifacts made from other inputs."""
+    if (out / "config.json").is_file() and "versions" not in read_object(out / "config.json"):
+        raise ValueError(f"{out}: its config.json is not of a run: use another --out")
     for folder, inputs in by_folder.items():
         same_inputs(folder, read_inputs(folder), inputs, overwrite)
     scores = out / "scores.safetensors"
-    same_inputs(scores, score_inputs(scores), for_scores, overwrite)
+    for path in (scores, partial_scores(scores)):
+        same_inputs(path, score_inputs(path), for_scores, overwrite)
 
 
 def run(options: Options) -> dict:
     """Algorithm 1 on one base model and one pair of data sets; returns what report() shows."""
+    if options.model is None or not options.data:
+        raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
     check_options(options)
     out = Path(options.out)
     checkpoint = checkpoint_folder(options.model)
-    tokenizer = Tokenizer(checkpoint)
+    config, tokenizer = read_config(checkpoint), Tokenizer(checkpoint)
     reference_set, train_set = select_data(options, tokenizer)
+    for corpus in (reference_set, train_set):
+        check_ids(corpus.tokens, config.vocab_size, checkpoint)
     for_reference, for_scores = stage_inputs(options, checkpoint, reference_set, train_set)
     trainings = [(m, seed, out / m / f"seed-{seed}") for m in options.methods if m in METHODS for seed in options.seeds]
     for_training = {folder: method_inputs(method, seed, for_scores, options) for method, seed, folder in trainings}
     refuse_other_runs(out, {out / "reference": for_reference, **for_training}, for_scores, options.overwrite)
     for task in expand_tasks(options.tasks):  # rows that are missing or malformed: now, not after hours of training
         prepare(task, tokenizer, options.data_dir, options.limit)
+    model = load_model(checkpoint, options.device, DTYPES[options.dtype])
+    model.checkpoint_activations = options.checkpoint_activations
+    target_layers(model, tuple(options.targets))  # what can be wrong is found before anything is written, or overwritten
     write_config(options, for_scores, out)
     say(f"{out}: {options.model}")
     for name, corpus in (("D_ref", reference_set), ("D_train", train_set)):
         say(f"{name} {len(corpus):,} examples, {len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response; "
             f"{corpus.dropped} rows dropped for want of a response within {options.max_length} tokens")  # fmt: skip
-    model = load_model(checkpoint, options.device, DTYPES[options.dtype])
 
     # Stage 1: theta', a brief fine-tune on every response token of D_ref
     if claim(out / "reference", for_reference, options.overwrite):
@@ -702,7 +800,12 @@ def run(options: Options) -> dict:
               for_reference["reference lr"], for_reference["reference epochs"])  # fmt: skip
 
     # Stage 2: Q of every response token of D_train; theta and theta' are one set of weights
-    base_loss, ref_loss = score(model, train_set, out / "scores.safetensors", for_scores, options)
+    scorer = model
+    if options.score_dtype not in (None, options.dtype):
+        scorer = load_model(checkpoint, options.device, DTYPES[options.score_dtype])
+        load_adapter(scorer, out / "reference")
+    base_loss, ref_loss = score(scorer, train_set, out / "scores.safetensors", for_scores, options)
+    del scorer
     quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
 
     # Stage 3, for the rows that are not trained here: L_P and L_N are reported on the sides of plain forgetting
@@ -822,6 +925,9 @@ def run_demo(options: Options) -> dict[str, dict]:
     """
     if options.tasks or options.data_dir or options.reference_data:
         raise ValueError("--tasks, --data-dir and --reference-data need --model and --data: the demo brings its own")
+    check_options(options)
+    for seed in options.seeds:
+        refuse_other_world(Path(options.out) / f"world-{seed}", data.demo_rows(options.world, seed), options.overwrite)
     panels: dict[str, dict] = {panel: {"methods": {}, "detection": {}} for panel in DEMO_PANELS}
     for seed in options.seeds:
         world = Path(options.out) / f"world-{seed}"
@@ -845,6 +951,14 @@ def run_demo(options: Options) -> dict[str, dict]:
             for name, value in results["detection"].items():
                 panels[panel]["detection"].setdefault(name, []).append(value)
     return {DEMO_PANELS[panel]: results for panel, results in panels.items()}
+
+
+def refuse_other_world(folder: Path, files: dict[str, list[dict]], overwrite: bool) -> None:
+    """Raise ValueError if rows of another demo, or not of a demo, are where these would be written."""
+    for name, rows in files.items():
+        path = folder / f"{name}.jsonl"
+        if path.is_file() and not overwrite and data.json_lines(path.read_text(encoding="utf-8")) != rows:
+            raise ValueError(f"{path} holds other rows than this demo's: use another --out, or --overwrite")
 
 
 def main() -> None:

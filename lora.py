@@ -26,20 +26,57 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in the keys of its files
 
 
-def masked(x: Tensor, p: float) -> Tensor:
-    """x with each element zeroed with probability p, *not* rescaled: the caller folds 1 / (1 - p) into a factor it has.
+def keep_mask(x: Tensor, p: float) -> Tensor:
+    """0 with probability p, else 1, for every element of x; uint8. The factor 1 / (1 - p) is the caller's.
 
-    On a CPU one 64-bit draw decides four elements (p rounded to 1/65536) and the saved mask is one byte an element;
-    F.dropout there costs more than the low-rank product it precedes.
+    On a CPU one 64-bit draw decides four elements (p rounded to 1/65536): 4 times faster than bernoulli_, and a product
+    with uint8 is 2 to 3 times faster than one with bool. F.dropout there costs more than the low-rank product it precedes.
     """
     if x.is_cuda:
-        return F.dropout(x, p) * (1 - p)
+        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return x * (bits[: x.numel()].view_as(x) >= round(p * 2**16) - 2**15)
+    return (bits[: x.numel()].view_as(x) >= round(p * 2**16) - 2**15).view(torch.uint8)
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """x W^T + bias + scaling * (x * keep) A^T B^T as one node, for a frozen W; x (n, in), keep (n, in) or None -> (n, out).
+
+    The backward pass keeps x, which layers share, and a byte an element of mask, not the masked x; sums go into results
+    that are there already. A quarter less memory than the same formula left to autograd, at equal speed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling, keep):
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        low = F.linear(x if keep is None else keep.to(x.dtype).mul_(x), a).mul_(scaling)  # (n, r)
+        ctx.save_for_backward(x, weight, a, b, low, keep)
+        ctx.scaling = scaling
+        y = F.linear(x, weight, bias)
+        if x.dtype == torch.float32:
+            return y.addmm_(low, b.T)
+        return y.float().add_(F.linear(low, b))  # rounded products, an exact sum
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, low, keep = ctx.saved_tensors
+        grad = grad.to(x.dtype)  # (n, out)
+        grad_low = (grad @ b).mul_(ctx.scaling)  # (n, r)
+        grad_b = grad.T @ low  # (out, r)
+        kept = None if keep is None else keep.to(x.dtype)  # (n, in), overwritten by the masked x
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_low @ a  # (n, in)
+            grad_x = (grad_x if kept is None else grad_x.mul_(kept)).addmm_(grad, weight)
+        grad_a = grad_low.T @ (x if kept is None else kept.mul_(x))  # (r, in)
+        return grad_x, None, None, grad_a.float(), grad_b.float(), None, None
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer with a trainable low-rank side path. The adapter is float32; products run in x's dtype."""
+    """A frozen linear layer with a trainable low-rank side path. The adapter is float32; products run in x's dtype.
+
+    The sum of both paths is float32 whatever x is: rounded to bfloat16 it would double the error of theta' (3.5 % of the
+    tokens on another side of the threshold than in float32, instead of 2.1 %).
+    """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
         nn.Module.__init__(self)  # not nn.Linear's: it would draw weights only to have them replaced
@@ -56,15 +93,14 @@ class LoRALinear(nn.Linear):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
-        scaling = self.scaling
+            return F.linear(x, self.weight, self.bias)
+        rows, keep, scaling = x.flatten(0, -2), None, self.scaling  # (n, in)
         if self.training and self.dropout > 0:
-            x = masked(x, self.dropout)
+            keep = keep_mask(rows, self.dropout)
             scaling = scaling / (1 - self.dropout)
-        low = F.linear(x, self.lora_A.weight.to(x.dtype)) * scaling  # (..., r)
-        return y + F.linear(low, self.lora_B.weight.to(x.dtype))
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return _AdaptedProduct.apply(rows, self.weight, self.bias, a, b, scaling, keep).unflatten(0, x.shape[:-1])
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -97,6 +133,20 @@ def add_lora(
         raise ValueError("the model has an adapter already: remove_lora or merge_lora first")
     if r < 1:
         raise ValueError(f"rank {r} is not allowed: at least 1")
+    chosen = target_layers(model, targets)
+    model.requires_grad_(False)
+    for name, linear in chosen.items():
+        layer = LoRALinear(linear, r, alpha, dropout, rslora).train(linear.training)
+        bound = 1 / math.sqrt(layer.in_features)
+        a = torch.empty(r, layer.in_features).uniform_(-bound, bound, generator=generator)
+        layer.lora_A.weight.data.copy_(a)
+        layer.lora_B.weight.data.zero_()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer)
+
+
+def target_layers(model: nn.Module, targets: tuple[str, ...] = DEFAULT_TARGETS) -> dict[str, nn.Linear]:
+    """The linear layers that add_lora would replace, by name, in the model's order; ValueError for a target that is none."""
     if "lm_head" in targets:
         raise ValueError("lm_head cannot be a LoRA target here: losses are computed from its weight, a chunk at a time")
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
@@ -105,16 +155,8 @@ def add_lora(
     if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"LoRA target {', '.join(unknown)} names no linear layer of the model; it has {', '.join(known)}")
-    model.requires_grad_(False)
     chosen = {name for names in found.values() for name in names}
-    for name in (n for n in linear if n in chosen):
-        layer = LoRALinear(linear[name], r, alpha, dropout, rslora).train(linear[name].training)
-        bound = 1 / math.sqrt(layer.in_features)
-        a = torch.empty(r, layer.in_features).uniform_(-bound, bound, generator=generator)
-        layer.lora_A.weight.data.copy_(a)
-        layer.lora_B.weight.data.zero_()
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, layer)
+    return {name: layer for name, layer in linear.items() if name in chosen}
 
 
 def _restore(model: nn.Module, name: str, layer: LoRALinear) -> None:
@@ -156,10 +198,29 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- PEFT's files
 
 
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Write to the name that is given to the block; when it ends the file is on the disk and then takes its own name.
+
+    Whatever happens in between, a crash or a full disk, `path` holds the old content or the new, never a part. Raises
+    OSError naming the path.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
+
+
 def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:
     """Write adapter_model.safetensors (float32) and adapter_config.json, each whole or not at all."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{folder}: the model has no adapter to save")
@@ -180,12 +241,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
         "inference_mode": True,
         "modules_to_save": None,
     }
-    temporary = folder / "adapter_config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "adapter_config.json")
-    temporary = folder / "adapter_model.safetensors.tmp"  # last: where the weights are, the adapter is whole
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "adapter_model.safetensors")
+    with whole_file(folder / "adapter_config.json") as file:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "adapter_model.safetensors") as file:  # last: where the weights are, the adapter is whole
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError naming the file for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
+    return content
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict:
@@ -193,19 +263,17 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no adapter_config.json in it, so it is not an adapter folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    raw = read_object(path)
     allowed = {"peft_type": ("LORA",), "bias": ("none",)}
     empty = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
     for key, values in (allowed | {key: (None, False, {}, []) for key in empty}).items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {values[0]!r}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(raw.get(key), (int, float)):
-            raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number")
-    if not isinstance(raw.get("target_modules"), list):
+    for key, types in (("r", (int,)), ("lora_alpha", (int, float))):
+        if type(raw.get(key)) not in types or not 0 < raw[key] < math.inf:
+            raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number above 0{', a whole one' * (key == 'r')}")
+    names = raw.get("target_modules")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path}: target_modules = {raw.get('target_modules')!r} is not supported, only a list of names")
     return {
         "r": raw["r"],
@@ -226,7 +294,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    add_lora(model, **config)
+    try:
+        add_lora(model, **config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: does not fit this model: {error}") from None
     parameters = lora_parameters(model)
     wrong = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
     wrong += [f"{name} is not a layer of the model" for name in tensors.keys() - parameters.keys()]
@@ -235,6 +306,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         for name, p in parameters.items()
         if name in tensors and tensors[name].shape != p.shape
     ]
+    wrong += [f"{name} holds values that are not finite" for name, x in tensors.items() if not torch.isfinite(x).all()]
     if wrong:
         remove_lora(model)
         raise ValueError(

@@ -15,12 +15,15 @@ only the matrix products run in it, the output head's among them. Scoring subtra
 bury the difference.
 """
 
+import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -28,11 +31,22 @@ from typing import Iterator
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
+
+from lora import read_object, whole_file
 
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints, not weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -135,16 +149,19 @@ def read_config(folder: str | os.PathLike) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    architecture = (raw.get("architectures") or ["none named"])[0]
-    if architecture not in ARCHITECTURES:
+    raw = read_object(path)
+    named = raw.get("architectures") or ["none named"]
+    architecture = named[0] if isinstance(named, list) else named
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
     try:
-        return ARCHITECTURES[architecture][0](raw)
-    except (KeyError, TypeError) as error:
+        config = ARCHITECTURES[architecture][0](raw)
+        for field in dataclasses.fields(Config):
+            value = getattr(config, field.name)
+            if field.type is int and not (type(value) is int and value > 0):
+                raise ValueError(f"{field.name} = {value!r} is not a whole number of at least 1")
+        return config
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: a field is missing or of another type ({error})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -184,6 +201,11 @@ def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | N
     return Layout(to(positions), to(cu_seqlens), to(cu_keys), list(zip(queries, keys)), key_rows)
 
 
+def flash_runs_on(x: Tensor) -> bool:
+    """Whether torch's variable-length flash kernel takes x."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None) -> Tensor:
     """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
 
@@ -192,13 +214,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
     scaled_dot_product_attention in float32 (on a CPU its bfloat16 backward is several times slower).
     """
     gqa = q.shape[1] != k.shape[1]
-    if q.is_cuda and v.dtype != torch.float32:
+    if flash_runs_on(v):
         longest = [max(side) for side in zip(*layout.lengths)]
         reach = (-1 if window is None else window - 1, 0)  # tokens to the left, to the right
         ends = layout.cu_queries, layout.cu_keys
-        return varlen.varlen_attn(
-            q.to(v.dtype), k.to(v.dtype), v, *ends, *longest, scale=scale, window_size=reach, enable_gqa=gqa
-        )
+        shared = {"enable_gqa": gqa}
+        if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11: a key head for every query head
+            shared, (k, v) = {}, (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return varlen.varlen_attn(q, k, v, *ends, *longest, scale=scale, window_size=reach, **shared)
     runs = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]
     qs = q.float().split([n * queries for n, queries, _ in runs])
     ks, vs = (x.float().split([n * keys for n, _, keys in runs]) for x in (k, v))
@@ -263,6 +286,23 @@ class Cache:
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
+class _CpuRMSNorm(torch.autograd.Function):
+    """F.rms_norm with a frozen weight. On a CPU torch has it from a dozen elementwise operations: 3 times slower."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)  # (T, 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad = grad * weight.float()  # (T, D)
+        radial = torch.linalg.vecdot(grad, x).unsqueeze(-1) * scale * scale / x.shape[-1]  # (T, 1)
+        return grad.addcmul_(x, radial, value=-1).mul_(scale), None, None
+
+
 class RMSNorm(nn.Module):
     """Scale to unit root mean square in float32; the result is in the weight's dtype, ready for a matrix product."""
 
@@ -271,6 +311,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
+        if not x.is_cuda and not self.weight.requires_grad:
+            return _CpuRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
@@ -299,6 +341,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if layout.rotation is not None:
             q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)  # (T, H, K), (T, G, K)
+        if flash_runs_on(x):
+            q, k, v = (part.to(x.dtype) for part in (q, k, v))  # rotation and adapters leave float32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, layout.key_rows)
         mixed = attend(q, k, v, layout, self.scale, self.window)  # (T, H, K)
@@ -313,7 +357,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x).to(x.dtype)) * self.up_proj(x).to(x.dtype))
 
 
 class LlamaBlock(nn.Module):
@@ -336,7 +380,7 @@ class GPTNeoMLP(nn.Module):
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh").to(x.dtype))
 
 
 class GPTNeoBlock(nn.Module):
@@ -358,6 +402,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep only the blocks' inputs for the backward pass, and run them twice
         self.folder: Path | None = None  # where it was loaded from; save_model copies the tokenizer from there
 
     def parts(self) -> tuple[nn.Embedding, nn.Embedding | None, nn.ModuleList, nn.Module]:
@@ -392,7 +437,10 @@ class Transformer(nn.Module):
                 raise ValueError(f"a sequence of {longest} tokens exceeds the model's {limit} learned positions")
             x = x + embed_positions(layout.positions)
         for block in blocks:
-            x = block(x, layout, cache)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, layout, cache, use_reentrant=False)
+            else:
+                x = block(x, layout, cache)
         if cache is not None:
             cache.used += len(tokens)
         return norm(x)
@@ -445,18 +493,49 @@ def build(config: Config) -> Transformer:
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
+def float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (n, V) float32 = x (n, D) weight (V, D)^T, of 16-bit factors too: rounded logits would blur the losses.
+
+    A CPU has no such product of bfloat16 matrices, but one of float32 that rounds its factors to bfloat16 (AMX): the
+    caller passes those as float32, in which they are exact, and says so by setting the precision (head_chunks).
+    """
+    if x.is_cuda and x.dtype != torch.float32:
+        torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
+@contextmanager
+def bfloat16_products(on: bool) -> Iterator[None]:
+    """Inside the block float32 matrix products on a CPU round their factors to bfloat16; sums and results do not round."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16" if on else before
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def head_chunks(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int = 512
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Log-probabilities and losses of `chunk` rows at a time, so that no (n, V) tensor ever exists.
 
     hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss (chunk,)),
-    both float32; the consumer may overwrite them.
+    both float32. The consumer may overwrite them, and must be done with them before the next: all chunks share one
+    buffer, and the softmax runs in place (fresh buffers of this size cost a CPU more than the softmax itself).
     """
+    buffer = torch.empty(min(chunk, len(targets)), len(head_weight), device=hidden.device)  # (chunk, V)
+    bfloat16_on_cpu = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
+    if not hidden.is_cuda:
+        hidden, head_weight = hidden.float(), head_weight.float()
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        logits = (hidden[rows] @ head_weight.T).float()  # (chunk, V)
-        logprobs = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+        logits = buffer[: len(targets[rows])]
+        with bfloat16_products(bfloat16_on_cpu):
+            float32_product(hidden[rows], head_weight, logits)
+        logprobs = torch.log_softmax(logits, dim=-1, out=logits)
         yield rows, logprobs, -logprobs.gather(1, targets[rows, None]).squeeze(1)
 
 
@@ -477,18 +556,49 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
 
 
 def checkpoint_folder(path_or_repo: str) -> Path:
-    """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched into the Hub's cache first."""
+    """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched into the Hub's cache first.
+
+    Only what is read here is fetched: the safetensors and JSON files at the top, no pickles, GGUF files or subfolders.
+    Raises ValueError saying what is not there, or what the Hub wants first (hub_error).
+    """
     if os.path.isdir(path_or_repo):
         return Path(path_or_repo)
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"],
-                                      ignore_patterns=["original/*", "consolidated*"]))  # fmt: skip
-    except Exception as error:  # the Hub client has many error types; a user needs its first line
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path_or_repo}: not a local folder, and the Hub did not deliver it: {reason}") from None
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"],
+                                        ignore_patterns=["*/*", "consolidated*"]))  # fmt: skip
+    except Exception as error:  # the Hub's client has many error types
+        raise ValueError(f"{path_or_repo}: not a local folder, and {hub_error(repo, error)}") from None
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{path_or_repo}: no safetensors in this repository (pickles such as pytorch_model.bin are not read; "
+            "transformers converts them: load it, then save_pretrained)"
+        )
+    return folder
+
+
+def hub_error(repo: str, error: Exception) -> str:
+    """One line on why the Hub did not deliver a repository (datasets/owner/name for a data set), and what to do."""
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # "not in the cache either" hides why the Hub was no help
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is a kind
+        return f"{page} is gated: accept its terms on that page and set HF_TOKEN to a token of that account (HTTP {status})"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{page} has no such revision"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"{page} has no such file"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no {page}, or it is private and needs HF_TOKEN set to a token that may read it (HTTP {status})"
+    if status in (401, 403):
+        return f"the Hub refuses {page} to this HF_TOKEN (HTTP {status}): set one that is valid and may read it"
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set and {repo} is not, or not whole, in the cache {constants.HF_HUB_CACHE}"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the Hub did not deliver {page}: {reason}"
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -512,8 +622,11 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
             raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json in it{pickled}")
         return {folder / "model.safetensors": None}
     files: dict[Path, list[str]] = {}
-    for name, file in json.loads(index.read_text())["weight_map"].items():
-        if Path(file).name != file:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: no weight_map in it")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index}: {name} points to {file!r}, which is not a file of this folder")
         files.setdefault(folder / file, []).append(name)
     for path in files:
@@ -548,6 +661,8 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
                 if tensor.shape != expected[name].shape:
                     shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
                     raise ValueError(f"{path}: tensor {name} has shape {shapes}")
+                if tensor.dtype not in DTYPES.values():
+                    raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; read are {', '.join(DTYPES)}")
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"{path}: tensor {name} holds values that are not finite")
                 owner, _, leaf = name.rpartition(".")
@@ -579,8 +694,8 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     if len(shards) == 1:
         names = ["model.safetensors"]
     for file, shard in zip(names, shards):
-        save_file(shard, folder / (file + ".tmp"), metadata={"format": "pt"})
-        os.replace(folder / (file + ".tmp"), folder / file)
+        with whole_file(folder / file) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
@@ -593,5 +708,5 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)
     config = json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n"
-    (folder / "config.json.tmp").write_text(config)  # last: where config.json is, the checkpoint is whole
-    os.replace(folder / "config.json.tmp", folder / "config.json")
+    with whole_file(folder / "config.json") as temporary:  # last: where config.json is, the checkpoint is whole
+        temporary.write_text(config)

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora import (
+    LoRALinear,
     add_lora,
+    keep_mask,
     load_adapter,
     lora_disabled,
     lora_layers,
     lora_parameters,
-    masked,
     merge_lora,
     remove_lora,
     save_adapter,  # fmt: skip
@@ -76,15 +77,39 @@ def test_merging_keeps_the_outputs(tmp_path):
     assert not lora_layers(model) and torch.allclose(model(TOKENS, CU), before, atol=1e-4)
 
 
-def test_dropout_zeroes_its_share_and_passes_the_gradient():
+def test_dropout_keeps_its_share():
     torch.manual_seed(0)
-    x = torch.ones(400, 500, requires_grad=True)
-    y = masked(x, 0.1)
-    y.sum().backward()
-    assert abs((y == 0).float().mean().item() - 0.1) < 0.003 and set(y.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(x.grad, y.detach())
-    model_rows = masked(torch.ones(400, 500), 0.1)
-    assert not torch.equal(model_rows, y)
+    x = torch.ones(400, 500)
+    keep = keep_mask(x, 0.1)
+    assert keep.dtype == torch.uint8 and set(keep.unique().tolist()) == {0, 1}
+    assert abs((keep == 0).float().mean().item() - 0.1) < 0.003
+    assert not torch.equal(keep_mask(x, 0.1), keep)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, bias, dropout):
+    """One node against the same formula in plain torch, in float32, with the same dropout mask."""
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(24, 16, bias=bias).to(dtype).requires_grad_(False), r=4, alpha=8, dropout=dropout)
+    for low_rank in (layer.lora_A, layer.lora_B):
+        low_rank.weight.data.normal_()
+    x = torch.randn(3, 10, 24).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 10, 16)
+    torch.manual_seed(1)
+    y = layer(x)
+    (y.float() * upstream).sum().backward()
+    torch.manual_seed(1)
+    keep = keep_mask(x.detach().flatten(0, 1), dropout).view_as(x) / (1 - dropout) if dropout else torch.ones_like(x)
+    wide = x.detach().float().requires_grad_()
+    a, b = (low_rank.weight.detach().clone().requires_grad_() for low_rank in (layer.lora_A, layer.lora_B))
+    expected = wide @ layer.weight.float().T + 2 * (wide * keep) @ a.T @ b.T + (layer.bias.float() if bias else 0)
+    (expected * upstream).sum().backward()
+    pairs = ((y, expected), (x.grad, wide.grad), (layer.lora_A.weight.grad, a.grad), (layer.lora_B.weight.grad, b.grad))
+    for ours, theirs in pairs:
+        assert (ours.float() - theirs).abs().max() < tolerance * theirs.abs().max()
+    assert y.dtype == torch.float32 and layer.lora_A.weight.grad.dtype == torch.float32
 
 
 @torch.inference_mode()

@@ -8,7 +8,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Cache, load_model, save_model, token_losses
+from lora import add_lora
+from model import Cache, RMSNorm, load_model, save_model, token_losses
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.safetensors"
 
@@ -65,6 +66,91 @@ def test_packed_cached_and_alone_agree(tmp_path, kind):
 
 
 @torch.inference_mode()
+def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen computes, sequence by sequence and query by query; its arguments, and its demands."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and q.dtype == k.dtype == v.dtype
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max() and window_size[1] == 0
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    out, share = torch.empty_like(q), q.shape[1] // k.shape[1]
+    for b in range(len(cu_q) - 1):
+        first, last, keys = cu_q[b], cu_q[b + 1], slice(cu_k[b], cu_k[b + 1])
+        ahead = (cu_k[b + 1] - cu_k[b]) - (last - first)
+        for i in range(last - first):
+            low = 0 if window_size[0] < 0 else max(0, ahead + i - window_size[0])
+            for head in range(q.shape[1]):
+                seen_k = k[keys, head // share][low : ahead + i + 1].float()
+                seen_v = v[keys, head // share][low : ahead + i + 1].float()
+                out[first + i, head] = ((seen_k @ q[first + i, head].float()) * scale).softmax(0) @ seen_v
+    return out
+
+
+def varlen_of_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """The kernel before it shared key heads among query heads."""
+    return naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=False)
+
+
+@pytest.mark.parametrize("kernel", [naive_varlen, varlen_of_2_11])
+@pytest.mark.parametrize("kind", ["llama3", "gpt_neo"])
+@torch.inference_mode()
+def test_the_flash_path_gives_what_the_cpu_path_gives(tmp_path, monkeypatch, kind, kernel):
+    """No GPU here: the kernel's place is taken by a naive loop, everything around it is what a GPU runs."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", kind))
+    tokens, cu = torch.randint(0, 90, (29,)), torch.tensor([0, 11, 20, 29], dtype=torch.int32)
+    later, cu_later = torch.randint(0, 90, (5,)), torch.tensor([0, 2, 5], dtype=torch.int32)
+
+    def both():
+        cache = Cache(model, 40)
+        first = model(tokens, cu, cache)
+        past = [torch.arange(0, 11), torch.arange(20, 29)]
+        return model(tokens, cu), first, model(later, cu_later, cache, past)
+
+    expected = both()
+    monkeypatch.setattr("model.flash_runs_on", lambda x: True)
+    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(both(), expected))
+
+
+@torch.inference_mode()
+def test_the_flash_kernel_gets_half_precision_from_adapted_layers(tmp_path, monkeypatch):
+    """Rotations and adapted projections are float32; a GPU's kernel must still get bfloat16, or it would not be used."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama3"), dtype=torch.bfloat16)
+    add_lora(model, r=4)
+    seen = []
+
+    def kernel(q, *args, enable_gqa, **rest):
+        seen.append(q.dtype)
+        return naive_varlen(q, *args, enable_gqa=enable_gqa, **rest)
+
+    monkeypatch.setattr("model.flash_runs_on", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    model(torch.randint(0, 90, (9,)), torch.tensor([0, 4, 9], dtype=torch.int32))
+    assert seen == [torch.bfloat16] * model.config.num_hidden_layers
+
+
+def test_bfloat16_logits_are_not_rounded():
+    """Products of bfloat16 numbers are kept in float32; rounded to bfloat16 the losses would be .03 off."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 64).bfloat16(), torch.randn(300, 64).bfloat16()
+    targets = torch.randint(0, 300, (50,))
+    exact = -torch.log_softmax(hidden.double() @ head.double().T, -1).gather(1, targets[:, None]).squeeze(1)
+    rounded = -torch.log_softmax((hidden @ head.T).double(), -1).gather(1, targets[:, None]).squeeze(1)
+    assert (token_losses(hidden, head, targets) - exact).abs().max() < 1e-4 < (rounded - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_and_its_gradient_are_torchs(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(48, 1e-5).to(dtype).requires_grad_(False)
+    norm.weight.data.uniform_(0.5, 1.5)
+    x, upstream = torch.randn(20, 48, requires_grad=True), torch.randn(20, 48)
+    ours = norm(x)
+    (gradient,) = torch.autograd.grad((ours.float() * upstream).sum(), x)
+    theirs = torch.nn.functional.rms_norm(x, (48,), norm.weight.float(), 1e-5)
+    (expected,) = torch.autograd.grad((theirs * upstream).sum(), x)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    assert ours.dtype == dtype and (ours - theirs).abs().max() < tolerance and (gradient - expected).abs().max() < tolerance
+
+
 def test_token_losses_in_chunks(tmp_path):
     """Equation 1 against log_softmax in float64, over more rows than one chunk of the head holds."""
     generator = torch.Generator().manual_seed(0)

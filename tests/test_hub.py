@@ -1,0 +1,276 @@
+"""The Hub, through huggingface_hub's real client and a local server that answers as the Hub does (hub_server.py).
+
+The client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported, so each setting is a process of its own.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+import tiny
+from hub_server import Hub, Repo
+
+ROOT = Path(__file__).resolve().parent.parent
+CHILD = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+sys.modules["pyarrow"] = None  # as if it were not installed
+import data, model
+data.constants.DOWNLOAD_CHUNK_SIZE = 1024  # the client goes on from the last whole chunk; its 10 MB are more than a shard here
+data.RECIPES["alpaca"] = ([sys.argv[2] + "/alpaca_data.json"], data.convert_rows)
+calls = {
+    "folder": lambda x: str(model.checkpoint_folder(x)),
+    "weight": lambda x: model.load_model(x).state_dict()["model.norm.weight"].tolist(),
+    "rows": lambda x: data.read_rows([x]),
+    "paper": lambda x: data.expand_source(f"hub:{x}:*"),
+    "text": data.fetch_text,
+    "unreachable": lambda x: setattr(data.constants, "ENDPOINT", "http://127.0.0.1:9") or model.checkpoint_folder(x),
+}
+for kind, argument in json.loads(sys.argv[3]):
+    name, _, token = kind.partition(" as ")
+    os.environ |= {"HF_TOKEN": token.removeprefix("nobody")} if token else {}
+    try:
+        result = calls[name](argument)
+    except ValueError as error:
+        result = f"refused: {error}"
+    print("RESULT", json.dumps(result))
+"""
+
+
+def ask(hub: Hub, home: Path, calls: list[tuple[str, str]], **environment: str) -> tuple[dict[tuple[str, str], Any], str]:
+    """What the calls return, or "refused: message", each; and what was printed. "folder as T": from here on with token T."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(ROOT), hub.endpoint, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=home, env=clean | settings | environment)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return dict(zip(calls, results, strict=True)), done.stdout
+
+
+def lines(*rows: dict) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def message(text: str, rank: int | None = None, replies: tuple = (), role: str = "assistant", deleted: bool = False) -> dict:
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies), "deleted": deleted}
+
+
+TREES = lines(
+    {"prompt": message("Name a river.", role="prompter", replies=(
+        message("The Po.", 1),
+        message("gone", 0, deleted=True),
+        message("The Nile.", 0, (message("And a lake?", None, (message("Chad.", 2), message("Como.", None)), "prompter"),)),
+    ))},
+    {"prompt": message("Thanks?", role="prompter", replies=(message("Yes.", 0, (message("Bye", 0, (), "prompter"),)),))},
+    {"prompt": message("Nobody answers.", role="prompter", replies=(message(" ", 0),))},
+)  # fmt: skip
+SETS = {
+    "hamishivi/tulu_mix_store": {"flan_v2_resampled_50k.jsonl": lines({"inputs": "1 + 1?", "targets": "2"})},
+    "databricks/databricks-dolly-15k": {
+        "databricks-dolly-15k.jsonl": lines(
+            {"instruction": "Where?", "context": "It is in Rome.", "response": "Rome", "category": "closed_qa"},
+            {"instruction": "Who?", "context": "", "response": "Ann", "category": "open_qa"},
+        )
+    },
+    "OpenAssistant/oasst1": {"2023-04-12_oasst_ready.trees.jsonl.gz": gzip.compress(TREES)},
+    "WizardLMTeam/WizardLM_evol_instruct_70k": {
+        "alpaca_evol_instruct_70k.json": json.dumps(
+            [{"instruction": f"Do {i}", "output": "" if i == 1 else f"Done {i}"} for i in range(4)]
+        ).encode()
+    },
+    "Aligh1380/forgetting-llm-dataset": {
+        "README.md": b"#", "dataset_infos.json": b"{}", "data/test.jsonl": b"",
+        "data/train.jsonl": lines({"prompt": "a", "response": "b"}),
+    },
+    "someone/parquet": {"README.md": b"#", "data/train-00000.parquet": b"PAR1"},
+    "someone/nothing": {"README.md": b"#"},
+}  # fmt: skip
+REFUSED = [  # the first is asked for with no token
+    ("folder as nobody", "meta-llama/other"), ("folder as hf_stranger", "meta-llama/other"),
+    ("folder as nobody", "owner/private"), ("text as nobody", "hub:owner/rows:a.jsonl"), ("folder as hf_wrong", "owner/unseen"),
+    ("folder as hf_narrow", "owner/unseen"),
+]  # fmt: skip
+ALPACA = json.dumps([{"instruction": f"Say {i}", "input": "", "output": f"{i}"} for i in range(60)]).encode()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    """Two checkpoints (one sharded, with a tag), gated, private and pickled ones, and the public sets in small."""
+    folder = tmp_path_factory.mktemp("served")
+    plain = files_of(tiny.make_checkpoint(folder / "a", "llama3", shards=2, seed=0))
+    tagged = files_of(tiny.make_checkpoint(folder / "b", "llama3", seed=5))
+    unwanted = {name: b"not to be fetched" for name in (
+        "pytorch_model.bin", "model-q4.gguf", "original/params.json", "original/consolidated.00.pth", "README.md",
+        "onnx/config.json", "consolidated.safetensors")}  # fmt: skip
+    pickled = {"config.json": plain["config.json"], "pytorch_model.bin": b"\x80"}
+    repos = {
+        "owner/name": Repo(plain | unwanted, {"v1": tagged}),
+        "meta-llama/gated": Repo(plain, gated=True),
+        "meta-llama/other": Repo(plain, gated=True),
+        "owner/private": Repo(plain, private=True),
+        "owner/pickled": Repo(pickled),
+        "owner/rows": Repo({"a.jsonl": b"{}"}, gated=True, dataset=True),
+    } | {name: Repo(files, dataset=True) for name, files in SETS.items()}
+    cut = {"model-00001-of-00002.safetensors", "/alpaca_data.json"}
+    with Hub(repos, {"/alpaca_data.json": ALPACA}, tokens=("hf_good",), cut=cut) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def session(hub, home) -> tuple[dict, str, list]:
+    """What a user with a token asks for, and then others: results, what was printed, and the requests the server saw."""
+    calls = [("folder", "owner/name"), ("weight", "owner/name"), ("weight", "owner/name@v1"), ("folder", "meta-llama/gated"),
+             ("folder", "owner/name@v9"), ("folder", "owner/pickled"), ("folder", "owner/absent"),
+             *(("rows", name) for name in ("flan_v2", "dolly:1", "oasst1", "alpaca", "wizardlm:2", "wizardlm", "paper")),
+             ("rows", "wizardlm:9"), ("rows", "nowhere"), ("paper", "someone/parquet"), ("paper", "someone/nothing"),
+             ("paper", "someone/absent"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), *REFUSED,
+             ("unreachable", "owner/elsewhere")]  # fmt: skip
+    results, printed = ask(hub, home, calls, HF_TOKEN="hf_good")
+    return results, printed, list(hub.requests)
+
+
+def weight(seed: int) -> list[float]:
+    return tiny.make_weights(tiny.config_of("llama3", 4), seed)["model.norm.weight"].tolist()
+
+
+def test_a_checkpoint_and_its_revision_are_fetched_and_load(session):
+    results, _, _ = session
+    assert results["weight", "owner/name"] == weight(0)
+    assert results["weight", "owner/name@v1"] == weight(5) != weight(0)
+
+
+def test_only_what_is_needed_is_fetched(session, hub, home):
+    """No pickles, GGUF files, original/ and other subfolders, nor Meta's consolidated weights."""
+    folder = Path(session[0]["folder", "owner/name"])
+    assert folder.is_relative_to(home)
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert found == ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+    assert not any(
+        part in path for _, path, _ in session[2] for part in (".bin", ".gguf", "original", "onnx", "README", "consolidated")
+    )
+
+
+def test_the_token_goes_to_the_hub_and_not_to_its_cdn(session):
+    paths = {"/api/models/owner/name", "/owner/name/resolve", "/datasets/databricks", "/cdn"}
+    sent = {
+        start: {headers.get("authorization") for _, path, headers in session[2] if path.startswith(start)} for start in paths
+    }
+    assert sent == {start: {"Bearer hf_good"} for start in paths} | {"/cdn": {None}}
+
+
+def test_a_token_opens_a_gated_repository(session):
+    assert (Path(session[0]["folder", "meta-llama/gated"]) / "config.json").is_file()
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
+    """The first GET of a shard breaks off half-way; the client asks for the rest, and the weights are whole (above)."""
+    assert not hub.cut
+    ranges = [(path.split("/")[1], int(headers["range"][6:-1])) for _, path, headers in session[2] if "range" in headers]
+    (place, start), (other, alpaca) = ranges
+    assert place == "cdn" and start > 1000 and other == "alpaca_data.json" and alpaca == len(ALPACA) // 2
+
+
+@pytest.mark.parametrize(
+    "kind, name, expected",
+    [
+        ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and {0}/owner/name has no such revision"),
+        ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (pickles"),
+        ("folder", "owner/absent", "there is no {0}/owner/absent, or it is private and needs HF_TOKEN set to a token"),
+        ("rows", "wizardlm:9", "wizardlm: 9 rows asked for, "),
+        ("rows", "nowhere", "no such file, nor a public set by name (flan_v2, dolly, oasst1, alpaca, wizardlm, paper)"),
+        ("paper", "someone/parquet", "data/train-00000.parquet: pip install pyarrow to read them"),
+        ("paper", "someone/nothing", "no .jsonl, .json or .parquet file there, only README.md"),
+        ("paper", "someone/absent", "there is no {0}/datasets/someone/absent"),
+        ("text", "hub:OpenAssistant/oasst1:other.jsonl", "fetched ({0}/datasets/OpenAssistant/oasst1 has no such file)"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_named(session, hub, kind, name, expected):
+    result = session[0][kind, name]
+    assert result.startswith("refused: ") and expected.format(hub.endpoint) in result and "\n" not in result
+
+
+def without_source(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "_source"} for row in rows]
+
+
+def test_recipes_in_the_layouts_of_their_homes(session):
+    read = {name: result for (kind, name), result in session[0].items() if kind == "rows" and isinstance(result, list)}
+    rows = {name: without_source(result) for name, result in read.items()}
+    assert rows["flan_v2"] == [{"inputs": "1 + 1?", "targets": "2"}]
+    assert [(row["context"], row["response"]) for row in rows["dolly:1"]] == [("It is in Rome.", "Rome")]
+    assert rows["alpaca"] == json.loads(ALPACA)
+    assert rows["paper"] == [{"prompt": "a", "response": "b"}]  # the training file, not the test file
+    assert [row["output"] for row in rows["wizardlm"]] == ["Done 0", "Done 2", "Done 3"]
+    assert rows["wizardlm:2"] == rows["wizardlm"][:2]
+
+
+def test_oasst_trees_become_their_best_conversations(session):
+    """Lowest rank first, deleted and blank messages skipped, no last question without an answer."""
+    turns = [[(m["role"], m["content"]) for m in row["messages"]] for row in session[0]["rows", "oasst1"]]
+    assert turns == [
+        [("user", "Name a river."), ("assistant", "The Nile."), ("user", "And a lake?"), ("assistant", "Chad.")],
+        [("user", "Thanks?"), ("assistant", "Yes.")],
+    ]
+
+
+def test_rows_left_out_are_counted_once(session, hub):
+    printed = session[1]
+    assert printed.count("1 of 4 public rows have no response and are left out") == 1  # wizardlm is converted once
+    assert printed.count("1 of 3 public rows") == 1 and "forgetting-llm-dataset: rows of data/train.jsonl" in printed
+
+
+@pytest.mark.parametrize("call, status", list(zip(REFUSED[:2], (401, 403))))
+def test_a_gated_repository_says_where_its_terms_are(session, hub, call, status):
+    """401 without a token, 403 with one whose account was not admitted."""
+    gated = f"refused: meta-llama/other: not a local folder, and {hub.endpoint}/meta-llama/other is gated: accept its terms on "
+    assert session[0][call] == gated + f"that page and set HF_TOKEN to a token of that account (HTTP {status})"
+
+
+def test_other_refusals(session, hub):
+    """A private repository and none look the same without a token: 401."""
+    private, dataset, wrong, narrow = (session[0][call] for call in REFUSED[2:])
+    assert f"there is no {hub.endpoint}/owner/private, or it is private and needs HF_TOKEN" in private
+    assert f"{hub.endpoint}/datasets/owner/rows is gated" in dataset
+    assert f"the Hub refuses {hub.endpoint}/owner/unseen to this HF_TOKEN (HTTP 401)" in wrong
+    assert f"the Hub refuses {hub.endpoint}/owner/unseen to this HF_TOKEN (HTTP 403)" in narrow
+    nobody = session[0]["unreachable", "owner/elsewhere"]
+    assert "the Hub did not deliver http://127.0.0.1:9/owner/elsewhere: " in nobody and "refused" in nobody.split("9/owner")[1]
+
+
+def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
+    """HF_HUB_OFFLINE=1: not a request is sent."""
+    before = len(hub.requests)
+    calls = [("weight", "owner/name"), ("rows", "dolly"), ("rows", "alpaca"), ("folder", "owner/private"),
+             ("text", "hub:google/IFEval:x.jsonl"), ("paper", "someone/parquet"),
+             ("text", f"{hub.endpoint}/alpaca_data.json")]  # fmt: skip
+    results, _ = ask(hub, home, calls, HF_HUB_OFFLINE="1")
+    assert results["weight", "owner/name"] == session[0]["weight", "owner/name"]
+    assert len(results["rows", "dolly"]) == 2 and results["rows", "alpaca"] == session[0]["rows", "alpaca"]
+    for call in calls[3:6]:
+        assert "HF_HUB_OFFLINE is set and" in results[call] and f"in the cache {home}/hub" in results[call], results[call]
+    assert "could not be fetched (HF_HUB_OFFLINE is set)" in results[calls[6]]
+    assert len(hub.requests) == before
+
+
+def test_a_local_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
+    from data import read_rows
+
+    (tmp_path / "dolly").write_bytes(lines({"prompt": "mine", "response": "x"}))
+    monkeypatch.chdir(tmp_path)
+    assert without_source(read_rows(["dolly:1"])) == [{"prompt": "mine", "response": "x"}]
