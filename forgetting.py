@@ -77,6 +77,7 @@ from model import (
     model_fingerprint,
     read_config,
     save_model,
+    to_device,
     token_losses,
 )
 
@@ -387,29 +388,24 @@ def accumulate(
     run), and n_P and n_N of the step.
     """
     rank, world = rank_and_world()
-    head = model.lm_head.weight
+    head, device = model.lm_head.weight, model.lm_head.weight.device
     step_signs = signs[corpus.places(examples)]
     counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
-    sums = torch.zeros(3, device=head.device)
+    sums = torch.zeros(3, device=device)
     by_length = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
     for batch in pack(corpus, by_length[rank::world], token_budget):
         sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        rows, targets = (to_device(x, head) for x in shift(batch.tokens, weights != 0))  # (n,) each
+        rows, targets = (to_device(x, device) for x in shift(batch.tokens, weights != 0))  # (n,) each
         if not len(rows):
             continue  # nothing here is in P or N: no contribution
-        weights = to_device(weights[weights != 0], head)  # (n,)
-        hidden = model(to_device(batch.tokens, head), batch.cu_seqlens)[rows]  # (n, D)
-        losses = torch.empty(len(rows), device=head.device)
+        weights = to_device(weights[weights != 0], device)  # (n,)
+        hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
+        losses = torch.empty(len(rows), device=device)
         loss = weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses)
         loss.backward()
         sums += torch.stack((loss.detach(), losses @ (weights > 0).float(), losses @ (weights < 0).float()))
     return sums, counts
-
-
-def to_device(x: Tensor, like: Tensor) -> Tensor:
-    """x where `like` is. From pinned memory the host need not wait: it packs the next batch while the GPU computes."""
-    return x.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else x
 
 
 def fresh_adapter(model: Transformer, options: Options, seed: int) -> tuple[dict, torch.optim.Optimizer, Tensor]:
@@ -467,9 +463,9 @@ def train(
         gradient.zero_()
         sums, counts = accumulate(model, corpus, signs, examples, lam, options.micro_tokens, max_negative_loss)
         sum_over_ranks(gradient)
-        loss, *totals = sum_over_ranks(sums).tolist()
+        figures = torch.cat((sum_over_ranks(sums), torch.linalg.vector_norm(gradient)[None]))
+        loss, *totals, norm = figures.tolist()  # the one place in a step where the host waits for a GPU
         l_positive, l_negative = (total / max(n, 1) for total, n in zip(totals, counts))
-        norm = torch.linalg.vector_norm(gradient).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             figures = f"lambda {lam:.4g}, L_P {l_positive:.4g}, L_N {l_negative:.4g}, gradient norm {norm:.4g}"
             raise FloatingPointError(f"{folder}: not finite at step {step}: {figures}, examples {examples.tolist()}")
@@ -485,7 +481,7 @@ def train(
         shown = {name: f"{figures[name]:.4g}" for name in watched if figures[name] is not None}
         bar.set_postfix(shown, refresh=False)
         log.append(figures)
-        if not warned and (warned := forgetting_hurts(log)):
+        if not warned and len(log) % 10 == 0 and (warned := forgetting_hurts(log)):
             say(f"warning: {folder}, step {step}: L_P is above its start, and L_N too: lambda {lam:.3g} unlearns more than it "
                 "teaches; use a lower --t-max or --lr, or forgetting-clipped")  # fmt: skip
         if rank == 0:
@@ -569,8 +565,8 @@ def response_losses(
     with tqdm(total=int(corpus.lengths[mine].sum()), desc=label, unit="token", disable=rank > 0) as bar:
         for batch in pack(corpus, mine, token_budget):
             judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-            rows, targets = (to_device(x, head) for x in shift(batch.tokens, judged))  # (n,) each
-            tokens, places = to_device(batch.tokens, head), to_device(batch.places[judged], head)
+            rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
+            tokens, places = to_device(batch.tokens, device), to_device(batch.places[judged], device)
             table[1, places] = token_losses(model(tokens, batch.cu_seqlens)[rows], head, targets)
             if with_base:
                 with lora_disabled(model):

@@ -182,6 +182,11 @@ class Layout:
     rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, K) of the positions; None: they are learned
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. From pinned memory the host need not wait: it packs the next batch while the GPU computes."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0) -> Layout:
     """Lay out a pack with boundaries cu_seqlens (B+1,); past[b] are the cache rows of what sequence b has already run.
 
@@ -197,8 +202,8 @@ def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | N
         new = torch.arange(first_row, first_row + starts[-1]).split(queries)
         key_rows = torch.cat([row for pair in zip(past, new) for row in pair]).to(device)  # (sum of keys,)
         cu_keys = torch.tensor([0, *keys]).cumsum(0).to(cu_seqlens.dtype)
-    to = lambda x: x.to(device, non_blocking=True)
-    return Layout(to(positions), to(cu_seqlens), to(cu_keys), list(zip(queries, keys)), key_rows)
+    positions, *ends = (to_device(x, device) for x in (positions, cu_seqlens, cu_keys))
+    return Layout(positions, *ends, list(zip(queries, keys)), key_rows)
 
 
 def flash_runs_on(x: Tensor) -> bool:

@@ -267,6 +267,30 @@ def test_what_is_wrong_with_tasks_is_found_before_training(setting, tmp_path, mo
     assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
 
+def test_scores_in_another_precision_than_the_training(setting, tmp_path, monkeypatch, capsys):
+    """bfloat16 scores are near float32's, not equal; and scores of the other precision are not taken for one's own."""
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--methods",
+        "full",
+        "--checkpoint-activations",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        in_process(monkeypatch, capsys, *common, "--out", tmp_path / dtype, "--score-dtype", dtype)
+    exact, rounded = (load_file(tmp_path / dtype / "scores.safetensors") for dtype in ("float32", "bfloat16"))
+    for name in ("base_loss", "ref_loss"):
+        apart = (exact[name] - rounded[name])[exact[name].isfinite()].abs()
+        assert 0 < apart.mean() < 0.1 and apart.max() < 0.5
+    adapters = [(tmp_path / dtype / "full/seed-0/adapter_model.safetensors").read_bytes() for dtype in ("float32", "bfloat16")]
+    assert adapters[0] == adapters[1], "full does not look at the scores, and trains in --dtype"
+    message = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "bfloat16", code=2)
+    assert "other reference score dtype (there 'bfloat16', now 'float32')" in message
+
+
 def test_a_truncated_score_file_is_one_line(setting, tmp_path, monkeypatch, capsys):
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "base"]
     in_process(monkeypatch, capsys, *common)
