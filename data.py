@@ -146,7 +146,7 @@ def _parse(path: Path) -> Iterator[dict]:
         text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # the byte-order mark that some editors put first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
-    half_characters = "\\ud" in text.lower()  # escapes: no UTF-8 text holds them as they are
+    half_characters = "\\ud" in text or "\\uD" in text  # escapes: no UTF-8 text holds them as they are
     lines: Iterable = enumerate(text.split("\n"), 1)
     if path.suffix == ".json":
         try:
@@ -578,9 +578,12 @@ def download(url: str, tries: int = 5) -> bytes:
         with urllib.request.urlopen(request, timeout=60) as answer:
             content = content if answer.status == 206 else b""  # 200: a server that knows no ranges begins again
             try:
-                return content + answer.read()
-            except IncompleteRead as error:
-                content += error.partial
+                while block := answer.read1(1 << 20):
+                    content += block
+                if not answer.length:  # what is still to come; None: not known
+                    return content
+            except (IncompleteRead, ConnectionError, TimeoutError):
+                pass  # the next try asks for the rest
     raise OSError(f"the connection broke off {tries} times, the last time after {len(content)} bytes")
 
 

@@ -11,6 +11,7 @@ one context share its computation: the context runs once, and each continuation 
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -24,7 +25,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Any, Callable, NoReturn
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ def start_ranks(device: str) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        hours = datetime.timedelta(hours=2)  # others wait while rank 0 exports or fetches; a rank that fails ends all at once
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=hours)
     except dist.DistError as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = f"{where} (MASTER_ADDR:MASTER_PORT; is the port in use?): {str(error).splitlines()[0]}"
@@ -81,6 +83,14 @@ def wait_for_all() -> None:
     """No rank goes on before every rank is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def first_rank_first(work: Callable[[], Any]) -> Any:
+    """What work() returns, on every rank; a node's first rank does it before the others, who find what it has fetched."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = work() if first else None
+    wait_for_all()
+    return result if first else work()
 
 
 def say(text: str) -> None:
@@ -231,7 +241,9 @@ def _generate_pack(
         hidden, rows = _run(model, cache, inputs, past)
         past = rows if past is None else [torch.cat(pair) for pair in zip(past, rows)]
         ends = torch.tensor([len(ids) for ids in inputs]).cumsum(0) - 1
-        tokens = model.lm_head(hidden[ends.to(hidden.device)]).argmax(-1).tolist()  # (active,)
+        last, anything = hidden[ends.to(hidden.device)], torch.zeros(len(ends), dtype=torch.int64, device=hidden.device)
+        chunks = head_chunks(last, model.lm_head.weight, anything)  # for the logits in float32; the targets do not matter
+        tokens = [token for _, logprobs, _ in chunks for token in logprobs.argmax(-1).tolist()]  # (active,)
         going = []
         for place, (i, token) in enumerate(zip(active, tokens)):
             if token != tokenizer.eos_id:
@@ -866,7 +878,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not allowed: at least {least}")
     for flag in ("output", "samples"):
         path = getattr(arguments, flag)
-        if path is not None and (Path(path).is_dir() or Path(path).absolute().parent.is_file()):
+        if path is not None and (Path(path).is_dir() or any(parent.is_file() for parent in Path(path).absolute().parents)):
             raise ValueError(f"--{flag} {path} is not allowed: the path of a file, in a folder")
 
 

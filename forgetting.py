@@ -44,6 +44,7 @@ from eval import (
     data_digests,
     evaluate,
     expand_tasks,
+    first_rank_first,
     headlines,
     prepare,
     rank_and_world,
@@ -335,10 +336,10 @@ def check_options(options: Options) -> None:
 
 def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """D_ref and D_train as corpora: exact duplicates removed, then disjoint draws, the same for every seed and method."""
-    rows = unique_rows(read_rows(options.data), tokenizer.eos)
+    rows = unique_rows(first_rank_first(lambda: read_rows(options.data)), tokenizer.eos)
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     if options.reference_data:
-        reference = unique_rows(read_rows(options.reference_data), tokenizer.eos)
+        reference = unique_rows(first_rank_first(lambda: read_rows(options.reference_data)), tokenizer.eos)
         reference = reference[: _count(options.n_reference, len(reference), len(reference), "--n-reference", "given apart")]
         shuffled = unique_rows(reference + shuffled, tokenizer.eos)[len(reference) :]
     else:
@@ -463,12 +464,12 @@ def train(
         gradient.zero_()
         sums, counts = accumulate(model, corpus, signs, examples, lam, options.micro_tokens, max_negative_loss)
         sum_over_ranks(gradient)
-        figures = torch.cat((sum_over_ranks(sums), torch.linalg.vector_norm(gradient)[None]))
-        loss, *totals, norm = figures.tolist()  # the one place in a step where the host waits for a GPU
+        measured = torch.cat((sum_over_ranks(sums), torch.linalg.vector_norm(gradient)[None]))
+        loss, *totals, norm = measured.tolist()  # the one place in a step where the host waits for a GPU
         l_positive, l_negative = (total / max(n, 1) for total, n in zip(totals, counts))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            figures = f"lambda {lam:.4g}, L_P {l_positive:.4g}, L_N {l_negative:.4g}, gradient norm {norm:.4g}"
-            raise FloatingPointError(f"{folder}: not finite at step {step}: {figures}, examples {examples.tolist()}")
+            state = f"lambda {lam:.4g}, L_P {l_positive:.4g}, L_N {l_negative:.4g}, gradient norm {norm:.4g}"
+            raise FloatingPointError(f"{folder}: not finite at step {step}: {state}, examples {examples.tolist()}")
         if options.max_grad_norm > 0:
             gradient *= min(1.0, options.max_grad_norm / (norm + 1e-6))
         rate = optimizer.param_groups[0]["lr"] = learning_rate_at(step, total_steps, lr, options.warmup)
@@ -485,8 +486,7 @@ def train(
             say(f"warning: {folder}, step {step}: L_P is above its start, and L_N too: lambda {lam:.3g} unlearns more than it "
                 "teaches; use a lower --t-max or --lr, or forgetting-clipped")  # fmt: skip
         if rank == 0:
-            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+            add_line(figures, folder / "metrics.jsonl")
             if (step + 1) % options.save_every == 0 and step + 1 < total_steps:
                 save_checkpoint(folder / "checkpoint", parameters, optimizer, step + 1)
     if rank == 0:
@@ -502,11 +502,24 @@ def label_of(folder: Path) -> str:
 
 def keep_lines(path: Path, count: int) -> list[dict]:
     """Cut a log to its first lines, and read them: what lies behind the checkpoint that is continued comes again."""
-    lines = path.read_text().splitlines(keepends=True)[:count] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.is_file() else []
+    try:
+        log = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole log ({error}); remove it, the run does not need it") from None
     wait_for_all()
     if rank_and_world()[0] == 0:
         write_text("".join(lines), path)
-    return [json.loads(line) for line in lines]
+    return log
+
+
+def add_line(figures: dict, path: Path) -> None:
+    """Append a step's figures to the log. Raises OSError naming it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
 
 
 def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
@@ -643,7 +656,9 @@ def claim(folder: Path, inputs: dict, overwrite: bool) -> bool:
     done = serves and adapter.is_file()
     wait_for_all()
     if rank == 0 and not serves:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.glob("*"):
+            if path.name != "inputs.json":  # it says whose folder this is, should the run be killed right here
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_text(json.dumps(inputs, indent=2) + "\n", folder / "inputs.json")
     wait_for_all()
     if done:
@@ -697,17 +712,20 @@ def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options:
 
     What is scored is kept beside it every --save-every x --batch-size examples; a run that was stopped goes on from there.
     """
-    rank, _ = rank_and_world()
+    rank, kept = rank_and_world()[0], partial_scores(path)
     if same_inputs(path, score_inputs(path), inputs, options.overwrite):
         say(f"found {path}, skipping")
+        if rank == 0:
+            kept.unlink(missing_ok=True)  # of a run stopped before it could do so
         arrays = load_arrays(path)
         return arrays["base_loss"], arrays["ref_loss"]
-    kept, at_once = partial_scores(path), options.save_every * options.batch_size
+    at_once = options.save_every * options.batch_size
     losses, done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
     if same_inputs(kept, score_inputs(kept), inputs, options.overwrite):
         arrays = load_arrays(kept)
         losses = np.stack((arrays["base_loss"], arrays["ref_loss"]))
-        done = int(np.searchsorted(corpus.offsets, np.flatnonzero(np.isfinite(losses[1]))[-1], side="right"))  # examples
+        with safe_open(kept, framework="np") as file:
+            done = int(file.metadata()["done"])  # examples
     for first in range(done, len(corpus), at_once):
         last = min(first + at_once, len(corpus))
         part, label = corpus.part(first, last), f"{path.parent.name}/scores {last:,}/{len(corpus):,}"
@@ -715,8 +733,11 @@ def score(model: Transformer, corpus: Corpus, path: Path, inputs: dict, options:
         losses[:, tokens] = response_losses(model, part, np.arange(len(part)), options.micro_tokens, label)
         if rank == 0:
             arrays = {"base_loss": losses[0], "ref_loss": losses[1], "offsets": corpus.offsets}
-            with whole_file(kept if last < len(corpus) else path) as file:
-                save_arrays(arrays, file, metadata={"inputs": json.dumps(inputs)})
+            target, metadata = path, {"inputs": json.dumps(inputs)}
+            if last < len(corpus):
+                target, metadata = kept, metadata | {"done": str(last)}
+            with whole_file(target) as file:
+                save_arrays(arrays, file, metadata=metadata)
     if rank == 0:
         kept.unlink(missing_ok=True)
     wait_for_all()
@@ -767,7 +788,7 @@ def run(options: Options) -> dict:
         raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
     check_options(options)
     out = Path(options.out)
-    checkpoint = checkpoint_folder(options.model)
+    checkpoint = first_rank_first(lambda: checkpoint_folder(options.model))
     config, tokenizer = read_config(checkpoint), Tokenizer(checkpoint)
     reference_set, train_set = select_data(options, tokenizer)
     for corpus in (reference_set, train_set):

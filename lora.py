@@ -11,7 +11,7 @@ y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
 
@@ -207,14 +207,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even this fails
+            temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
 
 

@@ -433,7 +433,7 @@ class Transformer(nn.Module):
         embed, embed_positions, blocks, norm = self.parts()
         x = embed(tokens).float()  # (T, D)
         if embed_positions is None:
-            angles = layout.positions[:, None] * rope_frequencies(self.config).to(tokens.device)  # (T, K/2)
+            angles = layout.positions[:, None] * to_device(rope_frequencies(self.config), tokens.device)  # (T, K/2)
             angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, K)
             layout.rotation = angles.cos(), angles.sin()
         else:
@@ -529,7 +529,8 @@ def head_chunks(
 
     hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss (chunk,)),
     both float32. The consumer may overwrite them, and must be done with them before the next: all chunks share one
-    buffer, and the softmax runs in place (fresh buffers of this size cost a CPU more than the softmax itself).
+    buffer, and the softmax runs in place (fresh buffers of this size cost a CPU more than the softmax itself). On a CPU a
+    bfloat16 head is held as float32, too, as long as the chunks last.
     """
     buffer = torch.empty(min(chunk, len(targets)), len(head_weight), device=hidden.device)  # (chunk, V)
     bfloat16_on_cpu = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
