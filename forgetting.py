@@ -576,14 +576,17 @@ def response_losses(
     table = torch.zeros(2, len(corpus.tokens), device=device)
     mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
     with tqdm(total=int(corpus.lengths[mine].sum()), desc=label, unit="token", disable=rank > 0) as bar:
-        for batch in pack(corpus, mine, token_budget):
+        for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass
             judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
             rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
             tokens, places = to_device(batch.tokens, device), to_device(batch.places[judged], device)
-            table[1, places] = token_losses(model(tokens, batch.cu_seqlens)[rows], head, targets)
+            hidden = [model(tokens, batch.cu_seqlens)[rows]]  # under theta', and under theta: (n, D) each
             if with_base:
                 with lora_disabled(model):
-                    table[0, places] = token_losses(model(tokens, batch.cu_seqlens)[rows], head, targets)
+                    hidden.append(model(tokens, batch.cu_seqlens)[rows])
+            losses = token_losses(torch.cat(hidden), head, targets.repeat(len(hidden)))  # one call: the head is read once
+            for place, of_model in zip((1, 0), losses.split(len(rows))):
+                table[place, places] = of_model
             bar.update(len(tokens))
     table = sum_over_ranks(table).cpu().numpy()
     judged = np.zeros(len(corpus.tokens), bool)
