@@ -478,9 +478,7 @@ def train(
         speed = int(corpus.lengths[examples].sum()) / (time.perf_counter() - began)
         figures = {"step": step, "loss": loss, "L_P": l_positive, "L_N": l_negative if lam and counts[1] else None,
                    "lambda": lam, "lr": rate, "grad_norm": norm, "tokens/s": speed}  # fmt: skip
-        watched = ("loss", "L_P", "L_N", "lambda", "tokens/s") if counts[1] else ("loss", "tokens/s")
-        shown = {name: f"{figures[name]:.4g}" for name in watched if figures[name] is not None}
-        bar.set_postfix(shown, refresh=False)
+        watch(bar, figures)
         log.append(figures)
         if not warned and len(log) % 10 == 0 and (warned := forgetting_hurts(log)):
             say(f"warning: {folder}, step {step}: L_P is above its start, and L_N too: lambda {lam:.3g} unlearns more than it "
@@ -493,6 +491,12 @@ def train(
         save_adapter(model, folder, options.model)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     wait_for_all()
+
+
+def watch(bar: tqdm, figures: dict) -> None:
+    """Show beside a progress bar what a person watches; L_P, L_N and lambda where something is unlearned."""
+    names = ("loss", "L_P", "L_N", "lambda", "tokens/s") if figures["L_N"] is not None else ("loss", "tokens/s")
+    bar.set_postfix({name: f"{figures[name]:.4g}" for name in names}, refresh=False)
 
 
 def label_of(folder: Path) -> str:
