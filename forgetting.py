@@ -249,7 +249,9 @@ class Options:
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, as in the paper")
     dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of the frozen weights", choices=sorted(DTYPES))
     score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", choices=sorted(DTYPES))
-    checkpoint_activations: bool = option(False, "less memory in training, a third more time", action="store_true")
+    checkpoint_activations: bool = option(
+        False, "less memory in training: blocks run a second time in the backward pass", action="store_true"
+    )
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     save_every: int = option(100, "steps between checkpoints")
     overwrite: bool = option(False, "start over where results of other inputs are", action="store_true")
