@@ -195,7 +195,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-# ------------------------------------------------------------------------------------------------------- PEFT's files
+# ----------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
@@ -217,6 +217,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(OSError):  # on a read-only disk even this fails
             temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------- PEFT's files
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:

@@ -6,10 +6,11 @@
     python tests/bench.py load     --model SMOLLM2 --peers ...
     python tests/bench.py partition
 
-Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other
-examples, and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding, shared contexts once), the peak of
-the process's memory (on a GPU: of the memory allocated), the share of the arithmetic floor, which is the time that the
-counted FLOPs take at the matrix-product rate measured beside the job, and the ratios. Machines are noisy: trust ratios.
+Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other examples
+(evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding,
+shared contexts once), the peak of the process's memory (on a GPU: of the memory allocated), the share of the arithmetic floor,
+which is the time that the counted FLOPs take at the matrix-product rate measured beside the job, and the ratios. Machines are
+noisy: trust ratios.
 
 transformers: as usually written. Training pads micro-batches of 6 and takes full logits; scoring loads base and merged
 reference and runs one example at a time; evaluation is lm_eval at batch 1. The second peer is the better one: TRL's
@@ -378,6 +379,8 @@ def compare(arguments: argparse.Namespace, dtype: str) -> None:
     task |= {"task": arguments.task, "data_dir": arguments.data_dir, "examples": [], "rows": []}
     if job in ("train", "score"):
         task["rows"] = rows_of(arguments.model, arguments.data, 24 * arguments.repeats)
+        if len(task["rows"]) < 24 * arguments.repeats:
+            raise SystemExit(f"--data has {len(task['rows'])} usable rows, {24 * arguments.repeats} are needed")
     found: dict[str, list[dict]] = {who: [] for who in WORKERS[job] if who == "ours" or arguments.peers}
     for repeat in range(arguments.repeats):
         task["examples"], task["warm_up"], tokens, work = list(range(12)), [0, 1], 0, 0.0
