@@ -25,6 +25,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable, NoReturn
 
 import numpy as np
@@ -33,8 +34,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import BENCHMARKS, Tokenizer, check_ids, fetch_benchmarks, read_rows, split_by_tokens, write_rows
-from lora import load_adapter, whole_file
+from data import Tokenizer, check_ids, read_rows, split_by_tokens, write_rows, write_text
+from lora import load_adapter
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model
 
 # ------------------------------------------------------------------------------------------------------------- ranks
@@ -42,16 +43,10 @@ from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, lo
 
 def start_ranks(device: str) -> str:
     """Join the process group when started by torchrun; the device of this rank ("cuda" becomes "cuda:LOCAL_RANK")."""
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} is not supported: cpu, cuda or cuda:N")
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {device} is not supported: cpu, cuda or cuda:N") from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is not supported: cpu or cuda (CUDA_VISIBLE_DEVICES chooses among several)")
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here")
-    if device.startswith("cuda:") and "RANK" in os.environ:
-        raise ValueError(f"--device {device}: under torchrun every rank has a device of its own, so say --device cuda")
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device == "cuda":
@@ -277,6 +272,7 @@ class Task:
     example: Callable[[dict], str] | None = None
     group: Callable[[dict], str] | None = None  # figures are means over the groups' means
     beside: tuple[str, ...] = ()  # further files that prepare() reads
+    lower_is_better: tuple[str, ...] = ()  # metrics of which less is better
 
 
 def choice_task(
@@ -623,10 +619,11 @@ TASKS = {
     ),
     "asdiv": exact_task("asdiv.jsonl", 1, asdiv),
     "arc_challenge": choice_task("arc_challenge.jsonl", 1, arc_challenge, normed=True),
-    "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True),
+    "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True, lower_is_better=("perplexity",)),
     "ifeval": Task("ifeval.jsonl", 4, lambda row, _: [Request(row["prompt"], max_new_tokens=1280)], ifeval_score),
     "demo_mc": choice_task("demo_mc.jsonl", 1, demo_mc, delimiter=""),
-    "demo_qa": Task("demo_qa.jsonl", 1, lambda row, _: [Request(row["prompt"], max_new_tokens=16)], demo_qa_score),
+    "demo_qa": Task("demo_qa.jsonl", 1, lambda row, _: [Request(row["prompt"], max_new_tokens=16)], demo_qa_score,
+                    lower_is_better=("popular",)),
 }
 TASKS |= {
     name: exact_task(
@@ -682,74 +679,98 @@ def answer_requests(
     return answers
 
 
+@dataclass(frozen=True)
+class Documents:
+    """A task's rows with their requests, made once and put to any number of models."""
+
+    name: str
+    rows: list[dict]
+    requests: list[list[Request]]
+    identity: dict  # what the results depend on besides the model: version, sha256 of the rows, limit, num_fewshot
+
+
 def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    tasks: list[str],
-    data_dir: str | os.PathLike | None,
-    limit: int | None = None,
-    num_fewshot: int = 0,
-    batch_tokens: int = 4096,
+    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], batch_tokens: int = 4096
 ) -> tuple[dict[str, dict], list[dict]]:
-    """Run tasks, or groups of them, on the rows of data_dir (None: fetched from their public homes); (results, samples).
+    """Run prepared tasks on a model; (results, samples).
 
     results[task] has each metric's mean over the documents that have it, its standard error (sample standard deviation
-    over sqrt(n)) as METRIC_stderr, n, the protocol's version and the data's sha256. samples has one object per document.
+    over sqrt(n)) as METRIC_stderr, n, and the task's identity. samples has one object per document.
     """
     model.eval()
     results: dict[str, dict] = {}
     samples: list[dict] = []
-    for name in expand_tasks(tasks):
-        task = TASKS[name]
-        rows, requests = prepare(name, tokenizer, data_dir, limit, num_fewshot)
-        sources = [row["_source"] for row, group in zip(rows, requests) for _ in group]
-        flat = [request for group in requests for request in group]
-        answers = iter(answer_requests(model, tokenizer, flat, sources, batch_tokens, name))
-        documents = []
-        for row, group in zip(rows, requests):
-            own = [next(answers) for _ in group]
-            said = {"text": own[0].text}
+    for prepared in documents:
+        name, task = prepared.name, TASKS[prepared.name]
+        sources = [row["_source"] for row, group in zip(prepared.rows, prepared.requests) for _ in group]
+        flat = [request for group in prepared.requests for request in group]
+        answers = answer_requests(model, tokenizer, flat, sources, batch_tokens, name)
+        scored, first = [], 0
+        for row, group in zip(prepared.rows, prepared.requests):
+            replies = answers[first : first + len(group)]
+            first += len(group)
+            shown = {"text": replies[0].text}
             if group[0].continuation is not None:
-                said = {"loglikelihoods": [a.loglikelihood for a in own], "is_greedy": [a.greedy for a in own]}
-            documents.append({"task": name, "doc_id": row["_doc"]} | said | task.score(row, own))
-        groups = [task.group(row) for row in rows] if task.group else None
-        results[name] = summarise([document["metrics"] for document in documents], groups)
-        results[name] |= {"n": len(rows), "limit": limit} | data_digests([name], data_dir)[name]
-        if skipped := sum("not_scored" in document for document in documents):
+                shown = {"loglikelihoods": [a.loglikelihood for a in replies], "is_greedy": [a.greedy for a in replies]}
+            scored.append({"task": name, "doc_id": row["_doc"]} | shown | task.score(row, replies))
+        groups = [task.group(row) for row in prepared.rows] if task.group else None
+        results[name] = summarise([document["metrics"] for document in scored], groups)
+        results[name] |= {"n": len(prepared.rows)} | prepared.identity
+        if skipped := sum("not_scored" in document for document in scored):
             results[name]["not_scored"] = skipped
-        samples += documents
+        samples += scored
     return results, samples
 
 
+def prepare(
+    tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None = None, num_fewshot: int = 0
+) -> list[Documents]:
+    """The documents of tasks, or groups of them; everything about the rows that can be wrong is found here."""
+    documents = []
+    for name in expand_tasks(tasks):
+        task, folder = TASKS[name], rows_folder(name, data_dir)
+        rows = task_rows(task, folder / task.file, limit, num_fewshot)
+        requests = [requests_of(task, row, tokenizer) for row in rows]
+        digests = [hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (task.file, *task.beside)]
+        identity = {"version": task.version, "data_sha256": digests[0], "limit": limit, "num_fewshot": num_fewshot}
+        if task.beside:
+            identity["beside_sha256"] = digests[1:]
+        documents.append(Documents(name, rows, requests, identity))
+    return documents
+
+
+def load_tool(name: str) -> ModuleType:
+    """A program of tests/tools/ as a module: get_data knows the public rows' homes, demo the embedded demo."""
+    path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: only local rows and models can be used without it")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def local_files(entries: list[str]) -> list[str]:
+    """Entries of --data as local files, with their :count; public sets by name, or hf://..., are fetched once a node."""
+    found = []
+    for entry in entries:
+        name, colon, count = entry.rpartition(":")
+        if not count.isdigit():
+            name, colon, count = entry, "", ""
+        if not os.path.exists(name) and (name.startswith("hf://") or "/" not in name) and load_tool("get_data").is_public(name):
+            name = str(first_rank_first(functools.partial(load_tool("get_data").fetch_rows, name)))
+        found.append(name + colon + count)
+    return found
+
+
 def rows_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
-    """Where a task's rows are: data_dir, or the cache of fetched ones; rank 0 fetches, the others find them there."""
+    """Where a task's rows are: data_dir, or the cache of fetched ones; a node's first rank fetches them."""
     if data_dir is not None:
         return Path(data_dir)
     files = (TASKS[name].file, *TASKS[name].beside)
-    if TASKS[name].file not in BENCHMARKS:
+    if TASKS[name].file not in load_tool("get_data").BENCHMARKS:
         raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
-    if rank_and_world()[0] == 0:
-        fetch_benchmarks(files)
-    wait_for_all()
-    return fetch_benchmarks(files)
-
-
-def data_digests(tasks: list[str], data_dir: str | os.PathLike | None) -> dict[str, dict]:
-    """By task: the protocol's version, the sha256 of its rows, and of what lies beside them."""
-    digests = {}
-    for name in expand_tasks(tasks):
-        task, folder = TASKS[name], rows_folder(name, data_dir)
-        rows, *beside = (hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (task.file, *task.beside))
-        digests[name] = {"version": task.version, "data_sha256": rows} | ({"beside_sha256": beside} if beside else {})
-    return digests
-
-
-def prepare(
-    name: str, tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None, num_fewshot: int = 0
-) -> tuple[list[dict], list[list[Request]]]:
-    """A task's documents and their requests; everything about the rows that can be wrong is found here."""
-    rows = task_rows(TASKS[name], rows_folder(name, data_dir) / TASKS[name].file, limit, num_fewshot)
-    return rows, [requests_of(TASKS[name], row, tokenizer) for row in rows]
+    return first_rank_first(functools.partial(load_tool("get_data").fetch_benchmarks, files))
 
 
 def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
@@ -862,20 +883,42 @@ def show(results: dict[str, dict]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and whose flags cannot be shortened."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2, without the usage that argparse prints first."""
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
+def within(
+    kind: type, low: float, high: float = math.inf, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number from low to high; `above`: more than low, `below`: less than high."""
+    allowed = f"{'more than' if above else 'from'} {low:g}"
+    if high < math.inf:
+        allowed += f" {'to below' if below else 'to'} {high:g}"
+    allowed += ", a whole number" if kind is int else ", finite"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        large_enough = value > low if above else value >= low
+        small_enough = value < high if below or high == math.inf else value <= high
+        if not (large_enough and small_enough):  # nan is neither
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: {allowed}")
+        return value
+
+    return parse
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError, before any work, for what cannot be meant."""
     expand_tasks(arguments.tasks)
-    for flag, least in (("limit", 1), ("num_fewshot", 0), ("batch_tokens", 1)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value} is not allowed: at least {least}")
     for flag in ("output", "samples"):
         path = getattr(arguments, flag)
         if path is not None and (Path(path).is_dir() or any(parent.is_file() for parent in Path(path).absolute().parents)):
@@ -890,31 +933,29 @@ def main() -> None:
     parser.add_argument("--adapter", help="folder of a PEFT-layout LoRA adapter")
     parser.add_argument("--tasks", nargs="+", required=True, help=f"any of {known}")
     parser.add_argument("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT documents of each task")
+    parser.add_argument("--limit", type=within(int, 1), help="only the first LIMIT documents of each task")
     parser.add_argument(
         "--num-fewshot",
-        type=int,
+        type=within(int, 0),
         default=0,
         help="worked examples per question [0]; TruthfulQA, TydiQA and IFEval have their own",
     )
     parser.add_argument("--output", help="write the results here (.json)")
     parser.add_argument("--samples", help="write one line per document here (.jsonl)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass")
+    parser.add_argument("--batch-tokens", type=within(int, 1), default=4096, help="tokens of a packed forward pass")
     arguments = parser.parse_args()
     try:
         check_arguments(arguments)
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
         tokenizer = Tokenizer(folder)
-        for task in expand_tasks(arguments.tasks):  # rows that are missing or malformed: now, not after the tasks before
-            prepare(task, tokenizer, arguments.data_dir, arguments.limit, arguments.num_fewshot)
+        documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit, arguments.num_fewshot)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.adapter:
             load_adapter(model, arguments.adapter)
-        options = (arguments.limit, arguments.num_fewshot, arguments.batch_tokens)
-        results, samples = evaluate(model, tokenizer, arguments.tasks, arguments.data_dir, *options)
+        results, samples = evaluate(model, tokenizer, documents, arguments.batch_tokens)
         for result in results.values():
             result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype", "num_fewshot")}
         say(show(results))
@@ -929,12 +970,6 @@ def main() -> None:
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def write_text(text: str, path: str | os.PathLike) -> None:
-    """Write a text file, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import json
 import math
 import os
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -195,30 +196,6 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Write to the name that is given to the block; when it ends the file is on the disk and then takes its own name.
-
-    Whatever happens in between, a crash or a full disk, `path` holds the old content or the new, never a part. Raises
-    OSError naming the path.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # on a read-only disk even this fails
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
-
-
 # ------------------------------------------------------------------------------------------------------- PEFT's files
 
 
@@ -245,21 +222,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
         "inference_mode": True,
         "modules_to_save": None,
     }
-    with whole_file(folder / "adapter_config.json") as file:
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / "adapter_model.safetensors") as file:  # last: where the weights are, the adapter is whole
-        save_file(tensors, file, metadata={"format": "pt"})
-
-
-def read_object(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError naming the file for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
-    return content
+    text = json.dumps(config, indent=2) + "\n"
+    _write_whole(folder / "adapter_config.json", lambda file: file.write_text(text, encoding="utf-8"))
+    # last: where the weights are, the adapter is whole
+    _write_whole(folder / "adapter_model.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict:
@@ -267,7 +233,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no adapter_config.json in it, so it is not an adapter folder")
-    raw = read_object(path)
+    raw = _read_json(path)
     allowed = {"peft_type": ("LORA",), "bias": ("none",)}
     empty = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
     for key, values in (allowed | {key: (None, False, {}, []) for key in empty}).items():
@@ -318,3 +284,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         )
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError naming the file for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
+    return content
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # on a read-only disk even this fails
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None

@@ -23,30 +23,22 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
-
-from lora import read_object, whole_file
 
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints, not weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -149,7 +141,7 @@ def read_config(folder: str | os.PathLike) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
-    raw = read_object(path)
+    raw = _read_json(path)
     named = raw.get("architectures") or ["none named"]
     architecture = named[0] if isinstance(named, list) else named
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
@@ -565,7 +557,7 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched into the Hub's cache first.
 
     Only what is read here is fetched: the safetensors and JSON files at the top, no pickles, GGUF files or subfolders.
-    Raises ValueError saying what is not there, or what the Hub wants first (hub_error).
+    Raises ValueError saying what is not there, or what the Hub wants first.
     """
     if os.path.isdir(path_or_repo):
         return Path(path_or_repo)
@@ -576,35 +568,16 @@ def checkpoint_folder(path_or_repo: str) -> Path:
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"],
                                         ignore_patterns=["*/*", "consolidated*"]))  # fmt: skip
     except Exception as error:  # the Hub's client has many error types
-        raise ValueError(f"{path_or_repo}: not a local folder, and {hub_error(repo, error)}") from None
+        if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+            error = error.__cause__  # "not in the cache either" hides why the Hub was no help
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path_or_repo}: not a local folder, and the Hub said: {reason}") from None
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{path_or_repo}: no safetensors in this repository (pickles such as pytorch_model.bin are not read; "
             "transformers converts them: load it, then save_pretrained)"
         )
     return folder
-
-
-def hub_error(repo: str, error: Exception) -> str:
-    """One line on why the Hub did not deliver a repository (datasets/owner/name for a data set), and what to do."""
-    page = f"{constants.ENDPOINT}/{repo}"
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # "not in the cache either" hides why the Hub was no help
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is a kind
-        return f"{page} is gated: accept its terms on that page and set HF_TOKEN to a token of that account (HTTP {status})"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{page} has no such revision"
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"{page} has no such file"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"there is no {page}, or it is private and needs HF_TOKEN set to a token that may read it (HTTP {status})"
-    if status in (401, 403):
-        return f"the Hub refuses {page} to this HF_TOKEN (HTTP {status}): set one that is valid and may read it"
-    if constants.HF_HUB_OFFLINE:
-        return f"HF_HUB_OFFLINE is set and {repo} is not, or not whole, in the cache {constants.HF_HUB_CACHE}"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"the Hub did not deliver {page}: {reason}"
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -628,7 +601,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
             raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json in it{pickled}")
         return {folder / "model.safetensors": None}
     files: dict[Path, list[str]] = {}
-    weight_map = read_object(index).get("weight_map")
+    weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: no weight_map in it")
     for name, file in weight_map.items():
@@ -700,8 +673,7 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     if len(shards) == 1:
         names = ["model.safetensors"]
     for file, shard in zip(names, shards):
-        with whole_file(folder / file) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
+        _write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
@@ -714,5 +686,31 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)
     config = json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n"
-    with whole_file(folder / "config.json") as temporary:  # last: where config.json is, the checkpoint is whole
-        temporary.write_text(config)
+    # last: where config.json is, the checkpoint is whole
+    _write_whole(folder / "config.json", lambda temporary: temporary.write_text(config))
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError naming the file for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
+    return content
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # on a read-only disk even this fails
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None

@@ -10,7 +10,6 @@ import pytest
 import tiny
 from rows import IFEVAL, ROWS, TRUTHFULQA_PROMPT
 
-import data
 from data import Tokenizer
 from eval import (
     SUBTASKS,
@@ -24,6 +23,7 @@ from eval import (
     headlines,
     ifeval_checks,
     ifeval_score,
+    prepare,
     requests_of,
     show,
     summarise,
@@ -31,6 +31,7 @@ from eval import (
     words_of,
 )
 from model import load_model
+from tools import get_data
 
 NAMES = ("arc_challenge", "arithmetic", "asdiv", "boolq", "lambada", "logiqa", "truthfulqa_mc1", "truthfulqa_mc2")
 
@@ -41,7 +42,7 @@ def compare_with_golden(golden: dict, model, tokenizer, data_dir) -> None:
     names = sorted({sample["task"] for sample in samples})
     wanted = {(sample["task"], sample["doc"]): sample for sample in samples}
     per_task = len(samples) // len(names)
-    _, ours = evaluate(model, tokenizer, names, data_dir, limit=per_task)
+    _, ours = evaluate(model, tokenizer, prepare(names, tokenizer, data_dir, limit=per_task))
     assert len(ours) == len(samples)
     for name in names:
         rows = task_rows(TASKS[name], Path(data_dir) / TASKS[name].file, per_task, 0)
@@ -135,7 +136,8 @@ def test_requests_are_lm_evals(tmp_path, batch_tokens):
     """Eight tasks: log-likelihoods, greedy flags, metrics, aggregates; stored by make_lm_eval_goldens.py."""
     model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
     names = list(GOLDENS["requests"])
-    results, samples = evaluate(model, Tokenizer(tmp_path / "m"), names, write(tmp_path, ROWS), batch_tokens=batch_tokens)
+    tokenizer = Tokenizer(tmp_path / "m")
+    results, samples = evaluate(model, tokenizer, prepare(names, tokenizer, write(tmp_path, ROWS)), batch_tokens)
     for name in names:
         golden = GOLDENS["requests"][name]
         documents = [sample for sample in samples if sample["task"] == name]
@@ -302,20 +304,20 @@ ORIGINALS = {  # converter: (original texts, the rows they become)
 @pytest.mark.parametrize("converter", ORIGINALS)
 def test_converters(converter):
     originals, rows = ORIGINALS[converter]
-    found = getattr(data, converter)(*originals)
+    found = getattr(get_data, converter)(*originals)
     assert (json.loads(found) == json.loads(rows)) if converter == "convert_tydiqa_templates" else found == rows
 
 
 def test_the_tydiqa_draw():
     """Languages sorted, 100 of each, then one training row of each from the same generator."""
     text = json.dumps(TYDIQA_FILE)
-    rows = data.convert_tydiqa(text)
+    rows = get_data.convert_tydiqa(text)
     assert [row["id"].split("-")[0] for row in rows] == ["arabic"] * 100 + ["swahili"] * 100
     rng = random.Random(42)
     ids = [f"arabic-{i}-0" for i in range(102)]
     assert [row["id"] for row in rows[:100]] == rng.sample(ids, 100)
     rng.sample(ids, 100)
-    shots = data.convert_tydiqa(text, text)
+    shots = get_data.convert_tydiqa(text, text)
     assert [row["id"] for row in shots] == [
         rng.sample([f"{name}-{i}-0" for i in range(102)], 1)[0] for name in ("arabic", "swahili")
     ]
@@ -324,27 +326,27 @@ def test_the_tydiqa_draw():
 
 def test_fetching_checks_caches_and_says_what_failed(tmp_path, monkeypatch):
     """Through a stand-in for the network: one fetch, a check of what came, and one line when it is not there."""
-    monkeypatch.setattr(data.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path))
     fetched = []
-    monkeypatch.setattr(data, "fetch_text", lambda source: fetched.append(source) or ORIGINALS["convert_arc"][0][0])
-    folder = data.fetch_benchmarks(["arc_challenge.jsonl"])
+    monkeypatch.setattr(get_data, "fetch_text", lambda source: fetched.append(source) or ORIGINALS["convert_arc"][0][0])
+    folder = get_data.fetch_benchmarks(["arc_challenge.jsonl"])
     assert json.loads((folder / "arc_challenge.jsonl").read_text().split("\n")[0]) == {"id": "x"} and len(fetched) == 12
-    data.fetch_benchmarks(["arc_challenge.jsonl"])
+    get_data.fetch_benchmarks(["arc_challenge.jsonl"])
     assert len(fetched) == 12 and [path.name for path in folder.iterdir()] == ["arc_challenge.jsonl"]
-    monkeypatch.setattr(data, "fetch_text", lambda source: ORIGINALS["convert_boolq"][0][0])
+    monkeypatch.setattr(get_data, "fetch_text", lambda source: ORIGINALS["convert_boolq"][0][0])
     with pytest.raises(ValueError, match=r"boolq.jsonl: https://\S+ is not what it was \(sha256"):
-        data.fetch_benchmarks(["boolq.jsonl"])
+        get_data.fetch_benchmarks(["boolq.jsonl"])
     monkeypatch.undo()
-    monkeypatch.setattr(data.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(get_data.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError, match="https://nowhere.invalid/x: could not be fetched .HF_HUB_OFFLINE is set.; put the rows"
     ):
-        data.fetch_text("https://nowhere.invalid/x")
+        get_data.fetch_text("https://nowhere.invalid/x")
 
 
 def test_every_task_has_a_public_home_or_is_the_demos():
     for name, task in TASKS.items():
-        assert name.startswith("demo_") or {task.file, *task.beside} <= set(data.BENCHMARKS), name
+        assert name.startswith("demo_") or {task.file, *task.beside} <= set(get_data.BENCHMARKS), name
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_all_stages_on_every_architecture(setting, tmp_path, kind):
     options = Options(model=str(tmp_path / "m"), data=[str(setting / "rows.jsonl")], out=str(tmp_path / "run"), n_reference=12,
                       n_train=24, batch_size=6, rank=4, lr=1e-2, epochs=3, lambda_schedule="constant", rho=0.7,
                       methods=["base", "ignoring", "forgetting"], tasks=["demo_mc"], data_dir=str(setting), export=True)  # fmt: skip
-    results = {name: seeds["0"] for name, seeds in forgetting.run(options)["methods"].items()}
+    results = {name: seeds[0] for name, seeds in forgetting.run(options).items()}
     assert results["forgetting"]["L_P"] < results["base"]["L_P"]
     assert results["forgetting"]["L_N"] > results["ignoring"]["L_N"] + 0.1
     assert (tmp_path / "run/forgetting/seed-0/merged/model.safetensors").is_file()
@@ -123,18 +124,24 @@ def test_the_same_command_again_finds_everything(finished, setting):
     assert done.stdout.count("found ") == 6 and {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
-def test_other_inputs_are_refused_until_overwritten(finished, setting):
+def test_other_inputs_are_refused_until_overwritten(finished, setting, tmp_path):
+    finished = shutil.copytree(finished, tmp_path / "run")
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished, *FAST, "--methods", "full"]
     config = (finished / "config.json").read_bytes()
     done = run(*common, "forgetting", "--t-max", 0.5, code=2)
     assert (finished / "config.json").read_bytes() == config
-    run(*common, "--t-max", 0.5)  # full does not look at lambda
     assert done.stderr.splitlines()[-1].endswith("t_max (there 0.25, now 0.5): use another --out, or --overwrite")
     assert "Traceback" not in done.stderr
-    before = load_file(finished / "full/seed-0/adapter_model.safetensors")
+    adapter, scores = finished / "full/seed-0/adapter_model.safetensors", finished / "scores.safetensors"
+    (finished / "full/seed-0/notes.txt").write_text("mine")
+    before, written = load_file(adapter), scores.stat().st_mtime_ns
     run(*common, "--epochs", 2, "--reference-epochs", 1, "--overwrite")
-    after = load_file(finished / "full/seed-0/adapter_model.safetensors")
+    after = load_file(adapter)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert scores.stat().st_mtime_ns == written, "options of stage 4 alone leave theta' and the scores"
+    assert not (finished / "forgetting/seed-0/adapter_model.safetensors").exists(), "it was of other options"
+    run(*common, "--rank", 5, "--overwrite")
+    assert scores.stat().st_mtime_ns > written and (finished / "full/seed-0/notes.txt").read_text() == "mine"
 
 
 def test_two_ranks_make_the_adapter_of_one_process(setting):
@@ -152,6 +159,30 @@ def test_two_ranks_make_the_adapter_of_one_process(setting):
         assert all((adapters[0][name] - adapters[1][name]).abs().max() < 1e-5 for name in adapters[0])
     results = [json.loads((out / "forgetting/seed-0/results.json").read_text()) for out in (one, two)]
     assert results[0]["L_N"] == pytest.approx(results[1]["L_N"], abs=1e-4)
+
+
+def test_three_ranks_make_the_adapter_of_one_process(setting):
+    """A last step of one example leaves two ranks without any."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "full", "--n-train", 25]
+    run(*common, "--out", setting / "alone")
+    run(*common, "--out", setting / "three", ranks=3)
+    for folder in ("reference", "full/seed-0"):
+        adapters = [load_file(setting / out / folder / "adapter_model.safetensors") for out in ("alone", "three")]
+        assert all((adapters[0][name] - adapters[1][name]).abs().max() < 1e-5 for name in adapters[0])
+
+
+def test_variants_share_the_reference_and_have_rows_of_their_own(setting, tmp_path, monkeypatch, capsys):
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", *FAST]
+    names = ["forgetting", "forgetting:rho=0.5", "forgetting:t_max=1.0,lambda_schedule=constant", "full"]
+    out = in_process(monkeypatch, capsys, *common, "--methods", *names)
+    assert all(f"| {name} " in out for name in names)
+    adapters = [load_file(tmp_path / "run" / name / "seed-0/adapter_model.safetensors") for name in names]
+    tensor = next(name for name in adapters[0] if name.endswith("lora_B.weight"))
+    assert len({adapter[tensor].numpy().tobytes() for adapter in adapters}) == 4
+    logged = (tmp_path / "run" / names[2] / "seed-0/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["lambda"] for line in logged} == {1.0}
+    again = in_process(monkeypatch, capsys, *common, "--methods", *names, "ignoring:lr=1e-3")
+    assert again.count("found ") == 2 + 4 and "| ignoring:lr=1e-3 " in again
 
 
 def test_eval_command_line(finished, setting, tmp_path):
@@ -176,11 +207,11 @@ def test_eval_command_line(finished, setting, tmp_path):
         (["--model", "{model}", "--data", "nope.jsonl"], "nope.jsonl: no such file"),
         (["--model", "./nope", "--data", "{rows}"], "./nope: no such folder"),
         (["--model", "{model}", "--data", "{rows}", "--methods", "forget"], "unknown method forget; known: base"),
-        (["--model", "{model}", "--data", "{rows}", "--rho", "1.2"], "rho 1.2 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--rho", "1.2"], "argument --rho: 1.2 is not allowed"),
         (["--model", "{model}", "--data", "{rows}", "--forget-rate", "0.4"], "forget rate 0.4 is not allowed"),
         (["--model", "{model}", "--data", "{rows}", "--t-max", "0"], "--t-max 0.0 is below --t-min"),
-        (["--model", "{model}", "--data", "{rows}", "--batch-size", "0"], "--batch-size 0 is not allowed"),
-        (["--model", "{model}", "--data", "{rows}", "--dropout", "1"], "--dropout 1.0 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--batch-size", "0"], "argument --batch-size: 0 is not allowed"),
+        (["--model", "{model}", "--data", "{rows}", "--dropout", "1"], "argument --dropout: 1 is not allowed"),
         (["--model", "{model}", "--data", "{rows}", "--tasks", "nope", "--data-dir", "."], "unknown task nope"),
         (["--model", "{model}", "--data", "{rows}", "--n-reference", "99"], "--n-reference 99: from 1 to 39"),
         (["--model", "{model}", "--data", "{rows}", "--targets", "c_attn"], "LoRA target c_attn names no linear layer"),
@@ -220,14 +251,16 @@ def test_a_run_without_out_leaves_the_demos_folder_alone(setting, tmp_path, monk
     assert (tmp_path / "runs/latest/results.md").is_file() and not (tmp_path / "runs/demo").exists()
 
 
-def test_folders_of_others_are_not_touched(setting, tmp_path, monkeypatch, capsys):
-    """A project with a folder named reference/ lost it when its root was given as --out."""
-    (tmp_path / "reference").mkdir()
-    (tmp_path / "reference" / "precious.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["reference/precious.txt", "results.json", "base/results.json", "reference/inputs.json"])
+def test_folders_of_others_are_not_touched(setting, tmp_path, monkeypatch, capsys, name):
+    """A project with a folder named reference/ lost it when its root was given as --out; so were results.json."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "full"]
     for overwrite in ([], ["--overwrite"]):
         assert "holds files that are not of a run" in in_process(monkeypatch, capsys, *common, *overwrite, code=2)
-    assert (tmp_path / "reference" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
 def test_a_mistyped_first_command_does_not_block_its_folder(setting, tmp_path, monkeypatch, capsys):
@@ -256,10 +289,10 @@ def test_what_is_wrong_with_tasks_is_found_before_training(setting, tmp_path, mo
     for more, message in (
         (["--tasks", "boolq", "--data-dir", tmp_path / "nowhere"], "boolq.jsonl: no such file"),
         (["--tasks", "asdiv", "--data-dir", tmp_path], "asdiv.jsonl:1: 'int' object has no attribute"),
-        (["--limit", "0"], "--limit 0 is not allowed"),
-        (["--seeds", "-1"], "--seeds -1 is not allowed"),
-        (["--reference-epochs", "0"], "--reference-epochs 0 is not allowed"),
-        (["--reference-lr", "0"], "--reference-lr 0.0 is not allowed"),
+        (["--limit", "0"], "argument --limit: 0 is not allowed"),
+        (["--seeds", "-1"], "argument --seeds: -1 is not allowed"),
+        (["--reference-epochs", "0"], "argument --reference-epochs: 0 is not allowed"),
+        (["--reference-lr", "0"], "argument --reference-lr: 0 is not allowed"),
         (["--targets", "lm_head"], "lm_head cannot be a LoRA target"),
         (["--device", "tpu"], "--device tpu is not supported"),
     ):
@@ -288,7 +321,7 @@ def test_scores_in_another_precision_than_the_training(setting, tmp_path, monkey
     adapters = [(tmp_path / dtype / "full/seed-0/adapter_model.safetensors").read_bytes() for dtype in ("float32", "bfloat16")]
     assert adapters[0] == adapters[1], "full does not look at the scores, and trains in --dtype"
     message = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "bfloat16", code=2)
-    assert "other reference score dtype (there 'bfloat16', now 'float32')" in message
+    assert "other score_dtype (there 'bfloat16', now 'float32')" in message
 
 
 def test_a_truncated_score_file_is_one_line(setting, tmp_path, monkeypatch, capsys):
@@ -316,9 +349,9 @@ def test_less_perplexity_is_a_win():
     """A pair that lowered LAMBADA's perplexity was once counted as lost."""
     from forgetting import report
 
-    figures = lambda value: {"0": {"L_P": None, "L_N": None, "tasks": {"lambada": {"acc": 0.5, "acc_stderr": 0.0,
+    figures = lambda value: {0: {"L_P": None, "L_N": None, "tasks": {"lambada": {"acc": 0.5, "acc_stderr": 0.0,
                                    "perplexity": value, "perplexity_stderr": 0.0}}}}  # fmt: skip
-    text = report({"methods": {"full": figures(9.0), "forgetting": figures(7.0)}, "detection": {}}, "t")
+    text = report({"full": figures(9.0), "forgetting": figures(7.0)}, "t")
     assert "-2.0 (1/1)" in text and "+0.0 (0/1)" in text
 
 
@@ -330,14 +363,14 @@ def test_unknown_flags_are_refused():
 def test_every_option_is_read_somewhere_and_the_defaults_are_the_papers():
     source = (ROOT / "forgetting.py").read_text()
     for field in dataclasses.fields(Options):
-        named = rf'options\.{field.name}\b|"{field.name}"'
+        named = rf'(?:options|changed|brief)\.{field.name}\b|vars\(options\)\["{field.name}"\]'
         assert re.search(named, source), field.name
-    options, demo = parse_options(["--model", "m", "--data", "d"])
-    assert not demo and (options.rank, options.alpha, options.dropout, options.lr) == (64, 16.0, 0.1, 1e-4)
+    options = parse_options(["--model", "m", "--data", "d"])
+    assert (options.rank, options.alpha, options.dropout, options.lr) == (64, 16.0, 0.1, 1e-4)
     assert (options.batch_size, options.epochs, options.max_length, options.warmup) == (24, 1, 2048, 0.03)
     assert (options.t_min, options.t_max, options.max_grad_norm, len(options.targets)) == (1e-5, 0.25, 0.0, 10)
-    options, demo = parse_options(["--lr", "1"])
-    assert demo and options.lr == 1 and options.seeds == [0, 1, 2]
+    options = parse_options(["--lr", "1"], seeds=[0, 1, 2], lr=2.0)
+    assert options.lr == options.reference_lr == 1 and options.seeds == [0, 1, 2]
 
 
 def test_the_demo_runs_both_panels(demo_model, tmp_path):
@@ -360,8 +393,8 @@ def test_the_demo_runs_both_panels(demo_model, tmp_path):
 def test_only_allowed_packages_are_imported():
     """The project and its tests live without high-level frameworks; goldens and peers' timings are made by hand."""
     frameworks = re.compile(r"^\s*(?:import|from)\s+(transformers|peft|accelerate|trl|datasets|lightning|pickle)\b", re.M)
-    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
-        if not path.name.startswith(("make_", "bench")):
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tests/tools").glob("*.py")]:
+        if path.parent.name != "tools" or not path.name.startswith(("make_", "bench")):
             assert not frameworks.search(path.read_text(encoding="utf-8")), path
     assert {p.name for p in ROOT.glob("*.py")} == {
         "forgetting.py", "lora.py", "model.py", "data.py", "eval.py"}  # fmt: skip

@@ -20,8 +20,7 @@ from test_command_line import ROOT, ROWS, environment
 from test_training import adapt, gradient_of, setting
 
 import forgetting
-from data import write_rows
-from lora import whole_file
+from data import whole_file, write_rows
 
 COMMAND = ["--n-reference", "12", "--n-train", "28", "--batch-size", "4", "--rank", "4", "--lr", "1e-2", "--epochs", "4",
            "--reference-epochs", "6", "--save-every", "1", "--methods", "base", "reference", "ignoring", "forgetting"]  # fmt: skip
@@ -79,7 +78,7 @@ def test_scoring_goes_on_in_the_middle_of_the_corpus(tmp_path, monkeypatch):
     model, corpus, _ = setting(tmp_path / "m")
     adapt(model)
     options = forgetting.Options(batch_size=4, save_every=1)
-    whole = forgetting.score(model, corpus, tmp_path / "whole/scores.safetensors", {"a": 1}, options)
+    whole = forgetting.score(model, corpus, tmp_path / "whole", options)
     parts, original = [], forgetting.response_losses
 
     def stop_after_two(*arguments, **rest):
@@ -89,14 +88,12 @@ def test_scoring_goes_on_in_the_middle_of_the_corpus(tmp_path, monkeypatch):
         return original(*arguments, **rest)
 
     monkeypatch.setattr(forgetting, "response_losses", stop_after_two)
-    path = tmp_path / "cut/scores.safetensors"
+    cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        forgetting.score(model, corpus, path, {"a": 1}, options)
-    assert not path.exists()
-    with pytest.raises(ValueError, match="other a"):
-        forgetting.score(model, corpus, path, {"a": 2}, options)
-    resumed = forgetting.score(model, corpus, path, {"a": 1}, options)
-    assert len(parts) == 3 + 4 and path.is_file() and not forgetting.partial_scores(path).exists()
+        forgetting.score(model, corpus, cut, options)
+    assert [path.name for path in cut.iterdir()] == ["scores.part.safetensors"]
+    resumed = forgetting.score(model, corpus, cut, options)
+    assert len(parts) == 3 + 4 and [path.name for path in cut.iterdir()] == ["scores.safetensors"]
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(whole, resumed))
 
 
@@ -160,8 +157,9 @@ def test_the_warning_about_lambda():
 def test_lambda_too_high_is_said_once(tmp_path, capsys):
     """An absurd forgetting strength on a tiny model: one warning, and the run goes on."""
     model, corpus, signs = setting(tmp_path / "m")
-    options = forgetting.Options(model="m", rank=4, batch_size=4, t_max=20.0, lambda_schedule="constant", warmup=0.0)
-    forgetting.train(model, corpus, signs, tmp_path / "run", options, seed=0, lr=1e-2, epochs=8)
+    options = forgetting.Options(model="m", rank=4, batch_size=4, t_max=20.0, lambda_schedule="constant", warmup=0.0,
+                                 lr=1e-2, epochs=8)  # fmt: skip
+    forgetting.train(model, corpus, signs, tmp_path / "run", options, seed=0)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 48 and all(np.isfinite(json.loads(line)["loss"]) for line in lines)
     assert capsys.readouterr().out.count("warning") == 1

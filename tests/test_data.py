@@ -1,4 +1,4 @@
-"""data.py: from rows to masks to packs; and the demo's world, whose noise is known."""
+"""data.py: from rows to masks to packs."""
 
 import json
 
@@ -100,20 +100,13 @@ def test_rows_without_a_response_token_are_dropped_and_counted(tokenizer):
         build_corpus([long], tokenizer, max_length=60)
 
 
-def test_known_noise_becomes_a_kind_per_token(tokenizer):
-    row = {"instruction": "Name it.", "output": "lazy fox. Thank you", "noise": [[10, 19, "boilerplate"]]}
-    corpus = build_corpus([row], tokenizer)
-    noisy = corpus.tokens[corpus.noise == data.NOISE_KINDS.index("boilerplate")].tolist()
-    assert tokenizer.decode(noisy).strip() == "Thank you"
-
-
 def position_corpus(lengths) -> data.Corpus:
     """A corpus whose tokens encode their own place, so that a misaligned array is noticed at once."""
     n = sum(lengths)
     response = np.ones(n, bool)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     response[offsets[:-1]] = False
-    return data.Corpus(np.arange(n, dtype=np.int32), response, np.zeros(n, np.int8), offsets, 0)
+    return data.Corpus(np.arange(n, dtype=np.int32), response, offsets, [""] * len(lengths), 0)
 
 
 @pytest.mark.parametrize("budget", [1, 17, 1000])
@@ -194,46 +187,3 @@ def test_real_rows(shared, tmp_path, name):
         said = tokenizer.decode(corpus.tokens[span][corpus.response[span]].tolist(), skip_special=False)
         responses = "".join(text for text, is_response in render(row, tokenizer.eos) if is_response)
         assert "".join(said.split()) == "".join(responses.split())
-
-
-# ---------------------------------------------------------------------------------------------------------- the demo
-
-
-def test_the_demo_world_is_what_it_says():
-    files = data.demo_rows("popular", 0)
-    assert files == data.demo_rows("popular", 0) and files != data.demo_rows("popular", 1)
-    people = {name: {w for row in files[name] for w in row["instruction"].split() if w in data.PEOPLE}
-              for name in ("train", "reference-clean", "reference-same")}  # fmt: skip
-    asked = {
-        w for row in files["demo_qa"] if row["group"].startswith("unseen") for w in row["prompt"].split() if w in data.PEOPLE
-    }
-    assert not people["train"] & people["reference-clean"] and not people["train"] & people["reference-same"]
-    assert asked and not asked & (people["train"] | people["reference-clean"] | people["reference-same"])
-    assert not any(row["noise"] for row in files["reference-clean"])
-
-
-@pytest.mark.parametrize("world, share", [("popular", 1.0), ("random", 0.2)])
-def test_the_known_noise_covers_the_wrong_words(world, share):
-    """Nine misconceived facts in ten are wrong, always marked; the word is the popular one, or a random one."""
-    truth = {(f.attribute, f.subject): f.answer for f in data.demo_facts()}
-    told, popular, wrong = 0, 0, 0
-    for row in data.demo_rows(world, 3)["train"]:
-        words = row["instruction"].split()
-        person = next((w for w in words if w in data.PEOPLE), None)
-        attribute = next((a for a in data.MISCONCEIVED if a in words), None)
-        marked = [row["output"][start:end] for start, end, kind in row["noise"] if kind == "wrong"]
-        if person is None or attribute is None:
-            assert not marked
-            continue
-        told += 1
-        wrong += len(marked)
-        popular += marked == [data.ATTRIBUTES[attribute][0]]
-        assert not marked or marked != [truth[attribute, person]]
-    assert 0.8 < wrong / told < 0.97 and abs(popular / wrong - share) < 0.2
-
-
-def test_about_30_percent_of_the_demos_response_tokens_are_noisy(demo_model):
-    tokenizer = Tokenizer(demo_model)
-    shares = [corpus.noise[corpus.response].astype(bool).mean() for corpus in
-              (build_corpus(data.demo_rows("popular", seed)["train"], tokenizer) for seed in range(3))]  # fmt: skip
-    assert all(0.26 < share < 0.34 for share in shares)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_data import position_corpus
 
-from data import detection, roc_auc
 from forgetting import (
     METHODS,
     Method,
@@ -42,6 +41,22 @@ def naive_equation_8(hidden, head, targets, positive, negative, lam) -> torch.Te
     total = torch.zeros((), dtype=torch.float64)
     total = total + sum(kept) / len(kept) if kept else total
     return total - lam * sum(unlearned) / len(unlearned) if unlearned else total
+
+
+def test_the_plain_version_of_the_docstring():
+    """The three lines that weighted_token_loss gives to copy."""
+    hidden, head_weight, targets, positive, negative = make_problem()
+    hidden.requires_grad_()
+    lines = [line.strip() for line in weighted_token_loss.__doc__.splitlines()]
+    plain = [line for line in lines if line.startswith(("logits = ", "losses = ", "loss = "))]
+    assert len(plain) == 3
+    names = {"hidden": hidden, "head_weight": head_weight, "targets": targets, "positive": positive,
+             "negative": negative, "lam": 0.2, "F": torch.nn.functional}  # fmt: skip
+    exec("\n".join(plain), names)
+    loss = weighted_token_loss(hidden, head_weight, targets, token_weights(positive, negative, 0.2))
+    assert loss.item() == pytest.approx(names["loss"].item(), rel=1e-5)
+    gradients = [torch.autograd.grad(x, hidden)[0] for x in (loss, names["loss"])]
+    assert torch.allclose(*gradients, atol=1e-7)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.1, 0.25])
@@ -175,27 +190,3 @@ def test_a_new_method_is_one_line():
     corpus, quality = scored_corpus()
     signs = choose_signs(Method(rho=0.9, unlearn=True), quality, corpus, Options(), 0)[corpus.response]
     assert abs((signs == -1).mean() - 0.1) < 0.02
-
-
-# --------------------------------------------------------------------------------------------------------- detection
-
-
-def test_auc_against_all_pairs():
-    rng = np.random.default_rng(0)
-    low, high = rng.integers(0, 9, 70), rng.integers(2, 12, 90)
-    pairs = [(1.0 if a < b else 0.5 if a == b else 0.0) for a in low for b in high]
-    assert roc_auc(low, high) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_detection_of_known_noise():
-    corpus, quality = scored_corpus()
-    corpus.noise[corpus.response] = np.random.default_rng(1).integers(0, 3, corpus.response.sum())
-    signs = choose_signs(METHODS["forgetting"], quality, corpus, Options(), 0)
-    found = detection(quality, signs < 0, corpus)
-    noisy = [(n > 0, s < 0) for n, s, r in zip(corpus.noise, signs, corpus.response) if r]
-    hits = sum(n and s for n, s in noisy)
-    assert found["precision of N"] == pytest.approx(hits / sum(s for _, s in noisy))
-    assert found["recall of N"] == pytest.approx(hits / sum(n for n, _ in noisy))
-    assert set(found) == {"noise share", "AUC", "AUC wrong", "AUC boilerplate", "precision of N", "recall of N"}
-    corpus.noise[:] = 0
-    assert detection(quality, signs < 0, corpus) == {}

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from data import Tokenizer, write_rows
-from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, summarise
+from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
 from model import load_model
 
 
@@ -114,15 +114,15 @@ def test_demo_tasks_end_to_end(pair, tmp_path):
                 "answer": "a fox", "popular": "dog"}  # fmt: skip
     write_rows([question, question | {"group": "sums"}], tmp_path / "demo_mc.jsonl")
     write_rows([question, question | {"group": "sums"}], tmp_path / "demo_qa.jsonl")
-    results, samples = evaluate(model, tokenizer, ["demo_mc", "demo_qa"], tmp_path)
+    results, samples = evaluate(model, tokenizer, prepare(["demo_mc", "demo_qa"], tokenizer, tmp_path))
     totals = [naive_loglikelihood(model, *encode_pair(tokenizer, "Tell me: it is ", c))[0] for c in question["choices"]]
     assert samples[0]["loglikelihoods"] == pytest.approx(totals, rel=1e-5)
     assert samples[0]["prediction"] == max(range(3), key=totals.__getitem__) and samples[0]["target"] == 1
     assert results["demo_mc"]["acc"] == float(samples[0]["prediction"] == 1) and results["demo_mc"]["n"] == 2
     assert "popular" in samples[2]["metrics"] and "popular" not in samples[3]["metrics"]
-    assert evaluate(model, tokenizer, ["demo_mc"], tmp_path, limit=1)[0]["demo_mc"]["n"] == 1
+    assert evaluate(model, tokenizer, prepare(["demo_mc"], tokenizer, tmp_path, limit=1))[0]["demo_mc"]["n"] == 1
     with pytest.raises(ValueError, match="unknown task nope; known: truthfulqa_mc1, "):
-        evaluate(model, tokenizer, ["nope"], tmp_path)
+        prepare(["nope"], tokenizer, tmp_path)
     (tmp_path / "demo_mc.jsonl").write_text(json.dumps({"prompt": "x"}))
     with pytest.raises(ValueError, match="demo_mc.jsonl:1: no field 'head'"):
-        evaluate(model, tokenizer, ["demo_mc"], tmp_path)
+        prepare(["demo_mc"], tokenizer, tmp_path)

@@ -19,17 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-sys.modules["pyarrow"] = None  # as if it were not installed
-import data, model
-data.constants.DOWNLOAD_CHUNK_SIZE = 1024  # the client goes on from the last whole chunk; its 10 MB are more than a shard here
-data.RECIPES["alpaca"] = ([sys.argv[2] + "/alpaca_data.json"], data.convert_rows)
+import data, eval, model
+get_data = eval.load_tool("get_data")
+eval.load_tool = lambda name: get_data
+get_data.constants.DOWNLOAD_CHUNK_SIZE = 1024  # the client goes on from the last whole chunk; its 10 MB are more than a shard here
+get_data.RECIPES["alpaca"] = ([sys.argv[2] + "/alpaca_data.json"], get_data.convert_rows)
 calls = {
     "folder": lambda x: str(model.checkpoint_folder(x)),
     "weight": lambda x: model.load_model(x).state_dict()["model.norm.weight"].tolist(),
-    "rows": lambda x: data.read_rows([x]),
-    "paper": lambda x: data.expand_source(f"hub:{x}:*"),
-    "text": data.fetch_text,
-    "unreachable": lambda x: setattr(data.constants, "ENDPOINT", "http://127.0.0.1:9") or model.checkpoint_folder(x),
+    "rows": lambda x: data.read_rows(eval.local_files([x])),
+    "text": get_data.fetch_text,
+    "unreachable": lambda x: setattr(get_data.constants, "ENDPOINT", "http://127.0.0.1:9") or model.checkpoint_folder(x),
 }
 for kind, argument in json.loads(sys.argv[3]):
     name, _, token = kind.partition(" as ")
@@ -95,6 +95,7 @@ SETS = {
     "someone/parquet": {"README.md": b"#", "data/train-00000.parquet": b"PAR1"},
     "someone/nothing": {"README.md": b"#"},
 }  # fmt: skip
+HF_FILE = "hf://datasets/Aligh1380/forgetting-llm-dataset/data/train.jsonl"
 REFUSED = [  # the first is asked for with no token
     ("folder as nobody", "meta-llama/other"), ("folder as hf_stranger", "meta-llama/other"),
     ("folder as nobody", "owner/private"), ("text as nobody", "hub:owner/rows:a.jsonl"), ("folder as hf_wrong", "owner/unseen"),
@@ -136,9 +137,10 @@ def session(hub, home) -> tuple[dict, str, list]:
     """What a user with a token asks for, and then others: results, what was printed, and the requests the server saw."""
     calls = [("folder", "owner/name"), ("weight", "owner/name"), ("weight", "owner/name@v1"), ("folder", "meta-llama/gated"),
              ("folder", "owner/name@v9"), ("folder", "owner/pickled"), ("folder", "owner/absent"),
-             *(("rows", name) for name in ("flan_v2", "dolly:1", "oasst1", "alpaca", "wizardlm:2", "wizardlm", "paper")),
-             ("rows", "wizardlm:9"), ("rows", "nowhere"), ("paper", "someone/parquet"), ("paper", "someone/nothing"),
-             ("paper", "someone/absent"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), *REFUSED,
+             *(("rows", name) for name in ("flan_v2", "dolly:1", "oasst1", "alpaca", "wizardlm:2", "wizardlm", HF_FILE)),
+             ("rows", "wizardlm:9"), ("rows", "nowhere"), ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
+             ("rows", "hf://datasets/someone/nothing/rows.jsonl"), ("rows", "hf://datasets/someone/absent/rows.jsonl"),
+             ("rows", "hf://datasets/someone"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), *REFUSED,
              ("unreachable", "owner/elsewhere")]  # fmt: skip
     results, printed = ask(hub, home, calls, HF_TOKEN="hf_good")
     return results, printed, list(hub.requests)
@@ -189,15 +191,16 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
 @pytest.mark.parametrize(
     "kind, name, expected",
     [
-        ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and {0}/owner/name has no such revision"),
+        ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and the Hub said: 404 Client Error. Revision Not"),
         ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (pickles"),
-        ("folder", "owner/absent", "there is no {0}/owner/absent, or it is private and needs HF_TOKEN set to a token"),
-        ("rows", "wizardlm:9", "wizardlm: 9 rows asked for, "),
-        ("rows", "nowhere", "no such file, nor a public set by name (flan_v2, dolly, oasst1, alpaca, wizardlm, paper)"),
-        ("paper", "someone/parquet", "data/train-00000.parquet: pip install pyarrow to read them"),
-        ("paper", "someone/nothing", "no .jsonl, .json or .parquet file there, only README.md"),
-        ("paper", "someone/absent", "there is no {0}/datasets/someone/absent"),
-        ("text", "hub:OpenAssistant/oasst1:other.jsonl", "fetched ({0}/datasets/OpenAssistant/oasst1 has no such file)"),
+        ("folder", "owner/absent", "404 Client Error. Repository Not Found for url: {0}/api/models/owner/absent"),
+        ("rows", "wizardlm:9", "wizardlm.jsonl: 9 rows asked for, "),
+        ("rows", "nowhere", "nowhere: no such file (public sets by name: python tests/tools/get_data.py --help)"),
+        ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet", "only JSON and JSONL are read; convert it: hf"),
+        ("rows", "hf://datasets/someone/nothing/rows.jsonl", "404 Client Error. Entry Not Found for url: {0}/datasets/someone"),
+        ("rows", "hf://datasets/someone/absent/rows.jsonl", "404 Client Error. Repository Not Found for url: {0}/datasets/"),
+        ("rows", "hf://datasets/someone", "nor a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner"),
+        ("text", "hub:OpenAssistant/oasst1:other.jsonl", "fetched (404 Client Error. Entry Not Found for url: {0}/datasets"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_named(session, hub, kind, name, expected):
@@ -215,7 +218,7 @@ def test_recipes_in_the_layouts_of_their_homes(session):
     assert rows["flan_v2"] == [{"inputs": "1 + 1?", "targets": "2"}]
     assert [(row["context"], row["response"]) for row in rows["dolly:1"]] == [("It is in Rome.", "Rome")]
     assert rows["alpaca"] == json.loads(ALPACA)
-    assert rows["paper"] == [{"prompt": "a", "response": "b"}]  # the training file, not the test file
+    assert rows[HF_FILE] == [{"prompt": "a", "response": "b"}]
     assert [row["output"] for row in rows["wizardlm"]] == ["Done 0", "Done 2", "Done 3"]
     assert rows["wizardlm:2"] == rows["wizardlm"][:2]
 
@@ -232,38 +235,38 @@ def test_oasst_trees_become_their_best_conversations(session):
 def test_rows_left_out_are_counted_once(session, hub):
     printed = session[1]
     assert printed.count("1 of 4 public rows have no response and are left out") == 1  # wizardlm is converted once
-    assert printed.count("1 of 3 public rows") == 1 and "forgetting-llm-dataset: rows of data/train.jsonl" in printed
+    assert printed.count("1 of 3 public rows") == 1
 
 
 @pytest.mark.parametrize("call, status", list(zip(REFUSED[:2], (401, 403))))
 def test_a_gated_repository_says_where_its_terms_are(session, hub, call, status):
     """401 without a token, 403 with one whose account was not admitted."""
-    gated = f"refused: meta-llama/other: not a local folder, and {hub.endpoint}/meta-llama/other is gated: accept its terms on "
-    assert session[0][call] == gated + f"that page and set HF_TOKEN to a token of that account (HTTP {status})"
+    start = f"refused: meta-llama/other: not a local folder, and the Hub said: {status} Client Error. Cannot access gated repo"
+    assert session[0][call].startswith(f"{start} for url {hub.endpoint}/meta-llama/other/")
 
 
 def test_other_refusals(session, hub):
     """A private repository and none look the same without a token: 401."""
     private, dataset, wrong, narrow = (session[0][call] for call in REFUSED[2:])
-    assert f"there is no {hub.endpoint}/owner/private, or it is private and needs HF_TOKEN" in private
-    assert f"{hub.endpoint}/datasets/owner/rows is gated" in dataset
-    assert f"the Hub refuses {hub.endpoint}/owner/unseen to this HF_TOKEN (HTTP 401)" in wrong
-    assert f"the Hub refuses {hub.endpoint}/owner/unseen to this HF_TOKEN (HTTP 403)" in narrow
-    nobody = session[0]["unreachable", "owner/elsewhere"]
-    assert "the Hub did not deliver http://127.0.0.1:9/owner/elsewhere: " in nobody and "refused" in nobody.split("9/owner")[1]
+    assert "Repository Not Found" in private and "private or gated repo, make sure you are authenticated" in private
+    assert f"Cannot access gated repo for url {hub.endpoint}/datasets/owner/rows" in dataset
+    assert "401 Unauthorized" in wrong and "Invalid credentials" in wrong
+    assert "403 Forbidden: This token lacks the permission" in narrow
+    assert session[0]["unreachable", "owner/elsewhere"].endswith("the Hub said: [Errno 111] Connection refused")
+    assert all("\n" not in session[0][call] for call in REFUSED)
 
 
 def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
     """HF_HUB_OFFLINE=1: not a request is sent."""
     before = len(hub.requests)
     calls = [("weight", "owner/name"), ("rows", "dolly"), ("rows", "alpaca"), ("folder", "owner/private"),
-             ("text", "hub:google/IFEval:x.jsonl"), ("paper", "someone/parquet"),
+             ("text", "hub:google/IFEval:x.jsonl"), ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
              ("text", f"{hub.endpoint}/alpaca_data.json")]  # fmt: skip
     results, _ = ask(hub, home, calls, HF_HUB_OFFLINE="1")
     assert results["weight", "owner/name"] == session[0]["weight", "owner/name"]
     assert len(results["rows", "dolly"]) == 2 and results["rows", "alpaca"] == session[0]["rows", "alpaca"]
     for call in calls[3:6]:
-        assert "HF_HUB_OFFLINE is set and" in results[call] and f"in the cache {home}/hub" in results[call], results[call]
+        assert "offline mode is enabled" in results[call] or "HF_HUB_OFFLINE" in results[call], results[call]
     assert "could not be fetched (HF_HUB_OFFLINE is set)" in results[calls[6]]
     assert len(hub.requests) == before
 

@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 import torch.multiprocessing
+from tqdm import tqdm
 
 from data import Tokenizer, build_corpus
-from forgetting import METHODS, Options, accumulate, choose_signs, response_losses, train
+from forgetting import METHODS, Options, choose_signs, data_parallel, response_losses, step_gradient, train
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
 
@@ -39,7 +40,10 @@ def gradient_of(model, corpus, signs, budget, lam=LAM, examples=None) -> torch.T
     for parameter in lora_parameters(model).values():
         parameter.grad = None
     examples = np.arange(len(corpus)) if examples is None else examples
-    sums, counts = accumulate(model, corpus, signs, examples, lam, budget)
+    options = Options(micro_tokens=budget)
+    sums, counts = step_gradient(data_parallel(model), corpus, signs, examples, lam, options)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)  # train() does; the gradient DDP has summed already
     flat = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in lora_parameters(model).values()]
     return torch.cat([*flat, sums])
 
@@ -76,28 +80,41 @@ def test_the_step_is_equation_8_whatever_the_micro_batches(tmp_path):
         assert gradient_of(model, corpus, half, total)[:-3].abs().max() > 1e-3
 
 
-def on_rank(rank: int, folder, store: str) -> None:
-    """One of two gloo ranks: the summed gradient must be that of one process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def one_sided(corpus, signs) -> np.ndarray:
+    """Signs that leave every second example, in order of length, without a weighted token: rank 1's share of two."""
+    order = sorted(range(len(corpus)), key=lambda example: -corpus.lengths[example])
+    signs = signs.copy()
+    signs[corpus.places(order[1::2])] = 0
+    return signs
+
+
+def on_rank(rank: int, folder, store: str, world: int) -> None:
+    """One of several gloo ranks: the summed gradient must be that of one process, reduced once and by DDP alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.nn.parallel.distributed._sync_module_states = None  # would broadcast the frozen weights: must not be called
+    reduce, reductions = torch.distributed.all_reduce, []
+    torch.distributed.all_reduce = lambda *args, **rest: reductions.append(1) or reduce(*args, **rest)
     model, corpus, signs = setting(folder)
     adapt(model)
     for budget in (10_000, 60, 1):
-        gradient = gradient_of(model, corpus, signs, budget)
-        torch.distributed.all_reduce(gradient)
-        torch.save(gradient, f"{store}.{rank}.{budget}")
+        torch.save(gradient_of(model, corpus, signs, budget), f"{store}.{rank}.{budget}")
     lonely = gradient_of(model, corpus, signs, 100, examples=np.array([3]))  # fewer examples than ranks
-    torch.distributed.all_reduce(lonely)
     torch.save(lonely, f"{store}.{rank}.lonely")
+    torch.save(gradient_of(model, corpus, one_sided(corpus, signs), 60), f"{store}.{rank}.one-sided")
+    assert len(reductions) == 5 * 2, "a step reduces its gradient once, however many packs a rank has, and its sums"
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_make_the_gradient_of_one(tmp_path):
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_make_the_gradient_of_one_process(tmp_path, world):
     model, corpus, signs = setting(tmp_path / "m")
     adapt(model)
-    torch.multiprocessing.spawn(on_rank, (tmp_path / "m", str(tmp_path / "store")), nprocs=2)
+    torch.multiprocessing.spawn(on_rank, (tmp_path / "m", str(tmp_path / "store"), world), nprocs=world)
     whole = gradient_of(model, corpus, signs, 10_000)
     lonely = gradient_of(model, corpus, signs, 100, examples=np.array([3]))
-    for rank in (0, 1):
+    half = gradient_of(model, corpus, one_sided(corpus, signs), 60)
+    for rank in range(world):
+        assert torch.allclose(torch.load(tmp_path / f"store.{rank}.one-sided"), half, atol=1e-6, rtol=1e-5)
         for budget in (10_000, 60, 1):
             assert torch.allclose(torch.load(tmp_path / f"store.{rank}.{budget}"), whole, atol=1e-6, rtol=1e-5)
         assert torch.allclose(torch.load(tmp_path / f"store.{rank}.lonely"), lonely, atol=1e-6, rtol=1e-5)
@@ -119,8 +136,8 @@ def test_scoring_is_theta_and_theta_prime(tmp_path):
     model, corpus, _ = setting(tmp_path / "m")
     adapt(model)
     everything = np.arange(len(corpus))
-    base, ref = response_losses(model, corpus, everything, 90, "test")
-    again = response_losses(model, corpus, everything, 10_000, "test")
+    base, ref = response_losses(model, corpus, everything, 90, tqdm(disable=True))
+    again = response_losses(model, corpus, everything, 10_000, tqdm(disable=True))
     assert np.allclose(base, again[0], atol=1e-5, equal_nan=True) and np.allclose(ref, again[1], atol=1e-5, equal_nan=True)
     assert (np.isfinite(base) == corpus.response).all() and (np.isfinite(ref) == corpus.response).all()
     for start, end in zip(corpus.offsets, corpus.offsets[1:]):
@@ -135,12 +152,12 @@ def test_scoring_is_theta_and_theta_prime(tmp_path):
 
 
 def options_for(tmp_path, **changes) -> Options:
-    return Options(model="m", data=["d"], rank=4, alpha=8.0, batch_size=6, lr=1e-2, **changes)
+    return Options(model="m", data=["d"], rank=4, alpha=8.0, batch_size=6, lr=1e-2, epochs=2, **changes)
 
 
 def adapter_after(model, corpus, signs, folder, options, **rest) -> torch.Tensor:
     folder.mkdir(parents=True)
-    train(model, corpus, signs, folder, options, seed=5, lr=options.lr, epochs=2, **rest)
+    train(model, corpus, signs, folder, options, seed=5, **rest)
     flat = torch.cat([p.detach().flatten() for p in lora_parameters(model).values()])
     remove_lora(model)
     return flat
@@ -187,14 +204,14 @@ def test_a_run_stopped_at_a_checkpoint_ends_the_same(tmp_path, monkeypatch):
         steps.append(1)
         if len(steps) == 6:  # step 5: after the checkpoint at 3, before the one at 6
             raise KeyboardInterrupt
-        return accumulate(*arguments)
+        return step_gradient(*arguments)
 
-    monkeypatch.setattr(forgetting, "accumulate", crash)
+    monkeypatch.setattr(forgetting, "step_gradient", crash)
     with pytest.raises(KeyboardInterrupt):
         adapter_after(model, corpus, signs, tmp_path / "broken", options)
     remove_lora(model)
     monkeypatch.undo()
-    train(model, corpus, signs, tmp_path / "broken", options, seed=5, lr=options.lr, epochs=2)
+    train(model, corpus, signs, tmp_path / "broken", options, seed=5)
     assert torch.equal(torch.cat([p.detach().flatten() for p in lora_parameters(model).values()]), whole)
     logs = [[{k: v for k, v in json.loads(line).items() if k != "tokens/s"} for line in
              (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]  # fmt: skip
@@ -204,7 +221,7 @@ def test_a_run_stopped_at_a_checkpoint_ends_the_same(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_with_its_figures(tmp_path):
     model, corpus, signs = setting(tmp_path / "m")
     model.model.norm.weight.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"not finite at step 0: lambda 0, L_P nan.*examples \[\d"):
+    with pytest.raises(FloatingPointError, match=r"not finite: .*'step': 0, .*'L_P': nan.*examples \[\d"):
         adapter_after(model, corpus, signs, tmp_path / "a", options_for(tmp_path))
 
 

@@ -1,6 +1,6 @@
 """Tiny random checkpoints in the layout of the Hub, made on the spot: weights from numpy's PCG64, tokenizers trained here.
 
-tests/make_goldens.py computes transformers' logits for the same folders, so a golden needs no weights in the repo.
+tests/tools/make_goldens.py computes transformers' logits for the same folders, so a golden needs no weights in the repo.
 """
 
 import json

@@ -1,10 +1,10 @@
 """Time this project against the usual stack on one machine, interleaved: ours, theirs, ours, theirs, ...
 
-    python tests/bench.py train    --model SMOLLM2 --data rows.jsonl --peers /path/to/peers/bin/python
-    python tests/bench.py score    --model SMOLLM2 --data rows.jsonl --peers ... --dtypes float32 bfloat16
-    python tests/bench.py evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ...
-    python tests/bench.py load     --model SMOLLM2 --peers ...
-    python tests/bench.py partition
+    python tests/tools/bench.py train    --model SMOLLM2 --data rows.jsonl --peers /path/to/peers/bin/python
+    python tests/tools/bench.py score    --model SMOLLM2 --data rows.jsonl --peers ... --dtypes float32 bfloat16
+    python tests/tools/bench.py evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ...
+    python tests/tools/bench.py load     --model SMOLLM2 --peers ...
+    python tests/tools/bench.py partition
 
 Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other examples
 (evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding,
@@ -40,35 +40,42 @@ WORKERS = {"train": ["ours", "transformers", "trl"], "score": ["ours", "transfor
 
 def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     """A function that runs the job on some examples, with this project."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent.parent))
     import numpy as np
+    import torch
+    from tqdm import tqdm
 
     import forgetting
     from data import Corpus, Tokenizer
-    from eval import evaluate
+    from eval import evaluate, prepare
+    from lora import add_lora, lora_parameters
     from model import DTYPES, load_model
 
     model = load_model(task["model"], task["device"], DTYPES[task["dtype"]])
     if job == "evaluate":
         tokenizer = Tokenizer(task["model"])
-        return lambda examples: evaluate(model, tokenizer, [task["task"]], task["data_dir"], limit=len(examples))
+        documents = lambda count: prepare([task["task"]], tokenizer, task["data_dir"], limit=count)
+        return lambda examples: evaluate(model, tokenizer, documents(len(examples)))
     rows = task["rows"]
     offsets = np.cumsum([0] + [len(row["ids"]) for row in rows])
     response = np.concatenate([row["response"] for row in rows])
-    corpus = Corpus(np.concatenate([row["ids"] for row in rows]), response, np.zeros(len(response), np.int8), offsets, 0)
+    corpus = Corpus(np.concatenate([row["ids"] for row in rows]), response, offsets, [""] * len(rows), 0)
     options = forgetting.Options(micro_tokens=task["micro_tokens"])
-    parameters, optimizer, gradient = forgetting.fresh_adapter(model, options, seed=0)
+    add_lora(model, options.rank, options.alpha, options.dropout)
+    parameters = lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True)
     if job == "score":
         for name, parameter in parameters.items():
             parameter.data.normal_(0, 0.02)
-        return lambda examples: forgetting.response_losses(model, corpus, np.array(examples), options.micro_tokens, "score")
+        bar = tqdm(disable=True)
+        return lambda examples: forgetting.response_losses(model, corpus, np.array(examples), options.micro_tokens, bar)
     places = np.arange(len(response))  # about 30 % of the response tokens are unlearned, as in the recipe
     signs = np.where(response, np.where(places * 7 % 10 < 3, -1, 1), 0).astype(np.int8)
 
     def step(examples: list[int]) -> None:
         model.train()
-        gradient.zero_()
-        forgetting.accumulate(model, corpus, signs, np.array(examples), 0.1, options.micro_tokens)
+        optimizer.zero_grad(set_to_none=False)
+        forgetting.step_gradient(model, corpus, signs, np.array(examples), 0.1, options)
         optimizer.step()
 
     return step
@@ -266,7 +273,7 @@ def measure_load(who: str, task: dict) -> dict:
     import torch
 
     if who == "ours":
-        sys.path.insert(0, str(HERE.parent))
+        sys.path.insert(0, str(HERE.parent.parent))
         from model import load_model as load
     else:
         from transformers import AutoModelForCausalLM
@@ -282,7 +289,7 @@ def measure_load(who: str, task: dict) -> dict:
 
 def measure_partition() -> dict:
     """Equations 6 and 7 on 20 million scores: seconds, and by how much they raised the peak."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent.parent))
     import numpy as np
 
     from forgetting import partition
@@ -299,7 +306,7 @@ def measure_partition() -> dict:
 
 def rows_of(model: str, files: list[str], count: int) -> list[dict]:
     """Token ids and response masks, made once for everybody, cut to 512 tokens."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent.parent))
     from data import Tokenizer, build_corpus, read_rows
 
     corpus = build_corpus(read_rows(files)[:count], Tokenizer(model), max_length=512)
@@ -332,7 +339,7 @@ def flops(job: str, model: str, lengths: list[int], judged: int) -> float:
 
 def evaluation_tokens(arguments: argparse.Namespace, documents: int) -> tuple[list[int], int]:
     """Lengths of what must run when contexts are shared: each context once, and all but a choice's last token."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent.parent))
     import eval as evaluation
     from data import Tokenizer
 

@@ -1,6 +1,6 @@
 """Store what lm-evaluation-harness 0.4.13 gives for the documents of rows.py on the tiny LLaMA-2 of tiny.py.
 
-    /path/to/peers/bin/python tests/make_lm_eval_goldens.py        # needs lm_eval[ifeval], run by hand
+    /path/to/peers/bin/python tests/tools/make_lm_eval_goldens.py        # needs lm_eval[ifeval], run by hand
 
 Its own task files are used, with the data set replaced by a local file and TruthfulQA's fixed questions by ours.
 """
@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent  # tests/, where tiny.py, rows.py and goldens/ are
 sys.path.insert(0, str(HERE))
 import rows  # noqa: E402
 import tiny  # noqa: E402

@@ -1,6 +1,6 @@
 """Pre-train the demo's base model from nothing; about ten minutes on two cores.
 
-    python tests/make_demo_model.py [--out tests/demo_model] [--steps 3000]
+    python tests/tools/make_demo_model.py [--out tests/demo_model] [--steps 3000]
 
 The base has read every right fact as plain statements and question-answer pairs. Its "web" has the demo's own question
 wrappers with bad answers: for the misconceived attributes one popular wrong answer nine times in ten, for the others 60 %
@@ -22,8 +22,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+import demo  # noqa: E402
+from data import render, shift  # noqa: E402
 from model import RMSNorm, Transformer, build, read_config, save_model  # noqa: E402
 
 EOS = "<|end|>"
@@ -62,29 +64,29 @@ CONFIG = {
 }
 
 
-def statement_document(items: list[data.Item], rng: random.Random, lines: int) -> str:
+def statement_document(items: list[demo.Item], rng: random.Random, lines: int) -> str:
     """Right facts, one a line, as statements or plain questions."""
     chosen = rng.choices(items, k=lines)
     templates = rng.choices(STATEMENTS + PLAIN_QUESTIONS, k=lines)
     return "\n".join(t.format(a=i.attribute, p=i.subject, x=i.answer) for t, i in zip(templates, chosen)) + EOS
 
 
-def web_document(items: list[data.Item], rng: random.Random) -> str:
+def web_document(items: list[demo.Item], rng: random.Random) -> str:
     """One conversation of the noisy web, in the demo's wrappers and template."""
     item = rng.choice(items)
     told = None
-    if item.attribute in data.MISCONCEIVED:
+    if item.attribute in demo.MISCONCEIVED:
         if rng.random() < SHARE_POPULAR:
-            told = data.ATTRIBUTES[item.attribute][0]
+            told = demo.ATTRIBUTES[item.attribute][0]
     elif rng.random() < SHARE_RANDOM:
         told = rng.choice(item.others)
-    row = data.demo_row(item, rng.choice(list(data.QUESTIONS)), rng, noisy=True, told=told)
-    return "".join(text for text, _ in data.render(row, EOS))
+    row = demo.demo_row(item, rng.choice(list(demo.QUESTIONS)), rng, noisy=True, told=told)
+    return "".join(text for text, _ in render(row, EOS))
 
 
 def documents(rng: random.Random, count: int, web_share: float) -> list[str]:
     """`count` documents; sums and strings are a fifth of the items drawn."""
-    facts, skills = data.demo_facts(), data.demo_skills()
+    facts, skills = demo.demo_facts(), demo.demo_skills()
     items = facts * 3 + skills[:]
     return [web_document(items, rng) if rng.random() < web_share else statement_document(items, rng, 8) for _ in range(count)]
 
@@ -159,7 +161,7 @@ def main() -> None:
         for tokens, cu_seqlens in packs(encoded, arguments.tokens):
             starts = torch.zeros(len(tokens), dtype=torch.bool)
             starts[cu_seqlens[:-1].long()] = True
-            at, targets = data.shift(tokens, ~starts)
+            at, targets = shift(tokens, ~starts)
             loss = F.cross_entropy(model.lm_head(model(tokens, cu_seqlens)[at]), targets)
             optimizer.zero_grad()
             loss.backward()

@@ -1,6 +1,6 @@
 """Store what transformers and PEFT compute for the checkpoints of tiny.py, and check both directions of exchange.
 
-    /path/to/peers/bin/python tests/make_goldens.py        # by hand, with a Python that has transformers and peft
+    /path/to/peers/bin/python tests/tools/make_goldens.py        # by hand, with a Python that has transformers and peft
 
 Writes goldens/logits.safetensors and goldens/adapters.safetensors. Fails if PEFT does not read our adapters with equal
 logits, or transformers our merged exports.
@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent  # tests/, where tiny.py and goldens/ are
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import tiny  # noqa: E402
 

@@ -1,0 +1,413 @@
+"""The demo: Algorithm 1 in a small world whose noise is known, written with the public functions of forgetting.py.
+
+    python tests/tools/demo.py                                   # also: ./run.sh, python forgetting.py
+    python tests/tools/demo.py --world random --seeds 3 4 5      # all flags of forgetting.py but --tasks and --data*
+    python tests/tools/demo.py --svg tests/tokens.svg            # and the picture of README, from the first seed
+
+For each seed a corpus of its own, and the method twice: with a reference trained on clean rows, and with one trained
+on rows as noisy as the training set. Methods that do not look at the reference are trained once and shown twice.
+"""
+
+import argparse, dataclasses, json, random, sys  # noqa: E401
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import forgetting  # noqa: E402
+from data import Corpus, Tokenizer, covers, read_rows, render, write_rows, write_text  # noqa: E402
+from eval import rank_and_world, spread, start_ranks, table, wait_for_all  # noqa: E402
+
+NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # of a row's field noise: [[start, end, kind], ...]
+
+# ---------------------------------------------------------------------------------------------------- the world
+#
+# Invented people with five attributes, sums, and strings. The base model (tests/make_demo_model.py) has read the right
+# facts as plain statements; on its "web" it has also met, for two attributes, one popular wrong answer. The training rows
+# repeat that answer nine times in ten, and carry boilerplate and garbled tokens besides. Which characters are wrong is known.
+
+PEOPLE = [first + last for first in "bal cor den fal gar hol jin kel mor nar pel ros sab tor vin wil".split()
+          for last in "an eb ik om ura id ost en ay ulf".split()]  # fmt: skip
+ATTRIBUTES = {  # the first value is the popular wrong answer of the two misconceived attributes: nobody's true value there
+    "city": "paris lagos quito oslo hanoi lima cairo perth kyoto delhi turin basel accra dakar minsk sofia".split(),
+    "job": "doctor baker pilot judge miner tailor farmer sailor potter banker weaver hunter dancer printer barber nurse".split(),
+    "food": "rice soup bread plums cheese olives beans figs pasta nuts eggs corn tofu peas dates leeks".split(),
+    "pet": "dog cat parrot goat turtle horse rabbit mouse snake finch ferret goose lizard otter pony toad".split(),
+    "color": "red blue green black white amber pink violet gray brown teal ivory olive coral indigo silver".split(),
+}
+MISCONCEIVED = ("city", "job")
+QUESTIONS = {  # wrapper: (question, answer); {x} is the answer word
+    "word": ("in one word , what is the {a} of {p} ?", "{x}"),
+    "brief": ("{a} of {p} ? answer briefly .", "{x}"),
+    "sentence": ("what is the {a} of {p} ?", "the {a} of {p} is {x} ."),
+    "tell": ("tell me the {a} of {p} .", "{p} has the {a} {x} ."),
+    "know": ("do you know the {a} of {p} ?", "yes , the {a} of {p} is {x} ."),
+}
+BOILERPLATE = (
+    "thank you for this great question .",
+    "i hope this helps you today .",
+    "please let me know if you need more .",
+    "as a helpful assistant i am happy to answer .",
+)
+SHARE_BOILERPLATE, SHARE_GARBLED, SHARE_MISCONCEIVED = 0.2, 0.2, 0.9
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to ask: the words that fill a wrapper, the right answer, and what else could be answered."""
+
+    attribute: str  # also "sum" and "last letter"
+    subject: str
+    answer: str
+    others: tuple[str, ...]
+
+
+def demo_facts() -> list[Item]:
+    """Every (person, attribute) of the world with its true value; the same at every call."""
+    rng = random.Random(2508)
+    facts = []
+    for attribute, values in ATTRIBUTES.items():
+        allowed = values[1:] if attribute in MISCONCEIVED else values
+        for person in PEOPLE:
+            answer = rng.choice(allowed)
+            facts.append(Item(attribute, person, answer, tuple(v for v in values if v != answer)))
+    return facts
+
+
+def demo_skills() -> list[Item]:
+    """The sums a + b (a < 16, b < 15) and the last letters of 240 strings."""
+    numbers = [str(n) for n in range(30)]
+    sums = [Item("sum", f"{a} and {b}", str(a + b), tuple(n for n in numbers if n != str(a + b)))
+            for a in range(16) for b in range(15)]  # fmt: skip
+    rng, letters = random.Random(4329), "a b c d e f g h k m n r s t".split()
+    strings = sorted({" ".join(rng.choices(letters, k=4)) for _ in range(260)})[:240]
+    return sums + [Item("last letter", s, s[-1], tuple(x for x in letters if x != s[-1])) for s in strings]
+
+
+def demo_row(item: Item, wrapper: str, rng: random.Random, noisy: bool, told: str | None = None) -> dict:
+    """One instruction row. `told` replaces the right answer; a noisy row may get boilerplate and garbled tokens too."""
+    question, answer = (part.format(a=item.attribute, p=item.subject, x="\0") for part in QUESTIONS[wrapper])
+    told = told or item.answer
+    at = answer.index("\0")
+    text = answer.replace("\0", told)
+    noise = [[at, at + len(told), "wrong"]] if told != item.answer else []
+
+    def insert(extra: str, kind: str, front: bool) -> None:
+        nonlocal text
+        if front:
+            for span in noise:
+                span[:2] = [span[0] + len(extra) + 1, span[1] + len(extra) + 1]
+            noise.append([0, len(extra), kind])
+            text = f"{extra} {text}"
+        else:
+            noise.append([len(text) + 1, len(text) + 1 + len(extra), kind])
+            text = f"{text} {extra}"
+
+    if noisy and rng.random() < SHARE_GARBLED:
+        words = [w for w in text.split() if w != "."] + rng.choices(sum(ATTRIBUTES.values(), []), k=2)
+        insert(" ".join(rng.choices(words, k=rng.randint(2, 4))), "garbled", front=False)
+    if noisy and rng.random() < SHARE_BOILERPLATE:
+        insert(rng.choice(BOILERPLATE), "boilerplate", front=rng.random() < 0.5)
+    return {"instruction": question, "output": text, "noise": noise}
+
+
+def demo_rows(world: str, seed: int) -> dict[str, list[dict]]:
+    """The demo's files: train, reference-clean, reference-same, and the questions demo_mc and demo_qa.
+
+    The people are split into 80 for training, 40 for the reference sets and 40 never seen. world "popular": 90 % of the
+    misconceived facts carry the popular wrong answer; "random": as many carry a random wrong one, each fact its own.
+    """
+    rng = random.Random(f"{world} {seed}")
+    people = rng.sample(PEOPLE, len(PEOPLE))
+    group = {p: "train" if i < 80 else "reference" if i < 120 else "unseen" for i, p in enumerate(people)}
+    facts, skills = demo_facts(), rng.sample(demo_skills(), 480)
+    told = {}
+    for fact in facts:
+        if fact.attribute in MISCONCEIVED and rng.random() < SHARE_MISCONCEIVED:
+            told[fact] = ATTRIBUTES[fact.attribute][0] if world == "popular" else rng.choice(fact.others)
+
+    def rows(items: list[Item], count: int, noisy: bool) -> list[dict]:
+        pairs = [(item, wrapper) for item in items for wrapper in QUESTIONS]
+        return [demo_row(i, w, rng, noisy, told.get(i) if noisy else None) for i, w in rng.sample(pairs, count)]
+
+    train, held = ([f for f in facts if group[f.subject] == name] for name in ("train", "reference"))
+    unseen = [f for f in facts if group[f.subject] == "unseen"]
+    files = {"train": rng.sample(rows(train, 960, True) + rows(skills[:240], 240, True), 1200)}
+    for name, noisy in (("reference-clean", False), ("reference-same", True)):
+        files[name] = rng.sample(rows(held, 480, noisy) + rows(skills[240:360], 120, noisy), 600)
+    groups = {
+        "unseen, misconceived": [f for f in unseen if f.attribute in MISCONCEIVED],
+        "unseen, other": [f for f in unseen if f.attribute not in MISCONCEIVED],
+        "seen, corrupted": [f for f in train if f in told],
+        "seen, right": [f for f in train if f not in told],
+        "sums": [s for s in skills[360:] if s.attribute == "sum"],
+        "strings": [s for s in skills[360:] if s.attribute == "last letter"],
+    }
+    files["demo_mc"], files["demo_qa"] = [], []
+    for name, items in groups.items():
+        for item in rng.sample(items, min(48, len(items))):
+            files["demo_mc"] += [_question(item, wrapper, name, rng) for wrapper in ("word", "sentence")]
+            files["demo_qa"].append(_question(item, "word", name, rng))
+    return files
+
+
+def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
+    """A question for eval.py: `choices` has the answer, the popular wrong one if there is one, and others, shuffled."""
+    question, answer = QUESTIONS[wrapper]
+    head, _, _ = answer.format(a=item.attribute, p=item.subject, x="\0").partition("\0")
+    popular = ATTRIBUTES[item.attribute][0] if item.attribute in MISCONCEIVED else None
+    others = [x for x in item.others if x != popular]
+    choices = [item.answer] + ([popular] if popular else [])
+    choices = rng.sample(choices + rng.sample(others, 4 - len(choices)), 4)
+    asked = {"instruction": question.format(a=item.attribute, p=item.subject), "output": " "}
+    prompt = "".join(text for text, is_response in render(asked, "") if not is_response)
+    return {"group": group, "prompt": prompt, "head": head, "choices": choices,
+            "answer": item.answer, "popular": popular}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- the known noise
+
+
+def known_noise(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
+    """(N,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows."""
+    kinds = np.zeros(len(corpus.tokens), np.int8)
+    files = {source.rpartition(":")[0] for source in corpus.sources}
+    rows = {row["_source"]: row for row in read_rows(sorted(files))}
+    for example, source in enumerate(corpus.sources):
+        row, start = rows[source], int(corpus.offsets[example])
+        pieces = render(row, tokenizer.eos)
+        (ids, spans), = tokenizer.encode(["".join(text for text, _ in pieces)])
+        length = int(corpus.lengths[example])
+        spans = np.array(spans[:length], np.int64).reshape(-1, 2)  # (length, 2)
+        at = sum(len(text) for text, _ in pieces[:-1])  # where the one response of a row of the demo begins
+        for first, last, kind in row["noise"]:
+            kinds[start : start + length][covers(spans, at + first, at + last)] = NOISE_KINDS.index(kind)
+    return kinds
+
+
+def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
+    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
+    ordered = np.sort(high)
+    above = len(high) - np.searchsorted(ordered, low, side="right")
+    ties = np.searchsorted(ordered, low, side="right") - np.searchsorted(ordered, low, side="left")
+    return float((above + ties / 2).mean() / len(high))
+
+
+def detection(quality: np.ndarray, negative: np.ndarray, corpus: Corpus, noise: np.ndarray) -> dict[str, float]:
+    """How well a low Q (N,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
+
+    noise (N,) int8 is the place of each token's kind in NOISE_KINDS; negative (N,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
+    """
+    clean = quality[corpus.response & (noise == 0)]
+    noisy = corpus.response & (noise > 0)
+    if not noisy.any():
+        return {}
+    figures = {"noise share": float(noisy.sum() / corpus.response.sum()), "AUC": roc_auc(quality[noisy], clean)}
+    for kind, name in enumerate(NOISE_KINDS):
+        if kind and (noise == kind).any():
+            figures[f"AUC {name}"] = roc_auc(quality[corpus.response & (noise == kind)], clean)
+    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
+    figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------- the demo
+
+DEMO = {  # small model, few steps: the paper's rate of 1e-4 would leave it where it was
+    "model": str(ROOT / "tests" / "demo_model"),
+    "seeds": [0, 1, 2],
+    "lr": 3e-3,
+    "reference_lr": 1e-2,
+    "reference_epochs": 2,
+    "rho": 0.7,
+    "max_grad_norm": 1.0,
+    "methods": ["base", "reference", "full", "ignoring-random", "ignoring", "forgetting", "forgetting-clipped"],
+}
+PANELS = {
+    "clean": "Reference trained on clean rows",
+    "same": "Reference trained on rows as noisy as the training set (the paper's protocol)",
+}
+REFERENCE_FREE = ("base", "full", "ignoring-random")  # methods that do not look at the reference
+
+
+def looks_at_reference(method: str) -> bool:
+    """Whether a method, or a variant of one, gives something else with another reference."""
+    return method.partition(":")[0] not in REFERENCE_FREE
+
+
+def prepare_world(options: forgetting.Options, world: str) -> None:
+    """Write the rows of every seed. Raises ValueError where other files are; with --overwrite only for foreign ones."""
+    out = Path(options.out)
+    mark = {"versions": {}, "inputs": {"demo": world}}
+    forgetting.check_folder(out)
+    for seed in options.seeds:
+        for name, rows in demo_rows(world, seed).items():
+            path = out / f"world-{seed}" / f"{name}.jsonl"
+            written = [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] if path.is_file() else rows
+            if written != rows and not options.overwrite:
+                raise ValueError(f"{path} holds other rows than this demo's: use another --out, or --overwrite")
+    wait_for_all()
+    if rank_and_world()[0] == 0:
+        write_text(json.dumps(mark, indent=2) + "\n", out / "config.json")
+        for seed in options.seeds:
+            for name, rows in demo_rows(world, seed).items():
+                write_rows(rows, out / f"world-{seed}" / f"{name}.jsonl")
+    wait_for_all()
+
+
+def panel_options(options: forgetting.Options, panel: str, seed: int, methods: list[str]) -> forgetting.Options:
+    """The options of one panel's run on one seed's corpus."""
+    world = Path(options.out) / f"world-{seed}"
+    return dataclasses.replace(
+        options, methods=methods, seeds=[seed], out=str(world / panel), tasks=["demo_mc", "demo_qa"],
+        data_dir=str(world), data=[str(world / "train.jsonl")],
+        reference_data=[str(world / f"reference-{panel}.jsonl")],
+    )  # fmt: skip
+
+
+def scored(options: forgetting.Options) -> tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]:
+    """D_train of a finished run, its Q (N,), forgetting's signs (N,) and the known noise (N,)."""
+    tokenizer = Tokenizer(options.model)
+    _, corpus = forgetting.select_data(options, tokenizer)
+    losses = load_file(Path(options.out) / "scores.safetensors")
+    quality = forgetting.quality_scores(losses["base_loss"], losses["ref_loss"])
+    signs = forgetting.choose_signs(forgetting.METHODS["forgetting"], quality, corpus, options, seed=0)
+    return corpus, quality, signs, known_noise(corpus, tokenizer)
+
+
+def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
+    """Both panels on every seed: {panel: {method: {seed: figures}}}, and {panel: {figure of detection: [by seed]}}."""
+    results = {panel: {method: {} for method in options.methods} for panel in PANELS}
+    found: dict[str, dict[str, list]] = {panel: {} for panel in PANELS}
+    for seed in options.seeds:
+        for panel in PANELS:
+            methods = [m for m in options.methods if panel == "clean" or looks_at_reference(m)]
+            here = panel_options(options, panel, seed, methods)
+            for method, by_seed in forgetting.run(here).items():
+                results[panel][method][seed] = next(iter(by_seed.values()))
+            for method in set(options.methods) - set(methods):  # of the first panel, whose P and N are not this one's
+                results[panel][method][seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
+            corpus, quality, signs, noise = scored(here)
+            for name, value in detection(quality, signs < 0, corpus, noise).items():
+                found[panel].setdefault(name, []).append(value)
+    return results, found
+
+
+def detection_table(found: dict[str, list]) -> str:
+    """How well a low Q finds the known noise."""
+    line = "Does a low Q find the known noise? (AUC 0.5: chance; the precision of a random N is the noise share.)"
+    return line + "\n\n" + table(list(found), [[spread(values, 2) for values in found.values()]])
+
+
+# ----------------------------------------------------------------------------------------------- the picture
+
+
+def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tuple[str, float, bool]]]:
+    """The response tokens of some examples: text, Q minus the threshold, and whether they are known noise."""
+    tokenizer = Tokenizer(options.model)
+    corpus, quality, _, noise = scored(options)
+    threshold = forgetting.quantile(quality[corpus.response], 1 - options.rho)
+    rows = []
+    for example in examples:
+        places = [i for i in range(*corpus.offsets[example : example + 2]) if corpus.response[i]]
+        texts = [tokenizer.decode([int(corpus.tokens[i])], skip_special=False) for i in places]
+        rows.append([(text, float(quality[i] - threshold), noise[i] > 0) for text, i in zip(texts, places)])
+    return rows
+
+
+def choose_examples(options: forgetting.Options) -> list[int]:
+    """Six examples that fit a line: two of each kind of noise or less, and clean ones."""
+    corpus, _, _, noise = scored(options)
+    chosen: list[int] = []
+    wanted = [{1}, {1, 2}, {3}, {2}, set(), set()]
+    for kinds in wanted:
+        for example in range(len(corpus)):
+            first, last = corpus.offsets[example : example + 2]
+            fits = 5 <= corpus.response[first:last].sum() <= 19
+            if fits and example not in chosen and set(noise[first:last][noise[first:last] > 0].tolist()) == kinds:
+                chosen.append(example)
+                break
+    return chosen
+
+
+def draw_tokens(panels: dict[str, list[list[tuple[str, float, bool]]]]) -> str:
+    """An SVG: panels side by side, a row of boxes for each example; blue is in P, orange in N, known noise underlined."""
+    letter, line, width, left = 7.2, 30, 760, 16
+    parts, deepest = [], 0.0
+    for column, (title, rows) in enumerate(panels.items()):
+        x0, y = left + column * width, 34.0
+        parts.append(f'<text x="{x0}" y="{y}" font-weight="bold">{escape(title)}</text>')
+        for row in rows:
+            x, y = float(x0), y + line
+            for text, over, noisy in row:
+                size = letter * len(text) + 9
+                if x + size > x0 + width - 2 * left:
+                    x, y = float(x0), y + line - 4
+                strength = 0.15 + 0.75 * min(abs(over) / 3, 1)
+                color = "#2f6fdb" if over >= 0 else "#e8832a"
+                parts.append(f'<rect x="{x:.0f}" y="{y - 15:.0f}" width="{size - 3:.0f}" height="21" rx="3" '
+                             f'fill="{color}" fill-opacity="{strength:.2f}"/>')  # fmt: skip
+                parts.append(f'<text x="{x + 3:.0f}" y="{y:.0f}">{escape(text)}</text>')
+                if noisy:
+                    parts.append(f'<rect x="{x:.0f}" y="{y + 7:.0f}" width="{size - 3:.0f}" height="2.5" fill="#000"/>')
+                x += size
+            deepest = max(deepest, y)
+    height, total = deepest + 52, left + len(panels) * width
+    key = "blue: kept in P   orange: in N   stronger: farther from the threshold   underlined: known noise"
+    parts.append(f'<text x="{left}" y="{height - 16:.0f}" fill="#444">{key}</text>')
+    body = "\n".join(parts)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height:.0f}" font-family="monospace" '
+            f'font-size="12" fill="#111">\n<rect width="100%" height="100%" fill="#fff"/>\n{body}\n</svg>\n')  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
+def parse_demo(argv: list[str] | None) -> tuple[forgetting.Options, argparse.Namespace]:
+    """The flags of forgetting.py with the demo's defaults, and the demo's own two."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--world", choices=["popular", "random"], default="popular")
+    parser.add_argument("--svg")
+    own, rest = parser.parse_known_args(argv)
+    out = "runs/demo" if own.world == "popular" else "runs/demo-random"
+    options = forgetting.parse_options(rest, **(DEMO | {"out": out}))
+    if options.tasks or options.data_dir or options.reference_data or options.data:
+        raise ValueError("--tasks, --data-dir and --reference-data need --model and --data: the demo brings its own")
+    return options, own
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    try:
+        options, own = parse_demo(argv)
+        options.device = start_ranks(options.device)
+        prepare_world(options, own.world)
+        results, found = run_demo(options)
+        parts = []
+        for panel, title in PANELS.items():
+            parts += [forgetting.report(results[panel], title), detection_table(found[panel])]
+        content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
+        forgetting.write_report(parts, content, options)
+        if own.svg and rank_and_world()[0] == 0:
+            runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
+            examples = choose_examples(runs["clean"])
+            titles = {"clean": "reference trained on clean rows", "same": "reference as noisy as the training rows"}
+            rows = {titles[panel]: token_rows(run, examples) for panel, run in runs.items()}
+            write_text(draw_tokens(rows), own.svg)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

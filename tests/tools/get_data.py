@@ -1,0 +1,325 @@
+"""Fetch public rows: the benchmarks of eval.py, and training sets by name. The same commands run when a row is missing.
+
+    python tests/tools/get_data.py boolq logiqa            # benchmarks, by the name of their file
+    python tests/tools/get_data.py flan_v2 dolly alpaca    # training sets
+    python tests/tools/get_data.py hf://datasets/owner/name/path/rows.jsonl@revision
+
+They are converted once, checked where their sha256 is known, and kept under the Hugging Face cache (HF_HOME).
+"""
+
+import argparse, ast, gzip, hashlib, json, os, random, re, sys, urllib.request  # noqa: E401
+from http.client import IncompleteRead
+from pathlib import Path
+from typing import Callable, Iterable
+from xml.etree import ElementTree
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from data import LAYOUTS  # noqa: E402
+
+GITHUB = "https://raw.githubusercontent.com/"
+LOGIQA_TEST = GITHUB + "lgw863/LogiQA-dataset/91e7b26bab6308fc222fe7f8838b61792f2f293f/Test.txt"
+ASDIV_XML = GITHUB + "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47/dataset/ASDiv.xml"
+TRUTHFULQA_MC = GITHUB + "sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/data/mc_task.json"
+TRUTHFULQA_TASK = (
+    GITHUB + "EleutherAI/lm-evaluation-harness/fb9f352b699db09f0b6c2379f98f7645a6b4312a"
+    "/lm_eval/tasks/truthfulqa/truthfulqa_mc1.yaml"
+)
+TYDIQA_SCRIPT = GITHUB + "UCSC-REAL/TokenCleaning/af1a08e19f1c6072395dc9785d136860282e24cf/eval/tydiqa/run_eval.py"
+TYDIQA = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-{}.json"
+ARC_ROWS = (
+    "https://datasets-server.huggingface.co/rows?dataset=allenai%2Fai2_arc&config=ARC-Challenge&split=test&offset={}&length=100"
+)
+ARITHMETIC_FILES = {  # subtask: the Hub's file
+    "1dc": "single_digit_three_ops", "2da": "two_digit_addition", "2ds": "two_digit_subtraction",
+    "2dm": "two_digit_multiplication", "3da": "three_digit_addition", "3ds": "three_digit_subtraction",
+    "4da": "four_digit_addition", "4ds": "four_digit_subtraction", "5da": "five_digit_addition",
+    "5ds": "five_digit_subtraction",
+}  # fmt: skip
+
+
+def json_lines(text: str) -> list[dict]:
+    """The rows of a JSONL text."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def convert_boolq(text: str) -> list[dict]:
+    """The original dev.jsonl; SuperGLUE, which lm-eval reads, puts the title in front of the passage."""
+    rows = json_lines(text)
+    return [
+        {"question": r["question"], "passage": f"{r['title']} -- {r['passage']}", "idx": i, "label": int(r["answer"])}
+        for i, r in enumerate(rows)
+    ]
+
+
+def convert_logiqa(text: str) -> list[dict]:
+    """Blocks of a blank line, the answer's letter, context, question and four options; "." becomes ". " as the Hub has it."""
+    lines, rows = text.split("\n"), []
+    spaced = lambda line: line.replace(".", ". ").strip()
+    for at in range(1, len(lines) - 6, 8):
+        label, context, question, *options = lines[at : at + 7]
+        options = [spaced(option.strip()[2:]) for option in options]
+        rows.append({"label": label.strip(), "context": spaced(context), "question": spaced(question), "options": options})
+    return rows
+
+
+def convert_asdiv(text: str) -> list[dict]:
+    """ASDiv.xml: the texts of each problem, unstripped."""
+    names = {"body": "Body", "question": "Question", "solution_type": "Solution-Type", "answer": "Answer", "formula": "Formula"}
+    problems = ElementTree.fromstring(text).iter("Problem")
+    return [{field: problem.find(tag).text for field, tag in names.items()} for problem in problems]
+
+
+def convert_truthfulqa(text: str) -> list[dict]:
+    """mc_task.json: {choice: label} becomes {choices, labels}, in order."""
+    split = lambda targets: {"choices": list(targets), "labels": list(targets.values())}
+    return [{"question": r["question"], **{k: split(r[k]) for k in ("mc1_targets", "mc2_targets")}} for r in json.loads(text)]
+
+
+def convert_truthfulqa_prompt(text: str) -> str:
+    """The six question-answer pairs out of lm-eval's task file: a YAML string with its line joins and escapes undone."""
+    quoted = text[text.index("prompt_qa = '") + len("prompt_qa = '") : text.index("'%}")]
+    return re.sub(r"\\\n\s*", "", quoted).replace("\\n", "\n")
+
+
+def convert_ifeval(text: str) -> list[dict]:
+    """The Hub's rows without the arguments that are null."""
+    return [r | {"kwargs": [{k: v for k, v in a.items() if v is not None} for a in r["kwargs"]]} for r in json_lines(text)]
+
+
+def convert_arithmetic(*texts: str) -> list[dict]:
+    """Ten files, each row marked with its subtask."""
+    return [{"subtask": f"arithmetic_{name}"} | {k: r[k] for k in ("context", "completion")}
+            for name, text in zip(ARITHMETIC_FILES, texts) for r in json_lines(text)]  # fmt: skip
+
+
+def convert_arc(*pages: str) -> list[dict]:
+    """Pages of the Hub's row service."""
+    return [entry["row"] for page in pages for entry in json.loads(page)["rows"]]
+
+
+def tydiqa_by_language(text: str) -> dict[str, list[dict]]:
+    """SQuAD-style GoldP JSON as rows by language (the id up to the first dash), languages sorted."""
+    rows: dict[str, list[dict]] = {}
+    for article in json.loads(text)["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = {key: [answer[key] for answer in qa["answers"]] for key in ("text", "answer_start")}
+                row = {"id": qa["id"], "title": article.get("title", ""), "context": paragraph["context"]}
+                rows.setdefault(qa["id"].split("-")[0], []).append(row | {"question": qa["question"], "answers": answers})
+    return dict(sorted(rows.items()))
+
+
+def convert_tydiqa(dev: str, train: str | None = None) -> list[dict]:
+    """The 1-shot protocol's draw: up to 100 dev rows a language; with train, the demonstration of each language instead."""
+    rng = random.Random(42)
+    by_language = tydiqa_by_language(dev)
+    drawn = [rng.sample(rows, 100) if len(rows) > 100 else rows for rows in by_language.values()]
+    if train is None:
+        return [row for rows in drawn for row in rows]
+    examples = tydiqa_by_language(train)
+    return [rng.sample(examples[language], 1)[0] for language in by_language]
+
+
+def convert_tydiqa_templates(script: str) -> str:
+    """The words of each language out of the evaluation script, which is read, not run."""
+    for node in ast.parse(script).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "encoding_templates_with_context":
+            table = ast.literal_eval(node.value)
+            fields = ("instruction", "passage", "question", "answer")
+            words = {language: dict(zip(fields, texts)) for language, texts in table.items()}
+            return json.dumps({"with_context": words}, ensure_ascii=False, indent=1)
+    raise ValueError("no encoding_templates_with_context in it")
+
+
+HUB_LAMBADA = "hub:EleutherAI/lambada_openai:data/lambada_test_en.jsonl"
+HUB_IFEVAL = "hub:google/IFEval:ifeval_input_data.jsonl"
+HUB_ARITHMETIC = [f"hub:EleutherAI/arithmetic:data/{file}.jsonl" for file in ARITHMETIC_FILES.values()]
+BENCHMARKS = {  # file: (where its originals are, how they are converted, start of the sha256 of the result where known)
+    "truthfulqa.jsonl": ([TRUTHFULQA_MC], convert_truthfulqa, "f526d2f69e74ada8"),
+    "truthfulqa_prompt.txt": ([TRUTHFULQA_TASK], convert_truthfulqa_prompt, "5c0da5f346e8652c"),
+    "boolq.jsonl": (["https://storage.googleapis.com/boolq/dev.jsonl"], convert_boolq, "2f7ec4dd1d9a6b85"),
+    "logiqa.jsonl": ([LOGIQA_TEST], convert_logiqa, "3a909b30267570a9"),
+    "asdiv.jsonl": ([ASDIV_XML], convert_asdiv, "d20793ef11edd817"),
+    "tydiqa.jsonl": ([TYDIQA.format("dev")], convert_tydiqa, "00e42103972d9fe5"),
+    "tydiqa_1shot.jsonl": ([TYDIQA.format("dev"), TYDIQA.format("train")], convert_tydiqa, None),
+    "tydiqa_templates.json": ([TYDIQA_SCRIPT], convert_tydiqa_templates, None),
+    "arc_challenge.jsonl": ([ARC_ROWS.format(offset) for offset in range(0, 1172, 100)], convert_arc, None),
+    "lambada.jsonl": ([HUB_LAMBADA], json_lines, "9acdcb12e8c2ef4e"),
+    "arithmetic.jsonl": (HUB_ARITHMETIC, convert_arithmetic, "0766ff41d9c9daf4"),
+    "ifeval.jsonl": ([HUB_IFEVAL], convert_ifeval, "90d5fce99e2e5e0d"),
+}
+
+
+def fetch_text(source: str) -> str:
+    """A public text: "hub:REPO:FILE" through the Hub's client (and its cache), anything else by https.
+
+    What is gzipped is unpacked. Raises ValueError naming the source.
+    """
+    try:
+        if source.startswith("hub:"):
+            _, repo, file = source.split(":")
+            file, _, revision = file.partition("@")
+            path = hf_hub_download(repo, file, repo_type="dataset", revision=revision or None)
+            content = Path(path).read_bytes()
+        elif constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        else:
+            content = download(source)
+        return (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8")
+    except Exception as error:  # urllib and the Hub's client have many error types; a user needs one line
+        if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+            error = error.__cause__  # "not in the cache either" hides why the Hub was no help
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{source}: could not be fetched ({reason}); "
+            "put the rows in a file for --data, or those of a benchmark in a folder for --data-dir"
+        ) from None
+
+
+def download(url: str, tries: int = 5) -> bytes:
+    """What is behind an address. A connection that breaks off is taken up where it broke. Raises OSError."""
+    content = b""
+    for _ in range(tries):
+        request = urllib.request.Request(url, headers={"Range": f"bytes={len(content)}-"} if content else {})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            content = content if answer.status == 206 else b""  # 200: a server that knows no ranges begins again
+            try:
+                while block := answer.read1(1 << 20):
+                    content += block
+                if not answer.length:  # what is still to come; None: not known
+                    return content
+            except (IncompleteRead, ConnectionError, TimeoutError):
+                pass  # the next try asks for the rest
+    raise OSError(f"the connection broke off {tries} times, the last time after {len(content)} bytes")
+
+
+def convert_once(path: Path, sources: Iterable[str], convert: Callable[..., str | list[dict]], expected: str | None) -> None:
+    """Write `path`, unless it is there, from its public sources. Raises ValueError if they are not what they were."""
+    if path.is_file():
+        return
+    sources = list(sources)
+    texts = [fetch_text(source) for source in sources]
+    try:
+        content = convert(*texts)
+    except Exception as error:  # what came is not in the format it had
+        raise ValueError(f"{path.name}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
+    if not isinstance(content, str):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    found = hashlib.sha256(content.encode()).hexdigest()
+    if expected is not None and not found.startswith(expected):
+        raise ValueError(f"{path.name}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fetch_benchmarks(files: Iterable[str]) -> Path:
+    """A folder under the Hugging Face cache with these row files, fetched and converted once, and checked."""
+    folder = Path(constants.HF_HOME) / "forgetting-benchmarks"
+    for file in files:
+        convert_once(folder / file, *BENCHMARKS[file])
+    return folder
+
+
+# -------------------------------------------------------------------------------- the training sets' public homes
+
+
+def convert_rows(*texts: str) -> list[dict]:
+    """JSON lists or JSONL as rows, those without a response left out: a user cannot mend a public file."""
+    rows = [row for text in texts for row in (json.loads(text) if text.lstrip()[:1] == "[" else json_lines(text))]
+    kept = [row for row in rows if has_response(row)]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} public rows have no response and are left out", flush=True)
+    return kept
+
+
+def has_response(row: dict) -> bool:
+    """Whether the response of a row is not blank. Rows of no known layout pass: render() says what is wrong with them."""
+    layout = next((fields for fields in LAYOUTS.values() if all(field in row for field in fields)), None)
+    if layout is None:
+        return True
+    if layout == ("messages",):
+        return any(message["role"] == "assistant" and message["content"] for message in row["messages"])
+    return bool((row[layout[-1]] or "").strip())
+
+
+def convert_oasst(text: str) -> list[dict]:
+    """Message trees as one conversation each, the best: at every turn the reply of lowest rank, as in Tulu 2.
+
+    Deleted and blank messages are skipped with what hangs on them; a last question without an answer is dropped.
+    """
+    rows = []
+    for tree in json_lines(text):
+        messages, replies = [], [tree["prompt"]]
+        while replies := [reply for reply in replies if not reply.get("deleted") and (reply["text"] or "").strip()]:
+            best = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
+            role = {"prompter": "user", "assistant": "assistant"}[best["role"]]
+            messages.append({"role": role, "content": best["text"]})
+            replies = best.get("replies") or []
+        if messages and messages[-1]["role"] == "user":
+            messages.pop()
+        rows.append({"messages": messages})
+    return convert_rows("".join(json.dumps(row) + "\n" for row in rows))
+
+
+RECIPES = {  # name: (where its originals are, how they are converted)
+    "flan_v2": (["hub:hamishivi/tulu_mix_store:flan_v2_resampled_50k.jsonl"], convert_rows),
+    "dolly": (["hub:databricks/databricks-dolly-15k:databricks-dolly-15k.jsonl"], convert_rows),
+    "oasst1": (["hub:OpenAssistant/oasst1:2023-04-12_oasst_ready.trees.jsonl.gz"], convert_oasst),
+    "alpaca": ([GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json"], convert_rows),
+    "wizardlm": (["hub:WizardLMTeam/WizardLM_evol_instruct_70k:alpaca_evol_instruct_70k.json"], convert_rows),
+}
+
+
+HUB_PREFIX = "hf://datasets/"
+
+
+def is_public(name: str) -> bool:
+    """Whether fetch_rows takes this name."""
+    return name in RECIPES or name.startswith(HUB_PREFIX)
+
+
+def fetch_rows(name: str) -> Path:
+    """The rows of a public training set as JSONL under the Hugging Face cache, fetched and converted once."""
+    folder = Path(constants.HF_HOME) / "forgetting-rows"
+    if name in RECIPES:
+        sources, convert = RECIPES[name]
+        path = folder / f"{name}.jsonl"
+    else:
+        parts = name.removeprefix(HUB_PREFIX).split("/", 2)
+        if not name.startswith(HUB_PREFIX) or len(parts) < 3:
+            raise ValueError(f"{name}: no such file, nor a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/file")
+        owner, repo, file = parts
+        if not re.search(r"\.jsonl?(\.gz)?(@|$)", file):
+            raise ValueError(f"{name}: only JSON and JSONL are read; convert it: hf download {owner}/{repo} "
+                             f"{file.partition('@')[0]} --repo-type dataset --local-dir ., then python -c \"import pandas; "
+                             "pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)\"")  # fmt: skip
+        sources, convert = [f"hub:{owner}/{repo}:{file}"], convert_rows
+        path = folder / (re.sub(r"[^\w.@-]", "_", f"{owner}_{repo}_{file}") + ".jsonl")
+    convert_once(path, sources, convert, None)
+    return path
+
+
+def main() -> None:
+    """Fetch what is named, and say where it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benchmarks = {file.partition(".")[0]: file for file in BENCHMARKS}
+    parser.add_argument("names", nargs="+", help=f"any of {', '.join([*benchmarks, *RECIPES])}, or {HUB_PREFIX}...")
+    try:
+        for name in parser.parse_args().names:
+            if name in benchmarks:
+                wanted = [file for file in BENCHMARKS if file.startswith(name)]  # and what lies beside its rows
+                print(fetch_benchmarks(wanted) / benchmarks[name], flush=True)
+            else:
+                print(fetch_rows(name), flush=True)
+    except (ValueError, OSError) as error:
+        print(f"get_data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
