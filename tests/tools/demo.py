@@ -337,7 +337,7 @@ def choose_examples(options: forgetting.Options) -> list[int]:
 
 def draw_tokens(panels: dict[str, list[list[tuple[str, float, bool]]]]) -> str:
     """An SVG: panels side by side, a row of boxes for each example; blue is in P, orange in N, known noise underlined."""
-    letter, line, width, left = 7.2, 30, 760, 16
+    letter, line, width, left = 7.2, 30, 530, 16
     parts, deepest = [], 0.0
     for column, (title, rows) in enumerate(panels.items()):
         x0, y = left + column * width, 34.0
@@ -358,7 +358,7 @@ def draw_tokens(panels: dict[str, list[list[tuple[str, float, bool]]]]) -> str:
                 x += size
             deepest = max(deepest, y)
     height, total = deepest + 52, left + len(panels) * width
-    key = "blue: kept in P   orange: in N   stronger: farther from the threshold   underlined: known noise"
+    key = "blue: kept in P; orange: in N; stronger: farther from the threshold; underlined: known noise"
     parts.append(f'<text x="{left}" y="{height - 16:.0f}" fill="#444">{key}</text>')
     body = "\n".join(parts)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height:.0f}" font-family="monospace" '
