@@ -1,4 +1,4 @@
-"""Instruction rows -> text with known response characters -> token ids with a response mask -> packed batches.
+"""Instruction rows -> text with known response characters -> token ids with a response mask -> packs.
 
     python -c "import data; print(*data.read_rows(['rows.jsonl:5']), sep='\\n')"
 
@@ -6,9 +6,9 @@
     corpus = build_corpus(read_rows(["train.jsonl:500"]), tokenizer, max_length=2048)
     for batch in pack(corpus, range(len(corpus)), token_budget=4096): ...
 
-A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores and signs are
-arrays of the same length, indexed by the token they judge, and a batch carries the places its tokens came from; so
-storing what a batch yields, or fetching what it needs, is one line whatever the packing and the number of ranks.
+A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores
+and signs are arrays of the same length, indexed by the token they judge, and a batch carries the places its
+tokens came from: to store what a batch yields, or fetch what it needs, is one line whatever the packing.
 
 Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
-# --------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------- tokenizer
 
 
 class Tokenizer:
@@ -38,7 +38,9 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{folder}: no tokenizer.json in it (a sentencepiece tokenizer.model alone is not read)")
+            raise ValueError(
+                f"{folder}: no tokenizer.json in it (a sentencepiece tokenizer.model alone is not read)"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             self.raw = tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
@@ -54,7 +56,9 @@ class Tokenizer:
             raise ValueError(f"{path}: the eos token {self.eos!r} is not encoded as one token")
 
     def _special(self, folder: Path, kind: str) -> tuple[str | None, int | None]:
-        """Text and id of a special token: tokenizer_config.json first, then config.json and generation_config.json."""
+        """Text and id of a special token: tokenizer_config.json first, then config.json and
+        generation_config.json.
+        """
         files = [folder / name for name in ("tokenizer_config.json", "config.json", "generation_config.json")]
         configs = [read_object(path) if path.is_file() else {} for path in files]
         text = configs[0].get(f"{kind}_token")
@@ -70,7 +74,9 @@ class Tokenizer:
         return text, None if text is None else self.raw.token_to_id(text)
 
     def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, character spans) of each text. A bos comes first once, if the tokenizer puts one; no eos is added."""
+        """(ids, character spans) of each text. A bos comes first once, if the tokenizer puts one; no eos is
+        added.
+        """
         results = []
         for text, encoding in zip(texts, self.raw.encode_batch(texts, add_special_tokens=special)):
             ids, spans = encoding.ids, encoding.offsets
@@ -87,13 +93,19 @@ class Tokenizer:
 
 
 def check_ids(ids: Any, vocab_size: int, where: object) -> None:
-    """Raise ValueError for a token id that the model has no embedding for; a tokenizer may know such, unless they occur."""
+    """Raise ValueError for a token id that the model has no embedding for; a tokenizer may know such, unless
+    they occur.
+    """
     if len(ids) and (largest := int(np.max(ids))) >= vocab_size:
-        raise ValueError(f"{where}: its tokenizer gives id {largest}, the model's vocab_size is {vocab_size}: not a pair")
+        raise ValueError(
+            f"{where}: its tokenizer gives id {largest}, the model's vocab_size is {vocab_size}: not a pair"
+        )
 
 
 def keep_offsets(content: Any) -> Any:
-    """tokenizer.json with offset trimming off: a trimmed whitespace token covers no character and would get no loss."""
+    """tokenizer.json with offset trimming off: a trimmed whitespace token covers no character and would get
+    no loss.
+    """
     if isinstance(content, list):
         return [keep_offsets(part) for part in content]
     if not isinstance(content, dict):
@@ -104,7 +116,7 @@ def keep_offsets(content: Any) -> Any:
     return content | kept
 
 
-# -------------------------------------------------------------------------------------------------- rows and layouts
+# ------------------------------------------------------------------------------------ rows and layouts
 
 
 def read_rows(files: Iterable[str]) -> list[dict]:
@@ -129,7 +141,9 @@ def read_rows(files: Iterable[str]) -> list[dict]:
 
 def _parse(path: Path) -> Iterator[dict]:
     try:
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # the byte-order mark that some editors put first
+        text = path.read_text(encoding="utf-8").removeprefix(
+            "\ufeff"
+        )  # the byte-order mark that some editors put first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
     half_characters = "\\ud" in text or "\\uD" in text  # escapes: no UTF-8 text holds them as they are
@@ -154,14 +168,16 @@ def _parse(path: Path) -> Iterator[dict]:
         if not isinstance(line, dict):
             raise ValueError(f"{path}:{number}: a row must be an object, not {type(line).__name__}")
         if half_characters and (found := HALF_CHARACTER.search(json.dumps(line, ensure_ascii=False))):
-            raise ValueError(f"{path}:{number}: \\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
+            raise ValueError(
+                f"{path}:{number}: \\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)"
+            )
         count += 1
         yield line | {"_source": f"{path}:{number}"}
     if not count:
         raise ValueError(f"{path}: no rows in it")
 
 
-LAYOUTS = {  # layout: fields that must be there, the last one the response; further fields are optional context
+LAYOUTS = {  # layout: the fields that must be there, the last one the response
     "messages": ("messages",),
     "prompt + completion": ("prompt", "completion"),
     "prompt + response": ("prompt", "response"),
@@ -176,8 +192,8 @@ Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order
 def render(row: dict, eos: str) -> Pieces:
     """A row of any known layout as pieces of text; the responses, with their eos, are the pieces marked True.
 
-    Conversations take the template of the paper's corpus (Tulu); prompt + completion and prompt + response rows are
-    taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
+    Conversations take the template of the paper's corpus (Tulu); prompt + completion and prompt + response
+    rows are taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
     """
     where = row.get("_source", "row")
     layout = next((fields for fields in LAYOUTS.values() if all(field in row for field in fields)), None)
@@ -211,17 +227,25 @@ def _check_messages(messages: object, where: str) -> list[tuple[str, str]]:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"{where}: role {role!r} is not allowed: system, user, assistant")
         if not isinstance(content, str):
-            raise ValueError(f"{where}: the content of a message must be a string, not {type(content).__name__}")
-    spoken = [role for role, _ in turns[1:]] if turns and turns[0][0] == "system" else [role for role, _ in turns]
+            raise ValueError(
+                f"{where}: the content of a message must be a string, not {type(content).__name__}"
+            )
+    spoken = (
+        [role for role, _ in turns[1:]] if turns and turns[0][0] == "system" else [role for role, _ in turns]
+    )
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        raise ValueError(f"{where}: user and assistant must take turns, starting with user, not {', '.join(spoken)}")
+        raise ValueError(
+            f"{where}: user and assistant must take turns, starting with user, not {', '.join(spoken)}"
+        )
     if not any(role == "assistant" and content for role, content in turns):
         raise ValueError(f"{where}: no assistant message with text")
     return turns
 
 
 def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
-    """The Tulu template. Between two turns stands a newline, as in the authors' files; none follows the last eos."""
+    """The Tulu template. Between two turns stands a newline, as in the authors' files; none follows the last
+    eos.
+    """
     pieces: Pieces = []
     for i, (role, content) in enumerate(turns):
         newline = "\n" if i and turns[i - 1][0] == "assistant" else ""
@@ -230,7 +254,7 @@ def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
     return pieces
 
 
-# ------------------------------------------------------------------------------------------------------------ corpus
+# ---------------------------------------------------------------------------------------------- corpus
 
 
 @dataclass
@@ -261,7 +285,9 @@ class Corpus:
         """Examples first to last - 1 as a corpus of their own, without copying."""
         tokens = slice(self.offsets[first], self.offsets[last])
         offsets = self.offsets[first : last + 1] - self.offsets[first]
-        return Corpus(self.tokens[tokens], self.response[tokens], offsets, self.sources[first:last], dropped=0)
+        return Corpus(
+            self.tokens[tokens], self.response[tokens], offsets, self.sources[first:last], dropped=0
+        )
 
     def places(self, examples: Sequence[int]) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
@@ -270,7 +296,9 @@ class Corpus:
 
 
 def unique_rows(rows: list[dict], eos: str) -> list[dict]:
-    """The rows without later exact duplicates (equal text after rendering); reference and training sets stay disjoint."""
+    """The rows without later exact duplicates (equal text after rendering); reference and training sets stay
+    disjoint.
+    """
     first: dict[str, dict] = {}
     for row in rows:
         first.setdefault("\0".join(text for text, _ in render(row, eos)), row)
@@ -278,10 +306,12 @@ def unique_rows(rows: list[dict], eos: str) -> list[dict]:
 
 
 def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
-    """Render and tokenise rows, cut each to max_length tokens, drop (and count) those left without a response token.
+    """Render and tokenise rows, cut each to max_length tokens, drop (and count) those left without a response
+    token.
 
-    The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response token if it
-    covers any character of a response. Tokenising a prefix apart would miss tokens that merge across the border.
+    The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response
+    token if it covers any character of a response. Tokenising a prefix apart would miss tokens that merge
+    across the border.
     """
     tokens, response, lengths, sources = [], [], [], []
     for start in range(0, len(rows), 1000):
@@ -303,18 +333,22 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
                 lengths.append(len(ends))
                 sources.append(row.get("_source", ""))
     if not lengths:
-        raise ValueError(f"all {len(rows)} rows were dropped: no response token within --max-length {max_length}")
+        raise ValueError(
+            f"all {len(rows)} rows were dropped: no response token within --max-length {max_length}"
+        )
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     dropped = len(rows) - len(lengths)
     return Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
 
 
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which of the character spans (n, 2) hold a character of [start, end); an empty span (a bos) holds none."""
+    """Which of the character spans (n, 2) hold a character of [start, end); an empty span (a bos) holds
+    none.
+    """
     return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
 
 
-# ----------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------- batches
 
 
 @dataclass
@@ -327,7 +361,9 @@ class Batch:
 
 
 def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group 0..n-1, sorted by length (longest first), into packs of at most token_budget tokens (or one sequence)."""
+    """Group 0..n-1, sorted by length (longest first), into packs of at most token_budget tokens (or one
+    sequence).
+    """
     packs: list[list[int]] = []
     room = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -340,7 +376,9 @@ def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]
 
 
 def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
-    """These examples as batches of at most token_budget tokens; neighbours have like lengths, which attend() shares."""
+    """These examples as batches of at most token_budget tokens; neighbours have like lengths, which attend()
+    shares.
+    """
     lengths = corpus.lengths[np.asarray(examples, np.int64)].tolist()
     for group in split_by_tokens(lengths, token_budget):
         places = corpus.places([examples[i] for i in group])
@@ -357,15 +395,16 @@ def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
     return at - 1, tokens[at]
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ----------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Write to the name that is given to the block; when it ends the file is on the disk and then takes its own name.
+    """Write to the name that is given to the block; when it ends the file is on the disk and then takes its
+    own name.
 
-    Whatever happens in between, a crash or a full disk, `path` holds the old content or the new, never a part. Raises
-    OSError naming the path.
+    Whatever happens in between, a crash or a full disk, `path` holds the old content or the new, never a
+    part. Raises OSError naming the path.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")

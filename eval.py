@@ -1,27 +1,17 @@
 """Log-likelihoods and greedy generation, and the tasks that are made of them. Works on any model and adapter.
 
     python eval.py --model tests/demo_model --tasks demo_mc demo_qa --data-dir runs/demo/world-0
-    python eval.py --model M --adapter runs/demo/world-0/clean/forgetting/seed-0 --tasks demo_mc --data-dir D \
+    python eval.py --model M --adapter RUN/forgetting/seed-0 --tasks paper \
                    --output results.json --samples samples.jsonl
-    torchrun --nproc_per_node=2 eval.py ...                      # documents spread over ranks, the same results
+    torchrun --nproc_per_node=2 eval.py ...             # documents spread over ranks, the same results
 
-A task is a function from a data row to requests, and one from the answers to figures; TASKS lists them. Requests with
-one context share its computation: the context runs once, and each continuation goes on from its rows of the cache.
+A task is a function from a data row to requests, and one from the answers to figures; TASKS lists them.
+Requests with one context share its computation: it runs once, and each continuation goes on from the cache.
+Order: requests, log-likelihoods and generation, tasks, IFEval, evaluation, tables, ranks, command line.
+Shapes: T tokens of a pack; D width; V vocabulary; n tokens of continuations.
 """
 
-import argparse
-import dataclasses
-import datetime
-import functools
-import hashlib
-import importlib.util
-import json
-import math
-import os
-import random
-import re
-import string
-import sys
+import argparse, datetime, functools, hashlib, importlib.util, json, math, os, random, re, string, sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,63 +28,7 @@ from data import Tokenizer, check_ids, read_rows, split_by_tokens, write_rows, w
 from lora import load_adapter
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model
 
-# ------------------------------------------------------------------------------------------------------------- ranks
-
-
-def start_ranks(device: str) -> str:
-    """Join the process group when started by torchrun; the device of this rank ("cuda" becomes "cuda:LOCAL_RANK")."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} is not supported: cpu or cuda (CUDA_VISIBLE_DEVICES chooses among several)")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here")
-    if "RANK" not in os.environ or dist.is_initialized():
-        return device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    try:
-        hours = datetime.timedelta(hours=2)  # others wait while rank 0 exports or fetches; a rank that fails ends all at once
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=hours)
-    except dist.DistError as error:
-        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        reason = f"{where} (MASTER_ADDR:MASTER_PORT; is the port in use?): {str(error).splitlines()[0]}"
-        raise ValueError(f"the ranks cannot meet at {reason}") from None
-    return device
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's place among the ranks, and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The elementwise sum of x over all ranks, on every rank, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def wait_for_all() -> None:
-    """No rank goes on before every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def first_rank_first(work: Callable[[], Any]) -> Any:
-    """What work() returns, on every rank; a node's first rank does it before the others, who find what it has fetched."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = work() if first else None
-    wait_for_all()
-    return result if first else work()
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if rank_and_world()[0] == 0:
-        print(text, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- requests
+# --------------------------------------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True)
@@ -109,6 +43,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
+    """What a model makes of a request."""
+
     loglikelihood: float = 0.0  # sum over the continuation's tokens, nats
     greedy: bool = False  # every token was the most probable one
     text: str = ""  # what was written
@@ -117,8 +53,9 @@ class Answer:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Token ids of context and continuation, split as lm-evaluation-harness splits them.
 
-    Trailing whitespace of the context moves to the continuation; both together are encoded once, and what exceeds the
-    encoded context is the continuation. An empty context becomes the bos token (eos, if there is none).
+    Trailing whitespace of the context moves to the continuation; both together are encoded once, and what
+    exceeds the encoded context is the continuation. An empty context becomes the bos token (eos, if there is
+    none).
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -134,64 +71,84 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 def check_length(model: Transformer, continuation: list[int]) -> None:
     """A continuation must fit the model's positions whole: only contexts are cut."""
-    if len(continuation) > (limit := model.config.max_position_embeddings):
-        raise ValueError(f"a continuation of {len(continuation)} tokens exceeds the model's {limit} positions")
+    limit = model.config.max_position_embeddings
+    if len(continuation) > limit:
+        length = len(continuation)
+        raise ValueError(f"a continuation of {length} tokens exceeds the model's {limit} positions")
+
+
+# ----------------------------------------------------------------------- log-likelihoods and generation
 
 
 @torch.inference_mode()
 def loglikelihoods(
-    model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096, bar: tqdm | None = None
+    model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096,
+    bar: tqdm | None = None,
 ) -> list[Answer]:
-    """Log-likelihood and greedy flag of each continuation; pairs hold (context ids, continuation ids), neither empty.
+    """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
-    An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct one once;
-    then all but the last token of every continuation run on from the cache. The work is spread over the ranks.
+    An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
+    one once; then all but the last token of every continuation run on from the cache. Ranks share the work.
     """
     rank, world = rank_and_world()
     limit = model.config.max_position_embeddings
-    groups: dict[tuple[int, ...], list[int]] = {}
+    members: dict[tuple[int, ...], list[int]] = {}  # context: the pairs that begin with it
     for i, (context, continuation) in enumerate(pairs):
         check_length(model, continuation)
-        groups.setdefault(tuple((context + continuation)[-(limit + 1) : -len(continuation)]), []).append(i)
-    contexts = list(groups)
-    sizes = [len(c) + sum(len(pairs[i][1]) - 1 for i in groups[c]) for c in contexts]
-    table = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.lm_head.weight.device)
-    for batch in split_by_tokens(sizes, batch_tokens)[rank::world]:
-        packed = [contexts[g] for g in batch]
-        members = [groups[context] for context in packed]
-        table[[i for group in members for i in group]] = _score_pack(model, packed, members, pairs)
+        cut = (context + continuation)[-(limit + 1) : -len(continuation)]
+        members.setdefault(tuple(cut), []).append(i)
+    contexts = list(members)
+    sizes = [len(context) + sum(len(pairs[i][1]) - 1 for i in members[context]) for context in contexts]
+    results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.lm_head.weight.device)
+    for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
+        packed = [contexts[g] for g in group]
+        order = [i for context in packed for i in members[context]]
+        counts = [len(members[context]) for context in packed]
+        results[order] = _score_pack(model, packed, counts, [pairs[i][1] for i in order])
         if bar is not None:
-            bar.update(sum(map(len, members)))
-    return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in sum_over_ranks(table).tolist()]
+            bar.update(len(order))
+    figures = sum_over_ranks(results).tolist()
+    return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in figures]
 
 
-def _score_pack(model: Transformer, contexts: list[tuple], members: list[list[int]], pairs: list) -> Tensor:
-    """(continuations, 2): log-likelihood, and how many tokens were not the most probable; in the order of `members`."""
+def _score_pack(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
+    """(continuations, 2) float64: log-likelihood, and how many tokens were not the most probable.
+
+    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on.
+    """
     device = model.lm_head.weight.device
-    later = [(c, pairs[i][1][:-1]) for c, group in enumerate(members) for i in group]  # (context, all but the last token)
-    cache = Cache(model, sum(map(len, contexts)) + sum(len(ids) for _, ids in later))
+    lengths = [len(ids) for ids in continuations]
+    cache = Cache(model, sum(map(len, contexts)) + sum(lengths) - len(lengths))
     hidden, rows = _run(model, cache, contexts, None)
-    ends = torch.tensor([own[-1].item() for own in rows], device=device)
-    last = hidden[ends]  # (contexts, D): predicts the first token of each continuation
-    going_on = [(c, ids) for c, ids in later if ids]
-    after = iter(())
-    if going_on:
-        more, own = _run(model, cache, [ids for _, ids in going_on], [rows[c] for c, _ in going_on])
-        after = iter(more.split([len(r) for r in own]))
-    states = [torch.cat((last[c : c + 1], next(after))) if ids else last[c : c + 1] for c, ids in later]
-    targets = torch.tensor([t for group in members for i in group for t in pairs[i][1]], device=device)
-    owner = torch.repeat_interleave(torch.tensor([len(s) for s in states], device=device))
-    result = torch.zeros(len(states), 2, dtype=torch.float64, device=device)
-    for part, logprobs, loss in head_chunks(torch.cat(states), model.lm_head.weight, targets):
+    context_of = np.repeat(np.arange(len(contexts)), counts)  # (continuations,)
+    last = hidden[torch.tensor([int(r[-1]) for r in rows], device=device)]  # (contexts, D)
+
+    # the state before a continuation's first token is its context's last; all but the last token of each
+    # continuation run on from there, and give the states before the others
+    targets = torch.tensor([token for ids in continuations for token in ids], device=device)  # (n,)
+    owner = torch.repeat_interleave(torch.tensor(lengths, device=device))  # (n,) continuation of each target
+    is_first = torch.zeros(len(targets), dtype=torch.bool, device=device)
+    is_first[torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)] = True
+    states = hidden.new_empty(len(targets), hidden.shape[1])  # (n, D)
+    states[is_first] = last[torch.from_numpy(context_of).to(device)]
+    longer = [i for i, length in enumerate(lengths) if length > 1]
+    if longer:
+        inputs = [continuations[i][:-1] for i in longer]
+        states[~is_first] = _run(model, cache, inputs, [rows[context_of[i]] for i in longer])[0]
+
+    result = torch.zeros(len(lengths), 2, dtype=torch.float64, device=device)
+    for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
         result[:, 0].index_add_(0, owner[part], -loss.double())
         result[:, 1].index_add_(0, owner[part], (logprobs.argmax(-1) != targets[part]).double())
     return result
 
 
-def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """Run token lists through the model; hidden states (T, D) and the cache rows that each sequence took."""
+def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] | None) -> tuple[Tensor, list]:
+    """Run token lists, each after the cache rows past[i]; hidden states (T, D), and the rows each list
+    took.
+    """
     lengths = [len(ids) for ids in sequences]
-    tokens = torch.tensor([t for ids in sequences for t in ids], device=model.lm_head.weight.device)
+    tokens = torch.tensor([t for ids in sequences for t in ids], device=model.lm_head.weight.device)  # (T,)
     rows = torch.arange(cache.used, cache.used + len(tokens)).split(lengths)
     hidden = model(tokens, torch.tensor([0, *lengths]).cumsum(0).int(), cache, past)
     return hidden, list(rows)
@@ -199,29 +156,28 @@ def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] |
 
 @torch.inference_mode()
 def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop: str | None = None,
-    batch_tokens: int = 4096,
-    bar: tqdm | None = None,
+    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
+    stop: str | None = None, batch_tokens: int = 4096, bar: tqdm | None = None,
 ) -> list[str]:
     """Greedy continuations of token lists, up to an eos, `stop` or max_new_tokens, without special tokens.
 
-    Prompts are cut from the left to leave room for the new tokens. Many are in flight at once, each with its own length.
+    Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its own
+    length.
     """
     rank, world = rank_and_world()
     room = model.config.max_position_embeddings - max_new_tokens
     if room < 1:
-        raise ValueError(f"{max_new_tokens} new tokens leave no room in {model.config.max_position_embeddings} positions")
+        positions = model.config.max_position_embeddings
+        raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
     prompts = [ids[-room:] for ids in prompts]
     written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=model.lm_head.weight.device)
-    for batch in split_by_tokens([len(ids) + max_new_tokens for ids in prompts], batch_tokens)[rank::world]:
-        for i, ids in zip(batch, _generate_pack(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, stop)):
+    sizes = [len(ids) + max_new_tokens for ids in prompts]
+    for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
+        replies = _generate_pack(model, tokenizer, [prompts[i] for i in group], max_new_tokens, stop)
+        for i, ids in zip(group, replies):
             written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1  # 0 stays "nothing written"
         if bar is not None:
-            bar.update(len(batch))
+            bar.update(len(group))
     texts = [tokenizer.decode([t - 1 for t in ids if t]) for ids in sum_over_ranks(written).tolist()]
     return [text.split(stop)[0] if stop else text for text in texts]
 
@@ -229,6 +185,7 @@ def generate(
 def _generate_pack(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
 ) -> list[list[int]]:
+    """The new token ids of each prompt."""
     cache = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts))
     written: list[list[int]] = [[] for _ in prompts]
     active, inputs, past = list(range(len(prompts))), prompts, None
@@ -236,32 +193,35 @@ def _generate_pack(
         hidden, rows = _run(model, cache, inputs, past)
         past = rows if past is None else [torch.cat(pair) for pair in zip(past, rows)]
         ends = torch.tensor([len(ids) for ids in inputs]).cumsum(0) - 1
-        last, anything = hidden[ends.to(hidden.device)], torch.zeros(len(ends), dtype=torch.int64, device=hidden.device)
-        chunks = head_chunks(last, model.lm_head.weight, anything)  # for the logits in float32; the targets do not matter
+        last = hidden[ends.to(hidden.device)]  # (active, D)
+        no_target = torch.zeros(len(last), dtype=torch.int64, device=last.device)  # logits alone count
+        chunks = head_chunks(last, model.lm_head.weight, no_target)
         tokens = [token for _, logprobs, _ in chunks for token in logprobs.argmax(-1).tolist()]  # (active,)
-        going = []
+        unfinished = []
         for place, (i, token) in enumerate(zip(active, tokens)):
-            if token != tokenizer.eos_id:
-                written[i].append(token)
-                if not stop or stop not in tokenizer.decode(written[i]):
-                    going.append(place)
-        active, past = [active[p] for p in going], [past[p] for p in going]
+            if token == tokenizer.eos_id:
+                continue
+            written[i].append(token)
+            if not stop or stop not in tokenizer.decode(written[i]):
+                unfinished.append(place)
+        active, past = [active[p] for p in unfinished], [past[p] for p in unfinished]
         inputs = [written[i][-1:] for i in active]
         if not active:
             break
     return written
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------ tasks
 
 
 @dataclass(frozen=True)
 class Task:
     """How a row becomes requests, and how the answers become figures.
 
-    requests(row, tokenizer) lists what to ask; score(row, answers) gives prediction, target and metrics of the document (a
-    metric may be a list: pooled over all documents). prepare(rows, folder) picks the task's rows of the file and puts
-    beside them what else it needs. example(row) is the row as a worked example, for --num-fewshot.
+    requests(row, tokenizer) lists what to ask; score(row, answers) gives prediction, target and metrics of
+    the document (a metric may be a list: pooled over all documents). prepare(rows, folder) picks the task's
+    rows of the file and puts beside them what else it needs. example(row) is the row as a worked example, for
+    --num-fewshot.
     """
 
     file: str
@@ -272,24 +232,17 @@ class Task:
     example: Callable[[dict], str] | None = None
     group: Callable[[dict], str] | None = None  # figures are means over the groups' means
     beside: tuple[str, ...] = ()  # further files that prepare() reads
-    lower_is_better: tuple[str, ...] = ()  # metrics of which less is better
+    lower_is_better: tuple[str, ...] = ()  # metrics
 
 
 def choice_task(
-    file: str, version: int, ask: Callable[[dict], tuple], normed: bool = False, delimiter: str = " ", **rest
+    file: str, version: int, ask: Callable[[dict], tuple], normed: bool = False, delimiter: str = " ",
+    fewshot: bool = True, **rest: Any,
 ) -> Task:
-    """Multiple choice: ask(row) gives context, choices and the place of the right one; delimiter + choice is scored.
+    """Multiple choice: ask(row) gives context, choices, place of the right one; delimiter + choice is scored.
 
     acc takes the greatest log-likelihood, acc_norm that per character of the choice; the first wins a tie.
     """
-
-    def score(row: dict, answers: list[Answer]) -> dict:
-        _, choices, gold = ask(row)
-        totals = [answer.loglikelihood for answer in answers]
-        by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
-        best, best_normed = (max(range(len(x)), key=x.__getitem__) for x in (totals, by_length))
-        metrics = {"acc": float(best == gold)} | ({"acc_norm": float(best_normed == gold)} if normed else {})
-        return {"prediction": best, "target": gold, "metrics": metrics}
 
     def requests(row: dict, _: Tokenizer) -> list[Request]:
         context, choices, gold = ask(row)
@@ -297,31 +250,47 @@ def choice_task(
             raise ValueError(f"{row['_source']}: {len(choices)} choices, the right one is number {gold}")
         return [Request(few_shot(row) + context, delimiter + choice) for choice in choices]
 
+    def score(row: dict, answers: list[Answer]) -> dict:
+        _, choices, gold = ask(row)
+        totals = [answer.loglikelihood for answer in answers]
+        by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
+        best = totals.index(max(totals))
+        metrics = {"acc": float(best == gold)}
+        if normed:
+            metrics["acc_norm"] = float(by_length.index(max(by_length)) == gold)
+        return {"prediction": best, "target": gold, "metrics": metrics}
+
     def example(row: dict) -> str:
         context, choices, gold = ask(row)
         return f"{context}{delimiter}{choices[gold]}\n\n"
 
-    return Task(file, version, requests, score, example=example, **rest)
+    return Task(file, version, requests, score, example=example if fewshot else None, **rest)
 
 
 def exact_task(
-    file: str, version: int, ask: Callable[[dict], tuple[str, str]], delimiter: str = " ", perplexity: bool = False, **rest
+    file: str, version: int, ask: Callable[[dict], tuple[str, str]], delimiter: str = " ",
+    perplexity: bool = False, **rest: Any,
 ) -> Task:
-    """The model must find every token of one target most probable (acc); on request its perplexity, per document."""
-
-    def score(row: dict, answers: list[Answer]) -> dict:
-        metrics = {"acc": float(answers[0].greedy)} | ({"perplexity": answers[0].loglikelihood} if perplexity else {})
-        return {"prediction": answers[0].greedy, "target": ask(row)[1], "metrics": metrics}
+    """The model must find every token of one target most probable (acc); on request its perplexity, too."""
 
     def requests(row: dict, _: Tokenizer) -> list[Request]:
         context, target = ask(row)
         return [Request(few_shot(row) + context, target)]
 
-    return Task(file, version, requests, score, example=lambda row: delimiter.join(ask(row)) + "\n\n", **rest)
+    def score(row: dict, answers: list[Answer]) -> dict:
+        metrics = {"acc": float(answers[0].greedy)}
+        if perplexity:
+            metrics["perplexity"] = answers[0].loglikelihood  # summarise() makes it one
+        return {"prediction": answers[0].greedy, "target": ask(row)[1], "metrics": metrics}
+
+    def example(row: dict) -> str:
+        return delimiter.join(ask(row)) + "\n\n"
+
+    return Task(file, version, requests, score, example=example, **rest)
 
 
 def few_shot(row: dict) -> str:
-    """The worked examples in front of a row's question; evaluate() puts them there."""
+    """The worked examples in front of a row's question; task_rows() puts them there."""
     return row.get("_examples", "")
 
 
@@ -356,10 +325,11 @@ def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
 def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
     """The share of probability that true answers get."""
     labels = row["mc2_targets"]["labels"]
-    best = max(answer.loglikelihood for answer in answers)  # taken off everywhere, so that not all of them underflow
+    best = max(answer.loglikelihood for answer in answers)  # taken off everywhere, so that not all underflow
     probabilities = [math.exp(answer.loglikelihood - best) for answer in answers]
     true = sum(p for p, label in zip(probabilities, labels) if label == 1)
-    return {"prediction": probabilities.index(1.0), "target": labels, "metrics": {"acc": true / sum(probabilities)}}
+    metrics = {"acc": true / sum(probabilities)}
+    return {"prediction": probabilities.index(1.0), "target": labels, "metrics": metrics}
 
 
 def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
@@ -385,47 +355,107 @@ def arithmetic(row: dict) -> tuple[str, str]:
     return context, row["completion"]
 
 
+def arithmetic_task(name: str) -> Task:
+    """One of the ten subtasks, whose rows are in one file."""
+
+    def own_rows(rows: list[dict], _: Path) -> list[dict]:
+        return [row for row in rows if row["subtask"] == name]
+
+    return exact_task("arithmetic.jsonl", 2, arithmetic, delimiter="", prepare=own_rows)
+
+
+def language_of(row: dict) -> str:
+    """TydiQA: the first part of a row's id."""
+    return row["id"].split("-")[0]
+
+
 def tydiqa_rows(rows: list[dict], folder: Path) -> list[dict]:
     """Each row with its language's words and demonstration."""
     words = json.loads((folder / "tydiqa_templates.json").read_text(encoding="utf-8"))["with_context"]
-    shots = {row["id"].split("-")[0]: row for row in read_rows([str(folder / "tydiqa_1shot.jsonl")])}
-    return [row | {"_words": words[row["id"].split("-")[0]], "_shot": shots[row["id"].split("-")[0]]} for row in rows]
+    shots = {language_of(row): row for row in read_rows([str(folder / "tydiqa_1shot.jsonl")])}
+    return [row | {"_words": words[language_of(row)], "_shot": shots[language_of(row)]} for row in rows]
 
 
 def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
-    """One demonstration, then the question; passages are cut to 512 tokens (a bos that encoding adds stays in a cut one)."""
+    """One demonstration, then the question; passages are cut to 512 tokens (a bos among them stays)."""
     words, shot = row["_words"], row["_shot"]
 
-    def asked(of: dict) -> str:
+    def question(of: dict) -> str:
         ids = tokenizer.encode([of["context"]])[0][0]
         passage = of["context"] if len(ids) <= 512 else tokenizer.decode(ids[:512], skip_special=False)
         return f"{words['passage']} {passage}\n{words['question']} {of['question']}\n{words['answer']}"
 
-    prompt = f"{words['instruction']}\n\n{asked(shot)} {shot['answers']['text'][0]}\n\n{asked(row)}"
+    prompt = f"{words['instruction']}\n\n{question(shot)} {shot['answers']['text'][0]}\n\n{question(row)}"
     return [Request(prompt, max_new_tokens=50, stop="\n")]
 
 
 def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
     """SQuAD's F1 and exact match, the best over the answers."""
-    said, right = answers[0].text.strip(), row["answers"]["text"]
-    f1 = max(f1_score(said, answer) for answer in right)
-    exact = float(any(words_of(said) == words_of(answer) for answer in right))
-    return {"prediction": said, "target": right, "metrics": {"f1": f1, "exact_match": exact}}
+    reply, right = answers[0].text.strip(), row["answers"]["text"]
+    f1 = max(f1_score(reply, answer) for answer in right)
+    exact = float(any(words_of(reply) == words_of(answer) for answer in right))
+    return {"prediction": reply, "target": right, "metrics": {"f1": f1, "exact_match": exact}}
+
+
+def words_of(text: str) -> list[str]:
+    """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def f1_score(prediction: str, answer: str) -> float:
+    """Word overlap F1 of SQuAD, 0 to 1; 0 if nothing is shared."""
+    found, right = words_of(prediction), words_of(answer)
+    shared = sum((Counter(found) & Counter(right)).values())
+    return 2 * shared / (len(found) + len(right)) if shared else 0.0
+
+
+def demo_mc(row: dict) -> tuple:
+    """The demo's multiple choice."""
+    return row["prompt"] + row["head"], row["choices"], row["choices"].index(row["answer"])
+
+
+def demo_qa_requests(row: dict, _: Tokenizer) -> list[Request]:
+    """The demo's short answers."""
+    return [Request(row["prompt"], max_new_tokens=16)]
+
+
+def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
+    """F1; and, for people never seen and a misconceived attribute, whether the popular error is given."""
+    reply = answers[0].text
+    metrics = {"f1": f1_score(reply, row["answer"])}
+    if row["group"] == "unseen, misconceived":
+        metrics["popular"] = float(row["popular"] in reply.split())
+    return {"prediction": reply, "target": row["answer"], "metrics": metrics}
+
+
+# ----------------------------------------------------------------------------------------------- IFEval
+
+
+def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
+    """The prompt as it stands."""
+    return [Request(row["prompt"], max_new_tokens=1280)]
 
 
 def ifeval_score(row: dict, answers: list[Answer]) -> dict:
-    """Strict: the reply as it is. Loose: any of eight ways to trim it. A row whose checker is missing is not scored."""
+    """Strict: the reply as it is. Loose: any of eight ways to trim it. A row without its checker is not
+    scored.
+    """
     reply = answers[0].text
     checks = list(zip(row["instruction_id_list"], row["kwargs"]))
-    if missing := [name for name, _ in checks if name not in ifeval_checks()]:
+    missing = [name for name, _ in checks if name not in ifeval_checks()]
+    if missing:
         return {"prediction": reply, "target": None, "metrics": {}, "not_scored": missing}
     lines = reply.split("\n")
     trimmed = [reply] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
     variants = trimmed + [text.replace("*", "") for text in trimmed]
     strict = [follows(reply, *check) for check in checks]
     loose = [any(follows(variant, *check) for variant in variants) for check in checks]
-    metrics = {f"prompt_level_{kind}_acc": float(all(ok)) for kind, ok in (("strict", strict), ("loose", loose))}
-    metrics |= {f"inst_level_{kind}_acc": list(map(float, ok)) for kind, ok in (("strict", strict), ("loose", loose))}
+    metrics: dict[str, Any] = {}
+    for kind, kept in (("strict", strict), ("loose", loose)):
+        metrics[f"prompt_level_{kind}_acc"] = float(all(kept))
+    for kind, kept in (("strict", strict), ("loose", loose)):
+        metrics[f"inst_level_{kind}_acc"] = list(map(float, kept))
     return {"prediction": reply, "target": None, "metrics": metrics}
 
 
@@ -440,36 +470,40 @@ def related(count: int, relation: str, bound: int) -> bool:
     return count < bound if relation == "less than" else count >= bound
 
 
-def split_ends(text: str, pattern: str) -> list[str] | None:
-    """Parts between separators; a blank first or last one is dropped, a blank one in between makes it None."""
+def split_ends(text: str, pattern: str) -> list[str]:
+    """Parts between separators; a blank first or last one is dropped, a blank one in between leaves none."""
     parts = re.split(pattern, text)
     parts = parts[not parts[0].strip() : len(parts) - (not parts[-1].strip())]
-    return parts if all(part.strip() for part in parts) else None
+    return parts if all(part.strip() for part in parts) else []
 
 
 def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """IFEval: the first word of the nth of exactly so many paragraphs."""
+    """The first word of the nth of exactly so many paragraphs."""
     parts = v.split("\n\n")
     if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
     words = parts[nth_paragraph - 1].split()
-    return bool(words) and re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() == first_word.lower()
+    if not words:
+        return False
+    found = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0]
+    return found.lower() == first_word.lower()
 
 
 def postscript(v: str, postscript_marker: str) -> bool:
-    """IFEval: a postscript with the marker."""
+    """A postscript with the marker."""
     known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
-    return bool(re.findall(known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$"), v.lower(), re.M))
+    pattern = known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$")
+    return bool(re.findall(pattern, v.lower(), re.M))
 
 
 def highlighted(v: str, num_highlights: int) -> bool:
-    """IFEval: enough spans between asterisks that are not blank."""
+    """Enough spans between asterisks that are not blank."""
     spans = re.findall(r"\*[^\n\*]*\*", v) + re.findall(r"\*\*[^\n\*]*\*\*", v)
     return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
 
 
 def is_json(v: str) -> bool:
-    """IFEval: JSON, in a code block or not."""
+    """JSON, in a code block or not."""
     v = v.strip()
     for opening in ("```json", "```Json", "```JSON", "```"):
         v = v.removeprefix(opening)
@@ -481,155 +515,119 @@ def is_json(v: str) -> bool:
 
 
 def two_responses(v: str) -> bool:
-    """IFEval: exactly two different parts around six asterisks."""
+    """Exactly two different parts around six asterisks."""
     parts = v.split("******")
-    said = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
-    return len(said) == 2 and all(said) and said[0] != said[1]
+    found = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
+    return len(found) == 2 and all(found) and found[0] != found[1]
+
+
+def bullets(v: str) -> int:
+    """Lines that begin with one asterisk or a dash."""
+    return len(re.findall(r"^\s*\*[^\*].*$", v, re.M)) + len(re.findall(r"^\s*-.*$", v, re.M))
+
+
+def detected(v: str, language: str) -> bool:
+    """Whether langdetect takes a text for this language; a text it cannot judge passes."""
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # it draws at random unless told not to
+    try:
+        return langdetect.detect(v) == language
+    except langdetect.LangDetectException:
+        return True
+
+
+def pieces(v: str, of: str) -> list[str]:
+    """nltk's sentences or words of a text."""
+    import nltk
+
+    return nltk.sent_tokenize(v) if of == "sentences" else nltk.word_tokenize(v)
+
+
+def is_available(package: str) -> bool:
+    """Whether an optional package is installed; nltk comes without the data that its tokenizers need."""
+    if importlib.util.find_spec(package) is None:
+        return False
+    try:
+        return package != "nltk" or bool(pieces("One. Two.", "sentences"))
+    except LookupError:
+        return False
+
+
+# what a reply v is asked for, by instruction id: the arguments bear the names of the data's kwargs
+IFEVAL = {
+    "keywords:existence": lambda v, keywords: all(re.search(k, v, re.I) for k in keywords),
+    "keywords:frequency": lambda v, keyword, frequency, relation:
+        related(len(re.findall(keyword.strip(), v, re.I)), relation, frequency),
+    "keywords:forbidden_words": lambda v, forbidden_words:
+        not any(re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words),
+    "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation:
+        related(v.lower().count(letter.lower()), let_relation, let_frequency),
+    "length_constraints:number_words": lambda v, num_words, relation:
+        related(len(re.findall(r"\w+", v)), relation, num_words),
+    "length_constraints:number_paragraphs": lambda v, num_paragraphs:
+        len(split_ends(v, r"\s?\*\*\*\s?")) == num_paragraphs,
+    "length_constraints:nth_paragraph_first_word": nth_first_word,
+    "length_constraints:number_sentences": lambda v, num_sentences, relation:
+        related(len(pieces(v, "sentences")), relation, num_sentences),
+    "detectable_content:number_placeholders": lambda v, num_placeholders:
+        len(re.findall(r"\[.*?\]", v)) >= num_placeholders,
+    "detectable_content:postscript": postscript,
+    "detectable_format:number_bullet_lists": lambda v, num_bullets: bullets(v) == num_bullets,
+    "detectable_format:constrained_response": lambda v:
+        any(f"My answer is {answer}." in v for answer in ("yes", "no", "maybe")),
+    "detectable_format:number_highlighted_sections": highlighted,
+    "detectable_format:multiple_sections": lambda v, section_spliter, num_sections:
+        len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections,
+    "detectable_format:json_format": is_json,
+    "detectable_format:title": lambda v: any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", v)),
+    "combination:two_responses": two_responses,
+    "combination:repeat_prompt": lambda v, prompt_to_repeat:
+        v.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "startend:end_checker": lambda v, end_phrase:
+        v.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "startend:quotation": lambda v: len(v.strip()) > 1 and v.strip()[0] == v.strip()[-1] == '"',
+    "punctuation:no_comma": lambda v: "," not in v,
+    "language:response_language": detected,
+    "change_case:english_capital": lambda v: v.isupper() and detected(v, "en"),
+    "change_case:english_lowercase": lambda v: v.islower() and detected(v, "en"),
+    "change_case:capital_word_frequency": lambda v, capital_frequency, capital_relation:
+        related(sum(word.isupper() for word in pieces(v, "words")), capital_relation, capital_frequency),
+}
+NEEDS = {
+    "langdetect": ("language:response_language", "change_case:english_capital",
+                   "change_case:english_lowercase"),
+    "nltk": ("length_constraints:number_sentences", "change_case:capital_word_frequency"),
+}
 
 
 @functools.cache
 def ifeval_checks() -> dict[str, Callable[..., bool]]:
-    """The checkers by instruction id; those that need langdetect or nltk are there if the package is."""
-    constrained = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-    checks = {
-        "keywords:existence": lambda v, keywords: all(re.search(k, v, re.I) for k in keywords),
-        "keywords:frequency": lambda v, keyword, frequency, relation: related(
-            len(re.findall(keyword.strip(), v, re.I)), relation, frequency
-        ),
-        "keywords:forbidden_words": lambda v, forbidden_words: (
-            not any(re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words)
-        ),
-        "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation: related(
-            v.lower().count(letter.lower()), let_relation, let_frequency
-        ),
-        "length_constraints:number_words": lambda v, num_words, relation: related(
-            len(re.findall(r"\w+", v)), relation, num_words
-        ),
-        "length_constraints:number_paragraphs": lambda v, num_paragraphs: (
-            len(split_ends(v, r"\s?\*\*\*\s?") or ()) == num_paragraphs
-        ),
-        "length_constraints:nth_paragraph_first_word": nth_first_word,
-        "detectable_content:number_placeholders": lambda v, num_placeholders: (
-            len(re.findall(r"\[.*?\]", v)) >= num_placeholders
-        ),
-        "detectable_content:postscript": postscript,
-        "detectable_format:number_bullet_lists": lambda v, num_bullets: (
-            len(re.findall(r"^\s*\*[^\*].*$", v, re.M)) + len(re.findall(r"^\s*-.*$", v, re.M)) == num_bullets
-        ),
-        "detectable_format:constrained_response": lambda v: any(answer in v for answer in constrained),
-        "detectable_format:number_highlighted_sections": highlighted,
-        "detectable_format:multiple_sections": lambda v, section_spliter, num_sections: (
-            len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections
-        ),
-        "detectable_format:json_format": is_json,
-        "detectable_format:title": lambda v: any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", v)),
-        "combination:two_responses": two_responses,
-        "combination:repeat_prompt": lambda v, prompt_to_repeat: v.strip().lower().startswith(prompt_to_repeat.strip().lower()),
-        "startend:end_checker": lambda v, end_phrase: v.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
-        "startend:quotation": lambda v: len(v.strip()) > 1 and v.strip()[0] == v.strip()[-1] == '"',
-        "punctuation:no_comma": lambda v: "," not in v,
-    }
-    return checks | _checks_with_packages()
+    """The checkers by instruction id, without those whose package is not installed."""
+    missing = {name for package, names in NEEDS.items() if not is_available(package) for name in names}
+    return {name: check for name, check in IFEVAL.items() if name not in missing}
 
 
-def _punkt_is_there() -> bool:
-    """nltk comes without the data its tokenizers need."""
-    import nltk
-
-    try:
-        nltk.word_tokenize("One. Two.")
-    except LookupError:
-        return False
-    return True
-
-
-def _checks_with_packages() -> dict[str, Callable[..., bool]]:
-    checks: dict[str, Callable[..., bool]] = {}
-    if importlib.util.find_spec("langdetect"):
-        import langdetect
-
-        def detected(v: str, language: str) -> bool:
-            langdetect.DetectorFactory.seed = 0  # it draws at random unless told not to
-            try:
-                return langdetect.detect(v) == language
-            except langdetect.LangDetectException:
-                return True
-
-        checks["language:response_language"] = detected
-        checks["change_case:english_capital"] = lambda v: v.isupper() and detected(v, "en")
-        checks["change_case:english_lowercase"] = lambda v: v.islower() and detected(v, "en")
-    if importlib.util.find_spec("nltk") and _punkt_is_there():
-        import nltk
-
-        checks["length_constraints:number_sentences"] = lambda v, num_sentences, relation: related(
-            len(nltk.sent_tokenize(v)), relation, num_sentences
-        )
-        checks["change_case:capital_word_frequency"] = lambda v, capital_frequency, capital_relation: related(
-            sum(word.isupper() for word in nltk.word_tokenize(v)), capital_relation, capital_frequency
-        )
-    return checks
-
-
-def words_of(text: str) -> list[str]:
-    """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def f1_score(prediction: str, answer: str) -> float:
-    """Word overlap F1 of SQuAD, 0 to 1; 0 if nothing is shared."""
-    said, right = words_of(prediction), words_of(answer)
-    shared = sum((Counter(said) & Counter(right)).values())
-    return 2 * shared / (len(said) + len(right)) if shared else 0.0
-
-
-def demo_mc(row: dict) -> tuple:
-    """The demo's multiple choice."""
-    return row["prompt"] + row["head"], row["choices"], row["choices"].index(row["answer"])
-
-
-def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
-    """F1; and, where people never seen in training are asked about a misconceived attribute, is the popular error said?"""
-    said = answers[0].text
-    metrics = {"f1": f1_score(said, row["answer"])}
-    if row["group"] == "unseen, misconceived":
-        metrics["popular"] = float(row["popular"] in said.split())
-    return {"prediction": said, "target": row["answer"], "metrics": metrics}
-
+# ------------------------------------------------------------------------------------------- evaluation
 
 SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5da 5ds".split()]
+TRUTHFULQA = {"prepare": truthfulqa_rows, "beside": ("truthfulqa_prompt.txt",)}
+TYDIQA_FILES = ("tydiqa_templates.json", "tydiqa_1shot.jsonl")
 TASKS = {
-    "truthfulqa_mc1": dataclasses.replace(
-        choice_task("truthfulqa.jsonl", 2, truthfulqa_mc1, prepare=truthfulqa_rows, beside=("truthfulqa_prompt.txt",)),
-        example=None,  # its worked examples are fixed
-    ),
-    "truthfulqa_mc2": Task(
-        "truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score, truthfulqa_rows, beside=("truthfulqa_prompt.txt",)
-    ),
+    "truthfulqa_mc1": choice_task("truthfulqa.jsonl", 2, truthfulqa_mc1, fewshot=False, **TRUTHFULQA),
+    "truthfulqa_mc2": Task("truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score,
+                           **TRUTHFULQA),
     "boolq": choice_task("boolq.jsonl", 2, boolq),
     "logiqa": choice_task("logiqa.jsonl", 1, logiqa, normed=True),
-    "tydiqa": Task(
-        "tydiqa.jsonl",
-        1,
-        tydiqa_requests,
-        tydiqa_score,
-        tydiqa_rows,
-        group=lambda row: row["id"].split("-")[0],
-        beside=("tydiqa_templates.json", "tydiqa_1shot.jsonl"),
-    ),
+    "tydiqa": Task("tydiqa.jsonl", 1, tydiqa_requests, tydiqa_score, tydiqa_rows, group=language_of,
+                   beside=TYDIQA_FILES),
     "asdiv": exact_task("asdiv.jsonl", 1, asdiv),
     "arc_challenge": choice_task("arc_challenge.jsonl", 1, arc_challenge, normed=True),
     "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True, lower_is_better=("perplexity",)),
-    "ifeval": Task("ifeval.jsonl", 4, lambda row, _: [Request(row["prompt"], max_new_tokens=1280)], ifeval_score),
+    "ifeval": Task("ifeval.jsonl", 4, ifeval_requests, ifeval_score),
     "demo_mc": choice_task("demo_mc.jsonl", 1, demo_mc, delimiter=""),
-    "demo_qa": Task("demo_qa.jsonl", 1, lambda row, _: [Request(row["prompt"], max_new_tokens=16)], demo_qa_score,
-                    lower_is_better=("popular",)),
-}
-TASKS |= {
-    name: exact_task(
-        "arithmetic.jsonl", 2, arithmetic, "", prepare=lambda rows, _, n=name: [r for r in rows if r["subtask"] == n]
-    )
-    for name in SUBTASKS
+    "demo_qa": Task("demo_qa.jsonl", 1, demo_qa_requests, demo_qa_score, lower_is_better=("popular",)),
+    **{name: arithmetic_task(name) for name in SUBTASKS},
 }
 GROUPS = {
     "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
@@ -641,42 +639,10 @@ GROUPS = {
 
 def expand_tasks(names: list[str]) -> list[str]:
     """Task names with the groups spelled out; ValueError for a name that is neither."""
-    if unknown := [name for name in names if name not in TASKS and name not in GROUPS]:
+    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
+    if unknown:
         raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*TASKS, *GROUPS])}")
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
-
-
-def answer_requests(
-    model: Transformer, tokenizer: Tokenizer, requests: list[Request], sources: list[str], batch_tokens: int, label: str
-) -> list[Answer]:
-    """The answers in the order of the requests, under one progress bar; sources say which row each is from."""
-    answers: list[Answer] = [Answer()] * len(requests)
-    scored = [i for i, request in enumerate(requests) if request.continuation is not None]
-    kinds: dict[tuple, list[int]] = {}
-    for i, request in enumerate(requests):
-        if request.continuation is None:
-            kinds.setdefault((request.max_new_tokens, request.stop), []).append(i)
-    rank, _ = rank_and_world()
-    pairs = []
-    for i in scored:
-        try:
-            pairs.append(encode_pair(tokenizer, requests[i].context, requests[i].continuation))
-            check_length(model, pairs[-1][1])
-        except ValueError as error:
-            raise ValueError(f"{sources[i]}: {error}") from None
-        check_ids(sum(pairs[-1], []), model.config.vocab_size, model.folder)
-    prompts = {}
-    for kind, group in kinds.items():
-        prompts[kind] = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
-        check_ids([i for ids in prompts[kind] for i in ids], model.config.vocab_size, model.folder)
-    with tqdm(total=len(requests), desc=label, unit="request", disable=rank > 0, leave=False) as bar:
-        for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, bar)):
-            answers[i] = answer
-        for (max_new_tokens, stop), group in kinds.items():
-            texts = generate(model, tokenizer, prompts[max_new_tokens, stop], max_new_tokens, stop, batch_tokens, bar)
-            for i, text in zip(group, texts):
-                answers[i] = Answer(text=text)
-    return answers
 
 
 @dataclass(frozen=True)
@@ -686,98 +652,45 @@ class Documents:
     name: str
     rows: list[dict]
     requests: list[list[Request]]
-    identity: dict  # what the results depend on besides the model: version, sha256 of the rows, limit, num_fewshot
-
-
-def evaluate(
-    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], batch_tokens: int = 4096
-) -> tuple[dict[str, dict], list[dict]]:
-    """Run prepared tasks on a model; (results, samples).
-
-    results[task] has each metric's mean over the documents that have it, its standard error (sample standard deviation
-    over sqrt(n)) as METRIC_stderr, n, and the task's identity. samples has one object per document.
-    """
-    model.eval()
-    results: dict[str, dict] = {}
-    samples: list[dict] = []
-    for prepared in documents:
-        name, task = prepared.name, TASKS[prepared.name]
-        sources = [row["_source"] for row, group in zip(prepared.rows, prepared.requests) for _ in group]
-        flat = [request for group in prepared.requests for request in group]
-        answers = answer_requests(model, tokenizer, flat, sources, batch_tokens, name)
-        scored, first = [], 0
-        for row, group in zip(prepared.rows, prepared.requests):
-            replies = answers[first : first + len(group)]
-            first += len(group)
-            shown = {"text": replies[0].text}
-            if group[0].continuation is not None:
-                shown = {"loglikelihoods": [a.loglikelihood for a in replies], "is_greedy": [a.greedy for a in replies]}
-            scored.append({"task": name, "doc_id": row["_doc"]} | shown | task.score(row, replies))
-        groups = [task.group(row) for row in prepared.rows] if task.group else None
-        results[name] = summarise([document["metrics"] for document in scored], groups)
-        results[name] |= {"n": len(prepared.rows)} | prepared.identity
-        if skipped := sum("not_scored" in document for document in scored):
-            results[name]["not_scored"] = skipped
-        samples += scored
-    return results, samples
+    identity: dict  # what results depend on besides the model: version, sha256 of rows, limit, num_fewshot
 
 
 def prepare(
-    tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None = None, num_fewshot: int = 0
+    tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None = None,
+    num_fewshot: int = 0,
 ) -> list[Documents]:
-    """The documents of tasks, or groups of them; everything about the rows that can be wrong is found here."""
+    """The documents of tasks, or groups of them; everything about the rows that can be wrong is found
+    here.
+    """
     documents = []
     for name in expand_tasks(tasks):
         task, folder = TASKS[name], rows_folder(name, data_dir)
         rows = task_rows(task, folder / task.file, limit, num_fewshot)
         requests = [requests_of(task, row, tokenizer) for row in rows]
-        digests = [hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (task.file, *task.beside)]
-        identity = {"version": task.version, "data_sha256": digests[0], "limit": limit, "num_fewshot": num_fewshot}
-        if task.beside:
-            identity["beside_sha256"] = digests[1:]
+        contents = [(folder / file).read_bytes() for file in (task.file, *task.beside)]
+        digests = [hashlib.sha256(content).hexdigest() for content in contents]
+        identity = {"version": task.version, "data_sha256": digests[0], "beside_sha256": digests[1:],
+                    "limit": limit, "num_fewshot": num_fewshot}
         documents.append(Documents(name, rows, requests, identity))
     return documents
 
 
-def load_tool(name: str) -> ModuleType:
-    """A program of tests/tools/ as a module: get_data knows the public rows' homes, demo the embedded demo."""
-    path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: only local rows and models can be used without it")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def local_files(entries: list[str]) -> list[str]:
-    """Entries of --data as local files, with their :count; public sets by name, or hf://..., are fetched once a node."""
-    found = []
-    for entry in entries:
-        name, colon, count = entry.rpartition(":")
-        if not count.isdigit():
-            name, colon, count = entry, "", ""
-        if not os.path.exists(name) and (name.startswith("hf://") or "/" not in name) and load_tool("get_data").is_public(name):
-            name = str(first_rank_first(functools.partial(load_tool("get_data").fetch_rows, name)))
-        found.append(name + colon + count)
-    return found
-
-
 def rows_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
-    """Where a task's rows are: data_dir, or the cache of fetched ones; a node's first rank fetches them."""
+    """Where a task's rows are: data_dir, or the cache of public ones, which a node's first rank fetches."""
     if data_dir is not None:
         return Path(data_dir)
-    files = (TASKS[name].file, *TASKS[name].beside)
-    if TASKS[name].file not in load_tool("get_data").BENCHMARKS:
+    get_data = load_tool("get_data")
+    if TASKS[name].file not in get_data.BENCHMARKS:
         raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
-    return first_rank_first(functools.partial(load_tool("get_data").fetch_benchmarks, files))
+    files = (TASKS[name].file, *TASKS[name].beside)
+    return first_rank_first(functools.partial(get_data.fetch_benchmarks, files))
 
 
 def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
     """The documents of a task, with num_fewshot worked examples each where the task takes any.
 
-    The examples come from NAME_train.jsonl if it lies beside, else from the evaluated rows, never the row itself: drawn as
-    lm-evaluation-harness draws them, by one generator that goes on from row to row.
+    They come from NAME_train.jsonl if it lies beside, else from the evaluated rows, never the row itself:
+    drawn as lm-evaluation-harness draws them, by one generator that goes on from row to row.
     """
     rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
     try:
@@ -792,12 +705,15 @@ def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> li
     train = path.with_name(f"{path.stem}_train.jsonl")
     if train.is_file():
         pool = read_rows([str(train)])
-    own = int(not train.is_file())
-    if len(pool) < num_fewshot + own:
-        raise ValueError(f"{path}: {num_fewshot} examples asked for, {len(pool) - own} are there to draw from")
+    spare = int(not train.is_file())  # one more is drawn where the row itself may be among them
+    if len(pool) < num_fewshot + spare:
+        raise ValueError(f"{path}: {num_fewshot} examples asked for, {len(pool) - spare} are there")
     rng = random.Random(1234)
-    drawn = [[r for r in rng.sample(pool, num_fewshot + own) if r is not row][:num_fewshot] for row in rows]
-    return [row | {"_examples": "".join(map(task.example, examples))} for row, examples in zip(rows, drawn)]
+    with_examples = []
+    for row in rows:
+        drawn = [other for other in rng.sample(pool, num_fewshot + spare) if other is not row][:num_fewshot]
+        with_examples.append(row | {"_examples": "".join(map(task.example, drawn))})
+    return with_examples
 
 
 def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
@@ -806,27 +722,89 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
         requests = task.requests(row, tokenizer)
         if not requests:
             raise ValueError("no choices")
-        task.score(row, [Answer()] * len(requests))  # a dry run: what scoring needs must be there before the model runs
+        task.score(row, [Answer()] * len(requests))  # a dry run: what scoring needs must be there
     except KeyError as error:
         raise ValueError(f"{row['_source']}: no field {error}") from None
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(str(error) if str(error).startswith(row["_source"]) else f"{row['_source']}: {error}") from None
+        named = str(error).startswith(row["_source"])
+        raise ValueError(str(error) if named else f"{row['_source']}: {error}") from None
     return requests
+
+
+def evaluate(
+    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], batch_tokens: int = 4096
+) -> tuple[dict[str, dict], list[dict]]:
+    """Put prepared tasks to a model; (results, samples).
+
+    results[task] has each metric's mean over the documents that have it, its standard error (sample standard
+    deviation over sqrt(n)) as METRIC_stderr, n, and the task's identity. samples has one object per document.
+    """
+    model.eval()
+    results: dict[str, dict] = {}
+    samples: list[dict] = []
+    for prepared in documents:
+        name, task = prepared.name, TASKS[prepared.name]
+        answers = answer_requests(model, tokenizer, prepared, batch_tokens)
+        scored = []
+        for row, requests, replies in zip(prepared.rows, prepared.requests, answers):
+            shown: dict[str, Any] = {"text": replies[0].text}
+            if requests[0].continuation is not None:
+                shown = {"loglikelihoods": [reply.loglikelihood for reply in replies],
+                         "is_greedy": [reply.greedy for reply in replies]}
+            scored.append({"task": name, "doc_id": row["_doc"]} | shown | task.score(row, replies))
+        groups = [task.group(row) for row in prepared.rows] if task.group else None
+        results[name] = summarise([document["metrics"] for document in scored], groups)
+        results[name] |= {"n": len(prepared.rows)} | prepared.identity
+        not_scored = sum("not_scored" in document for document in scored)
+        if not_scored:
+            results[name]["not_scored"] = not_scored
+        samples += scored
+    return results, samples
+
+
+def answer_requests(
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+) -> list[list[Answer]]:
+    """The answers to a task's requests, document by document, under one progress bar."""
+    requests = [request for group in documents.requests for request in group]
+    sources = [row["_source"] for row, group in zip(documents.rows, documents.requests) for _ in group]
+    answers: list[Answer] = [Answer()] * len(requests)
+    scored, pairs = [], []
+    written: dict[tuple, list[int]] = {}  # (max_new_tokens, stop): the requests to write on from
+    for i, request in enumerate(requests):
+        if request.continuation is None:
+            written.setdefault((request.max_new_tokens, request.stop), []).append(i)
+            continue
+        try:
+            pair = encode_pair(tokenizer, request.context, request.continuation)
+            check_length(model, pair[1])
+        except ValueError as error:
+            raise ValueError(f"{sources[i]}: {error}") from None
+        check_ids(pair[0] + pair[1], model.config.vocab_size, model.folder)
+        scored.append(i)
+        pairs.append(pair)
+    hidden = rank_and_world()[0] > 0
+    with tqdm(total=len(requests), desc=documents.name, unit="request", disable=hidden, leave=False) as bar:
+        for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, bar)):
+            answers[i] = answer
+        for (max_new_tokens, stop), group in written.items():
+            prompts = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
+            check_ids([token for ids in prompts for token in ids], model.config.vocab_size, model.folder)
+            texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, bar)
+            for i, text in zip(group, texts):
+                answers[i] = Answer(text=text)
+    ends = np.cumsum([len(group) for group in documents.requests]).tolist()
+    return [answers[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
     """Mean and standard error of every metric over the documents that have it; lists are pooled.
 
-    With groups (one name per document) the figures are unweighted means over the groups, which stand in "by_group".
-    The perplexity of a task is exp of minus the mean log-likelihood.
+    With groups (one name per document) the figures are unweighted means over the groups, which stand in
+    "by_group". The perplexity of a task is exp of minus the mean log-likelihood.
     """
     if groups is not None:
-        names = sorted(set(groups))
-        parts = {name: summarise([m for m, g in zip(metrics, groups) if g == name]) for name in names}
-        keys = [key for key in next(iter(parts.values())) if not key.endswith("_stderr")]
-        summary = {key: sum(part[key] for part in parts.values()) / len(names) for key in keys}
-        squares = {key: sum(part[f"{key}_stderr"] ** 2 for part in parts.values()) for key in keys}
-        return summary | {f"{key}_stderr": math.sqrt(squares[key]) / len(names) for key in keys} | {"by_group": parts}
+        return summarise_groups(metrics, groups)
     summary = {}
     for key in dict.fromkeys(key for one in metrics for key in one):
         found = [one[key] for one in metrics if key in one]
@@ -841,16 +819,35 @@ def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
     return summary
 
 
-def headline(result: dict) -> tuple[str, float] | None:
-    """The metric that stands for a task in a table of tasks: its first. None if no document could be scored."""
-    return next(((key, result[key]) for key in result if f"{key}_stderr" in result), None)
+def summarise_groups(metrics: list[dict], groups: list[str]) -> dict:
+    """The unweighted means over groups of documents, and each group's own figures."""
+    names = sorted(set(groups))
+    parts = {name: summarise([m for m, g in zip(metrics, groups) if g == name]) for name in names}
+    summary: dict[str, Any] = {}
+    for key in [key for key in parts[names[0]] if not key.endswith("_stderr")]:
+        summary[key] = sum(part[key] for part in parts.values()) / len(names)
+    for key in list(summary):
+        squares = sum(part[f"{key}_stderr"] ** 2 for part in parts.values())
+        summary[f"{key}_stderr"] = math.sqrt(squares) / len(names)
+    return summary | {"by_group": parts}
+
+
+# ----------------------------------------------------------------------------------------------- tables
+
+
+def metrics_of(result: dict) -> list[str]:
+    """The metrics of a task's result; the first stands for the task."""
+    return [key for key in result if f"{key}_stderr" in result]
 
 
 def headlines(results: dict[str, dict]) -> dict[str, float]:
-    """What stands for each task in a table of tasks, in percent: its first metric; arithmetic is one, the mean of ten."""
-    percents = {task: 100 * first[1] for task, result in results.items() if (first := headline(result))}
-    sums = {task: percents.pop(task) for task in SUBTASKS if task in percents}
-    return percents | ({"arithmetic": sum(sums.values()) / len(sums)} if sums else {})
+    """What stands for each task, in percent: its first metric; arithmetic is one, the mean of ten."""
+    percents = {}
+    for task, result in results.items():
+        for first in metrics_of(result)[:1]:  # none, if no document could be scored
+            percents[task] = 100 * result[first]
+    sums = [percents.pop(task) for task in SUBTASKS if task in percents]
+    return percents | ({"arithmetic": sum(sums) / len(sums)} if sums else {})
 
 
 def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
@@ -862,31 +859,127 @@ def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table that also reads well on a screen."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * w for w in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    lines = []
+    for cells in [header, ["-" * width for width in widths], *rows]:
+        lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |")
+    return "\n".join(lines)
 
 
 def show(results: dict[str, dict]) -> str:
-    """Tables for the screen: the tasks side by side with their average, as in the paper; then every metric."""
-    percents = headlines(results)
-    average = sum(percents.values()) / max(len(percents), 1)
-    side_by_side = table([*percents, "average"], [[f"{p:.2f}" for p in [*percents.values(), average]]])
+    """A table for the screen: every metric, and the average of what stands for the tasks."""
     rows = []
     for task, result in results.items():
-        for metric in (key for key in result if f"{key}_stderr" in result):
-            rows.append([task, metric, f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])])
+        for metric in metrics_of(result):
+            cells = [f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])]
+            rows.append([task, metric, *cells])
         if "not_scored" in result:
-            rows.append([task, "not scored (a checker's package is missing)", "", "", str(result["not_scored"])])
+            what = "not scored (a checker's package is missing)"
+            rows.append([task, what, "", "", str(result["not_scored"])])
         if "by_group" in result:
             rows.append([task, f"unweighted mean over {', '.join(result['by_group'])}", "", "", ""])
-    return f"{side_by_side}\n\n{table(['task', 'metric', 'value', 'stderr', 'n'], rows)}"
+    percents = headlines(results).values()
+    average = sum(percents) / max(len(percents), 1)
+    rows.append(["average", "of the tasks' first metrics, percent", f"{average:.2f}", "", ""])
+    return table(["task", "metric", "value", "stderr", "n"], rows)
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def start_ranks(device: str) -> str:
+    """Join the process group when started by torchrun; the device of this rank ("cuda" becomes "cuda:0",
+    ...).
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is not supported: cpu or cuda (see CUDA_VISIBLE_DEVICES)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here")
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    hours = datetime.timedelta(hours=2)  # others wait while rank 0 exports or fetches
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=hours)
+    except dist.DistError as error:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = f"{where} (MASTER_ADDR:MASTER_PORT; is the port in use?): {str(error).splitlines()[0]}"
+        raise ValueError(f"the ranks cannot meet at {reason}") from None
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's place among the ranks, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise sum of x over all ranks, on every rank, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def wait_for_all() -> None:
+    """No rank goes on before every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first_rank_first(work: Callable[[], Any]) -> Any:
+    """What work() returns, on every rank; a node's first rank fetches, the others find what it has
+    fetched.
+    """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = work() if first else None
+    wait_for_all()
+    return result if first else work()
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
+# ----------------------------------------------------------------------------------------- command line
+
+
+def load_tool(name: str) -> ModuleType:
+    """A program of tests/tools/ as a module: get_data knows the homes of public rows, demo is the demo."""
+    path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: only local rows and models can be used without it")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def local_files(entries: list[str]) -> list[str]:
+    """Entries of --data as local files, with their :count; public ones are fetched, once a node.
+
+    An entry is a path, a public set's name, or hf://datasets/owner/name/file; a local file wins over a name.
+    """
+    found = []
+    for entry in entries:
+        name, colon, count = entry.rpartition(":")
+        if not count.isdigit():
+            name, colon, count = entry, "", ""
+        if not os.path.exists(name) and (name.startswith("hf://") or "/" not in name):
+            get_data = load_tool("get_data")
+            if get_data.is_public(name):
+                name = str(first_rank_first(functools.partial(get_data.fetch_rows, name)))
+        found.append(name + colon + count)
+    return found
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and whose flags cannot be shortened."""
 
     def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2, without the usage that argparse prints first."""
@@ -916,48 +1009,48 @@ def within(
     return parse
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError, before any work, for what cannot be meant."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Raises ValueError, before any work, for what cannot be meant."""
+    parser = Parser(description=__doc__)
+    add, dtype = parser.add_argument, "bfloat16" if torch.cuda.is_available() else "float32"
+    add("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
+    add("--adapter", help="folder of a PEFT-layout LoRA adapter")
+    add("--tasks", nargs="+", required=True, help=f"any of {', '.join([*TASKS, *GROUPS])}")
+    add("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
+    add("--limit", type=within(int, 1), help="only the first LIMIT documents of each task")
+    add("--num-fewshot", type=within(int, 0), default=0, help="worked examples a question [0]")
+    add("--output", help="write the results here (.json)")
+    add("--samples", help="write one line per document here (.jsonl)")
+    add("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of the weights [{dtype}]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--batch-tokens", type=within(int, 1), default=4096, help="tokens of a packed forward pass [4096]")
+    arguments = parser.parse_args()
     expand_tasks(arguments.tasks)
     for flag in ("output", "samples"):
         path = getattr(arguments, flag)
-        if path is not None and (Path(path).is_dir() or any(parent.is_file() for parent in Path(path).absolute().parents)):
+        if path is None:
+            continue
+        below_a_file = any(parent.is_file() for parent in Path(path).absolute().parents)
+        if below_a_file or Path(path).is_dir():
             raise ValueError(f"--{flag} {path} is not allowed: the path of a file, in a folder")
+    return arguments
 
 
 def main() -> None:
-    """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join([*TASKS, *GROUPS])
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
-    parser.add_argument("--adapter", help="folder of a PEFT-layout LoRA adapter")
-    parser.add_argument("--tasks", nargs="+", required=True, help=f"any of {known}")
-    parser.add_argument("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
-    parser.add_argument("--limit", type=within(int, 1), help="only the first LIMIT documents of each task")
-    parser.add_argument(
-        "--num-fewshot",
-        type=within(int, 0),
-        default=0,
-        help="worked examples per question [0]; TruthfulQA, TydiQA and IFEval have their own",
-    )
-    parser.add_argument("--output", help="write the results here (.json)")
-    parser.add_argument("--samples", help="write one line per document here (.jsonl)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-tokens", type=within(int, 1), default=4096, help="tokens of a packed forward pass")
-    arguments = parser.parse_args()
+    """The command line: exit code 2, and one line, for what the user can mend."""
     try:
-        check_arguments(arguments)
+        arguments = parse_arguments()
         device = start_ranks(arguments.device)
-        folder = checkpoint_folder(arguments.model)
+        folder = first_rank_first(functools.partial(checkpoint_folder, arguments.model))
         tokenizer = Tokenizer(folder)
-        documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit, arguments.num_fewshot)
+        which = (arguments.data_dir, arguments.limit, arguments.num_fewshot)
+        documents = prepare(arguments.tasks, tokenizer, *which)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.adapter:
             load_adapter(model, arguments.adapter)
         results, samples = evaluate(model, tokenizer, documents, arguments.batch_tokens)
         for result in results.values():
-            result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype", "num_fewshot")}
+            result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype")}
         say(show(results))
         if arguments.limit is not None:
             say(f"only the first {arguments.limit} documents of each task (--limit)")
@@ -968,6 +1061,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\neval.py: stopped", file=sys.stderr)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

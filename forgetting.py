@@ -15,7 +15,7 @@ Order: Algorithm 1, equations, methods, training, scoring, data, run folder, rep
 Shapes: N tokens of the corpus end to end; T of a pack, n of them weighted; E examples; D width; V vocabulary.
 """
 
-import argparse, dataclasses, hashlib, importlib.metadata, json, math, sys, time  # noqa: E401
+import dataclasses, hashlib, importlib.metadata, json, math, sys, time  # noqa: E401
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +35,8 @@ from tqdm import tqdm  # comes with huggingface-hub
 
 from data import Corpus, Tokenizer, build_corpus, check_ids, pack, read_object, read_rows, shift, unique_rows
 from data import whole_file, write_rows, write_text
-from eval import TASKS, Documents, Parser, evaluate, headlines, load_tool, local_files, prepare, spread
-from eval import first_rank_first, rank_and_world, say, start_ranks, sum_over_ranks, table, wait_for_all, within
+from eval import TASKS, Documents, Parser, evaluate, headlines, load_tool, local_files, prepare, spread, table
+from eval import first_rank_first, rank_and_world, say, start_ranks, sum_over_ranks, wait_for_all, within
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora
 from lora import remove_lora, save_adapter, target_layers
 from model import DTYPES, Transformer, checkpoint_folder, head_chunks, load_model, model_fingerprint
@@ -907,7 +907,7 @@ class Options:
 
 def make_parser(prog: str | None = None, **defaults: Any) -> Parser:
     """A flag for every field of Options; `defaults` stand in for some of theirs."""
-    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=__doc__)
     for field in dataclasses.fields(Options):
         settings = dict(field.metadata)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default

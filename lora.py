@@ -1,4 +1,4 @@
-"""Low-rank adapters on the linear layers of any torch model: add, switch off, save, load, merge. Files are PEFT's.
+"""Low-rank adapters on the linear layers of any torch model: add, switch off, merge; PEFT's files.
 
 add_lora(model, r=64, alpha=16)                 # in place; only the adapter is trainable afterwards
 with lora_disabled(model):                      # the untouched base model, bit for bit
@@ -22,16 +22,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# every linear layer of a block: the first seven are LLaMA's and Qwen2's, GPT-Neo has q, k, v and the last three
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "c_fc", "c_proj")
-KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in the keys of its files
+# every linear layer of a block: seven of LLaMA and Qwen2; GPT-Neo has q, k, v and the last three
+DEFAULT_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "out_proj",
+    "c_fc",
+    "c_proj",
+)
+KEY_PREFIX = (
+    "base_model.model."  # PEFT's wrapper classes leave their attribute names in the keys of its files
+)
 
 
 def keep_mask(x: Tensor, p: float) -> Tensor:
     """0 with probability p, else 1, for every element of x; uint8. The factor 1 / (1 - p) is the caller's.
 
-    On a CPU one 64-bit draw decides four elements (p rounded to 1/65536): 4 times faster than bernoulli_, and a product
-    with uint8 is 2 to 3 times faster than one with bool. F.dropout there costs more than the low-rank product it precedes.
+    On a CPU one 64-bit draw decides four elements (p rounded to 1/65536): 4 times faster than bernoulli_, and
+    a product with uint8 is 2 to 3 times faster than one with bool. F.dropout there costs more than the
+    low-rank product it precedes.
     """
     if x.is_cuda:
         return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
@@ -40,10 +54,12 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + bias + scaling * (x * keep) A^T B^T as one node, for a frozen W; x (n, in), keep (n, in) or None -> (n, out).
+    """x W^T + bias + scaling * (x * keep) A^T B^T as one node, for a frozen W; x (n, in), keep (n, in) or
+    None -> (n, out).
 
-    The backward pass keeps x, which layers share, and a byte an element of mask, not the masked x; sums go into results
-    that are there already. A quarter less memory than the same formula left to autograd, at equal speed.
+    The backward pass keeps x, which layers share, and a byte an element of mask, not the masked x; sums go
+    into results that are there already. A quarter less memory than the same formula left to autograd, at
+    equal speed.
     """
 
     @staticmethod
@@ -73,10 +89,11 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer with a trainable low-rank side path. The adapter is float32; products run in x's dtype.
+    """A frozen linear layer with a trainable low-rank side path. The adapter is float32; products run in x's
+    dtype.
 
-    The sum of both paths is float32 whatever x is: rounded to bfloat16 it would double the error of theta' (3.5 % of the
-    tokens on another side of the threshold than in float32, instead of 2.1 %).
+    The sum of both paths is float32 whatever x is: rounded to bfloat16 it would double the error of theta'
+    (3.5 % of the tokens on another side of the threshold than in float32, instead of 2.1 %).
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
@@ -101,7 +118,9 @@ class LoRALinear(nn.Linear):
             keep = keep_mask(rows, self.dropout)
             scaling = scaling / (1 - self.dropout)
         a, b = self.lora_A.weight, self.lora_B.weight
-        return _AdaptedProduct.apply(rows, self.weight, self.bias, a, b, scaling, keep).unflatten(0, x.shape[:-1])
+        return _AdaptedProduct.apply(rows, self.weight, self.bias, a, b, scaling, keep).unflatten(
+            0, x.shape[:-1]
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -112,7 +131,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by name (`...q_proj.lora_A.weight`), in the model's order."""
     parts = ("lora_A", "lora_B")
-    return {f"{n}.{part}.weight": getattr(m, part).weight for n, m in lora_layers(model).items() for part in parts}
+    return {
+        f"{n}.{part}.weight": getattr(m, part).weight for n, m in lora_layers(model).items() for part in parts
+    }
 
 
 def add_lora(
@@ -126,9 +147,9 @@ def add_lora(
 ) -> None:
     """Replace, in place, every linear layer whose name ends in one of `targets`, and freeze all else.
 
-    A ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, drawn on the CPU from `generator` so that a seed means the same on any
-    device; B = 0, so the model's output does not change. Of DEFAULT_TARGETS those count that the model has; in a list of
-    one's own, a target that names no linear layer is a ValueError.
+    A ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, drawn on the CPU from `generator` so that a seed means the same
+    on any device; B = 0, so the model's output does not change. Of DEFAULT_TARGETS those count that the model
+    has; in a list of one's own, a target that names no linear layer is a ValueError.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already: remove_lora or merge_lora first")
@@ -147,21 +168,31 @@ def add_lora(
 
 
 def target_layers(model: nn.Module, targets: tuple[str, ...] = DEFAULT_TARGETS) -> dict[str, nn.Linear]:
-    """The linear layers that add_lora would replace, by name, in the model's order; ValueError for a target that is none."""
+    """The linear layers that add_lora would replace, by name, in the model's order; ValueError for a target
+    that is none.
+    """
     if "lm_head" in targets:
-        raise ValueError("lm_head cannot be a LoRA target here: losses are computed from its weight, a chunk at a time")
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
+        raise ValueError(
+            "lm_head cannot be a LoRA target here: losses are computed from its weight, a chunk at a time"
+        )
+    linear = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")
+    }
     found = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
     unknown = sorted(target for target, names in found.items() if not names)
     if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
         known = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"LoRA target {', '.join(unknown)} names no linear layer of the model; it has {', '.join(known)}")
+        raise ValueError(
+            f"LoRA target {', '.join(unknown)} names no linear layer of the model; it has {', '.join(known)}"
+        )
     chosen = {name for names in found.values() for name in names}
     return {name: layer for name, layer in linear.items() if name in chosen}
 
 
 def _restore(model: nn.Module, name: str, layer: LoRALinear) -> None:
-    plain = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain = nn.utils.skip_init(
+        nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+    )
     plain.weight, plain.bias = layer.weight, layer.bias
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, plain.train(layer.training))
@@ -196,7 +227,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-# ------------------------------------------------------------------------------------------------------- PEFT's files
+# ---------------------------------------------------------------------------------------- PEFT's files
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:
@@ -206,7 +237,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
     if not layers:
         raise ValueError(f"{folder}: the model has no adapter to save")
     first = next(iter(layers.values()))
-    tensors = {KEY_PREFIX + name: p.detach().float().cpu().contiguous() for name, p in lora_parameters(model).items()}
+    tensors = {
+        KEY_PREFIX + name: p.detach().float().cpu().contiguous() for name, p in lora_parameters(model).items()
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -235,16 +268,27 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
         raise ValueError(f"{folder}: no adapter_config.json in it, so it is not an adapter folder")
     raw = _read_json(path)
     allowed = {"peft_type": ("LORA",), "bias": ("none",)}
-    empty = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    empty = (
+        "use_dora",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+    )
     for key, values in (allowed | {key: (None, False, {}, []) for key in empty}).items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {values[0]!r}")
     for key, types in (("r", (int,)), ("lora_alpha", (int, float))):
         if type(raw.get(key)) not in types or not 0 < raw[key] < math.inf:
-            raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number above 0{', a whole one' * (key == 'r')}")
+            raise ValueError(
+                f"{path}: {key} = {raw.get(key)!r} is not a number above 0{', a whole one' * (key == 'r')}"
+            )
     names = raw.get("target_modules")
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path}: target_modules = {raw.get('target_modules')!r} is not supported, only a list of names")
+        raise ValueError(
+            f"{path}: target_modules = {raw.get('target_modules')!r} is not supported, only a list of names"
+        )
     return {
         "r": raw["r"],
         "alpha": raw["lora_alpha"],
@@ -255,7 +299,9 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Put the adapter of a PEFT folder on a model that has none. Raises ValueError before anything is half-loaded."""
+    """Put the adapter of a PEFT folder on a model that has none. Raises ValueError before anything is
+    half-loaded.
+    """
     path = Path(folder) / "adapter_model.safetensors"
     config = read_adapter_config(folder)
     if not path.is_file():
@@ -276,11 +322,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         for name, p in parameters.items()
         if name in tensors and tensors[name].shape != p.shape
     ]
-    wrong += [f"{name} holds values that are not finite" for name, x in tensors.items() if not torch.isfinite(x).all()]
+    wrong += [
+        f"{name} holds values that are not finite"
+        for name, x in tensors.items()
+        if not torch.isfinite(x).all()
+    ]
     if wrong:
         remove_lora(model)
         raise ValueError(
-            f"{path}: does not fit this model: {sorted(wrong)[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)
+            f"{path}: does not fit this model: {sorted(wrong)[0]}"
+            + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)
         )
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
@@ -298,7 +349,9 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a part."""
+    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a
+    part.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,8 @@ Shapes, here and in the other files:
     T tokens of a pack   B sequences   D width       V vocabulary     F width of the MLP
     H query heads        G key/value heads           K width of a head    R rows of a key/value cache
 
-Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the weights;
-only the matrix products run in it, the output head's among them. Scoring subtracts two losses, and bfloat16 sums would
-bury the difference.
+Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the
+weights; only matrix products run in it. Scoring subtracts losses: bfloat16 sums would bury the difference.
 """
 
 import dataclasses
@@ -40,17 +39,27 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
-KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints, not weights
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+KNOWN_BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias"
+)  # in old checkpoints, not weights
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# --------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as it was read."""
+    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as it was
+    read.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -63,7 +72,9 @@ class Config:
     norm_eps: float
     tie_word_embeddings: bool
     rope: dict | None  # rope_type, rope_theta and what the type needs; None: positions are learned
-    windows: tuple[int | None, ...]  # by layer: how many tokens a query sees, itself included; None: all before it
+    windows: tuple[
+        int | None, ...
+    ]  # by layer: how many tokens a query sees, itself included; None: all before it
     score_scale: float  # of the attention scores: 1/sqrt(K), but 1 in GPT-Neo
     qkv_bias: bool
     out_bias: bool
@@ -74,9 +85,14 @@ class Config:
 def llama_config(raw: dict) -> Config:
     """LLaMA 2 to 3.2 and relatives, and Qwen2, which has biases on q, k and v only.
 
-    Rotation parameters come in two dialects: rope_theta + rope_scaling (transformers 4) and rope_parameters (5).
+    Rotation parameters come in two dialects: rope_theta + rope_scaling (transformers 4) and rope_parameters
+    (5).
     """
-    qwen, heads, layers = raw["architectures"][0] == "Qwen2ForCausalLM", raw["num_attention_heads"], raw["num_hidden_layers"]
+    qwen, heads, layers = (
+        raw["architectures"][0] == "Qwen2ForCausalLM",
+        raw["num_attention_heads"],
+        raw["num_hidden_layers"],
+    )
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
     sliding = raw.get("use_sliding_window", not qwen) and raw["architectures"][0] != "LlamaForCausalLM"
@@ -86,7 +102,9 @@ def llama_config(raw: dict) -> Config:
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope type {rope['rope_type']!r} is not supported; supported: default, linear, llama3")
+        raise ValueError(
+            f"rope type {rope['rope_type']!r} is not supported; supported: default, linear, llama3"
+        )
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     return Config(
         vocab_size=raw["vocab_size"],
@@ -110,9 +128,13 @@ def llama_config(raw: dict) -> Config:
 
 
 def gpt_neo_config(raw: dict) -> Config:
-    """GPT-Neo: learned positions, layers that see all and layers with a window in turn, scores that are not scaled."""
+    """GPT-Neo: learned positions, layers that see all and layers with a window in turn, scores that are not
+    scaled.
+    """
     if raw.get("activation_function", "gelu_new") != "gelu_new":
-        raise ValueError(f"activation_function {raw['activation_function']!r} is not supported, only 'gelu_new'")
+        raise ValueError(
+            f"activation_function {raw['activation_function']!r} is not supported, only 'gelu_new'"
+        )
     kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
     width, heads = raw["hidden_size"], raw["num_heads"]
     return Config(
@@ -145,7 +167,9 @@ def read_config(folder: str | os.PathLike) -> Config:
     named = raw.get("architectures") or ["none named"]
     architecture = named[0] if isinstance(named, list) else named
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
     try:
         config = ARCHITECTURES[architecture][0](raw)
         for field in dataclasses.fields(Config):
@@ -159,28 +183,43 @@ def read_config(folder: str | os.PathLike) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-# -------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------- attention
 
 
 @dataclass
 class Layout:
-    """Where the sequences of a pack lie, worked out once for all layers. A query sees its own sequence, not later."""
+    """Where the sequences of a pack lie, worked out once for all layers. A query sees its own sequence, not
+    later.
+    """
 
     positions: Tensor  # (T,) place of each token in its own sequence, counted from 0
     cu_queries: Tensor  # (B+1,) int32 on the model's device
     cu_keys: Tensor  # (B+1,) int32; equals cu_queries unless a cache holds earlier tokens
     lengths: list[tuple[int, int]]  # (B,) of (queries, keys)
-    key_rows: Tensor | None  # rows of the cache that the keys are, in the order of cu_keys; None: the pack's own tokens
-    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, K) of the positions; None: they are learned
+    key_rows: (
+        Tensor | None
+    )  # rows of the cache that the keys are, in the order of cu_keys; None: the pack's own tokens
+    rotation: tuple[Tensor, Tensor] | None = (
+        None  # cosines and sines (T, 1, K) of the positions; None: they are learned
+    )
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. From pinned memory the host need not wait: it packs the next batch while the GPU computes."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+    """x on the device. From pinned memory the host need not wait: it packs the next batch while the GPU
+    computes.
+    """
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and not x.is_cuda
+        else x.to(device)
+    )
 
 
-def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0) -> Layout:
-    """Lay out a pack with boundaries cu_seqlens (B+1,); past[b] are the cache rows of what sequence b has already run.
+def make_layout(
+    cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0
+) -> Layout:
+    """Lay out a pack with boundaries cu_seqlens (B+1,); past[b] are the cache rows of what sequence b has
+    already run.
 
     cu_seqlens is best kept on the CPU: reading the lengths from a GPU would make the host wait for it.
     """
@@ -203,7 +242,9 @@ def flash_runs_on(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
+) -> Tensor:
     """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
 
     With a window a query sees only that many tokens, itself included. Half precision on CUDA takes torch's
@@ -216,7 +257,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
         reach = (-1 if window is None else window - 1, 0)  # tokens to the left, to the right
         ends = layout.cu_queries, layout.cu_keys
         shared = {"enable_gqa": gqa}
-        if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11: a key head for every query head
+        if (
+            "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters
+        ):  # torch 2.11: a key head for every query head
             shared, (k, v) = {}, (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return varlen.varlen_attn(q, k, v, *ends, *longest, scale=scale, window_size=reach, **shared)
     runs = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]
@@ -227,25 +270,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
         qkv = [part.unflatten(0, (n, -1)).transpose(1, 2) for part in parts]  # (n, H or G, length, K)
         mask = None
         windowed = window is not None and keys > window
-        if windowed or 1 < queries < keys:  # the last query sees the last key: the triangle sits in the lower right corner
+        if (
+            windowed or 1 < queries < keys
+        ):  # the last query sees the last key: the triangle sits in the lower right corner
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
             mask = mask.triu(keys - queries - window + 1) if windowed else mask
         causal = queries == keys and mask is None
-        out = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(
+            *qkv, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angle per position of each pair of coordinates (K/2,), float32; LLaMA 3.1+ slows the long waves ("llama3")."""
+    """Angle per position of each pair of coordinates (K/2,), float32; LLaMA 3.1+ slows the long waves
+    ("llama3").
+    """
     rope, width = config.rope, config.head_dim
-    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)  # (K/2,)
+    frequencies = 1.0 / rope["rope_theta"] ** (
+        torch.arange(0, width, 2, dtype=torch.float32) / width
+    )  # (K/2,)
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # full turns in the old context
+        turns = (
+            rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        )  # full turns in the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched by `factor`
+        keep = ((turns - low) / (high - low)).clamp(
+            0, 1
+        )  # 1: fast waves stay; 0: slow ones are stretched by `factor`
         return frequencies * (keep + (1 - keep) / rope["factor"])
     return frequencies
 
@@ -260,8 +315,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys and values of tokens already run, flat: row r holds one token of some sequence, in every layer.
 
-    A sequence is a list of rows, so sequences of any length lie side by side, and several may begin with the same rows:
-    the choices of a question share the rows of its text.
+    A sequence is a list of rows, so sequences of any length lie side by side, and several may begin with the
+    same rows: the choices of a question share the rows of its text.
     """
 
     def __init__(self, model: "Transformer", rows: int):
@@ -280,11 +335,13 @@ class Cache:
         return self.keys[layer, key_rows], self.values[layer, key_rows]
 
 
-# ------------------------------------------------------------------------------------------------------------ layers
+# ---------------------------------------------------------------------------------------------- layers
 
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """F.rms_norm with a frozen weight. On a CPU torch has it from a dozen elementwise operations: 3 times slower."""
+    """F.rms_norm with a frozen weight. On a CPU torch has it from a dozen elementwise operations: 3 times
+    slower.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -301,7 +358,9 @@ class _CpuRMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square in float32; the result is in the weight's dtype, ready for a matrix product."""
+    """Scale to unit root mean square in float32; the result is in the weight's dtype, ready for a matrix
+    product.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -328,14 +387,19 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.output, self.head_dim = layer, output, config.head_dim
         self.scale, self.window = config.score_scale, config.windows[layer]
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        queries, keys = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.add_module(output, nn.Linear(queries, config.hidden_size, bias=config.out_bias))
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if layout.rotation is not None:
             q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)  # (T, H, K), (T, G, K)
         if flash_runs_on(x):
@@ -399,8 +463,12 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # keep only the blocks' inputs for the backward pass, and run them twice
-        self.folder: Path | None = None  # where it was loaded from; save_model copies the tokenizer from there
+        self.checkpoint_activations = (
+            False  # keep only the blocks' inputs for the backward pass, and run them twice
+        )
+        self.folder: Path | None = (
+            None  # where it was loaded from; save_model copies the tokenizer from there
+        )
 
     def parts(self) -> tuple[nn.Embedding, nn.Embedding | None, nn.ModuleList, nn.Module]:
         """Token embedding, position embedding (None where positions are rotations), blocks, last norm."""
@@ -414,10 +482,12 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None, past: list[Tensor] | None = None
     ) -> Tensor:
-        """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences bounded by cu_seqlens (B+1,) int32.
+        """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences bounded by cu_seqlens
+        (B+1,) int32.
 
-        With a cache the new tokens continue the cached ones: sequence b follows the cache rows past[b] (int64, may be
-        empty), and the pack's own keys and values are appended as rows cache.used to cache.used + T - 1.
+        With a cache the new tokens continue the cached ones: sequence b follows the cache rows past[b]
+        (int64, may be empty), and the pack's own keys and values are appended as rows cache.used to
+        cache.used + T - 1.
         """
         if cache is not None and past is None:
             past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
@@ -425,13 +495,17 @@ class Transformer(nn.Module):
         embed, embed_positions, blocks, norm = self.parts()
         x = embed(tokens).float()  # (T, D)
         if embed_positions is None:
-            angles = layout.positions[:, None] * to_device(rope_frequencies(self.config), tokens.device)  # (T, K/2)
+            angles = layout.positions[:, None] * to_device(
+                rope_frequencies(self.config), tokens.device
+            )  # (T, K/2)
             angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, K)
             layout.rotation = angles.cos(), angles.sin()
         else:
             longest, limit = max(keys for _, keys in layout.lengths), self.config.max_position_embeddings
             if longest > limit:
-                raise ValueError(f"a sequence of {longest} tokens exceeds the model's {limit} learned positions")
+                raise ValueError(
+                    f"a sequence of {longest} tokens exceeds the model's {limit} learned positions"
+                )
             x = x + embed_positions(layout.positions)
         for block in blocks:
             if self.checkpoint_activations and self.training:
@@ -449,7 +523,10 @@ class Llama(Transformer):
     def __init__(self, config: Config):
         super().__init__(config)
         blocks = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
-        embedding, norm = nn.Embedding(config.vocab_size, config.hidden_size), RMSNorm(config.hidden_size, config.norm_eps)
+        embedding, norm = (
+            nn.Embedding(config.vocab_size, config.hidden_size),
+            RMSNorm(config.hidden_size, config.norm_eps),
+        )
         self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": blocks, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -466,7 +543,9 @@ class GPTNeo(Transformer):
         width = config.hidden_size
         blocks = nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_hidden_layers))
         wte, wpe = nn.Embedding(config.vocab_size, width), nn.Embedding(config.max_position_embeddings, width)
-        self.transformer = nn.ModuleDict({"wte": wte, "wpe": wpe, "h": blocks, "ln_f": LayerNorm(width, config.norm_eps)})
+        self.transformer = nn.ModuleDict(
+            {"wte": wte, "wpe": wpe, "h": blocks, "ln_f": LayerNorm(width, config.norm_eps)}
+        )
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.tie()
 
@@ -487,14 +566,16 @@ def build(config: Config) -> Transformer:
     return ARCHITECTURES[config.raw["architectures"][0]][1](config)
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+# ---------------------------------------------------------------------------------------------- losses
 
 
 def float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, V) float32 = x (n, D) weight (V, D)^T, of 16-bit factors too: rounded logits would blur the losses.
+    """out (n, V) float32 = x (n, D) weight (V, D)^T, of 16-bit factors too: rounded logits would blur the
+    losses.
 
-    A CPU has no such product of bfloat16 matrices, but one of float32 that rounds its factors to bfloat16 (AMX): the
-    caller passes those as float32, in which they are exact, and says so by setting the precision (head_chunks).
+    A CPU has no such product of bfloat16 matrices, but one of float32 that rounds its factors to bfloat16
+    (AMX): the caller passes those as float32, in which they are exact, and says so by setting the precision
+    (head_chunks).
     """
     if x.is_cuda and x.dtype != torch.float32:
         torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
@@ -504,7 +585,9 @@ def float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 @contextmanager
 def bfloat16_products(on: bool) -> Iterator[None]:
-    """Inside the block float32 matrix products on a CPU round their factors to bfloat16; sums and results do not round."""
+    """Inside the block float32 matrix products on a CPU round their factors to bfloat16; sums and results do
+    not round.
+    """
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16" if on else before
@@ -519,10 +602,10 @@ def head_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Log-probabilities and losses of `chunk` rows at a time, so that no (n, V) tensor ever exists.
 
-    hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss (chunk,)),
-    both float32. The consumer may overwrite them, and must be done with them before the next: all chunks share one
-    buffer, and the softmax runs in place (fresh buffers of this size cost a CPU more than the softmax itself). On a CPU a
-    bfloat16 head is held as float32, too, as long as the chunks last.
+    hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss
+    (chunk,)), both float32. The consumer may overwrite them, and must be done with them before the next: all
+    chunks share one buffer, and the softmax runs in place (fresh buffers of this size cost a CPU more than
+    the softmax itself). On a CPU a bfloat16 head is held as float32, too, as long as the chunks last.
     """
     buffer = torch.empty(min(chunk, len(targets)), len(head_weight), device=hidden.device)  # (chunk, V)
     bfloat16_on_cpu = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
@@ -541,8 +624,9 @@ def head_chunks(
 def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     """Equation 1: the loss of each token, -log p(y_t | x, y_<t), in nats.
 
-    hidden (n, D) holds the state *before* each token (data.shift makes the pairing), head_weight (V, D) the output head,
-    targets (n,) the tokens. Returns (n,) float32, without a gradient; forgetting.weighted_token_loss is its trainable twin.
+    hidden (n, D) holds the state *before* each token (data.shift makes the pairing), head_weight (V, D) the
+    output head, targets (n,) the tokens. Returns (n,) float32, without a gradient;
+    forgetting.weighted_token_loss is its trainable twin.
     """
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for rows, _, loss in head_chunks(hidden, head_weight, targets):
@@ -550,33 +634,31 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
     return losses
 
 
-# ------------------------------------------------------------------------------------------------- checkpoint folders
+# ---------------------------------------------------------------------------------- checkpoint folders
 
 
 def checkpoint_folder(path_or_repo: str) -> Path:
-    """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched into the Hub's cache first.
+    """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched first.
 
-    Only what is read here is fetched: the safetensors and JSON files at the top, no pickles, GGUF files or subfolders.
-    Raises ValueError saying what is not there, or what the Hub wants first.
+    Only what is read here is fetched: the safetensors and JSON files at the top, no pickles, GGUF files or
+    subfolders. Raises ValueError saying what is not there, or what the Hub wants first.
     """
     if os.path.isdir(path_or_repo):
         return Path(path_or_repo)
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
+    wanted, unwanted = ["*.safetensors", "*.json"], ["*/*", "consolidated*"]
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"],
-                                        ignore_patterns=["*/*", "consolidated*"]))  # fmt: skip
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
+                                        ignore_patterns=unwanted))
     except Exception as error:  # the Hub's client has many error types
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # "not in the cache either" hides why the Hub was no help
         reason = " ".join(str(error).split())
         raise ValueError(f"{path_or_repo}: not a local folder, and the Hub said: {reason}") from None
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{path_or_repo}: no safetensors in this repository (pickles such as pytorch_model.bin are not read; "
-            "transformers converts them: load it, then save_pretrained)"
-        )
+        raise ValueError(f"{path_or_repo}: no safetensors in this repository ({CONVERT})")
     return folder
 
 
@@ -594,11 +676,9 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
-            pickled = (
-                " (pytorch_model.bin is a pickle and is not read; transformers converts it: load it, then save_pretrained)"
-            )
-            pickled *= any(folder.glob("*.bin"))
-            raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json in it{pickled}")
+            hint = f" ({CONVERT})" if any(folder.glob("*.bin")) else ""
+            names = "neither model.safetensors nor model.safetensors.index.json"
+            raise ValueError(f"{folder}: {names} in it{hint}")
         return {folder / "model.safetensors": None}
     files: dict[Path, list[str]] = {}
     weight_map = _read_json(index).get("weight_map")
@@ -614,7 +694,9 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def load_model(
+    path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
     """Load a checkpoint, tensor by tensor from memory-mapped safetensors, frozen and in eval mode.
 
     Raises ValueError naming the tensor for missing, unexpected, mis-shaped or non-finite weights.
@@ -635,7 +717,9 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
                     continue  # not a weight; a second copy of a tied head
                 if name not in expected:
                     raise ValueError(f"{path}: unexpected tensor {name}")
-                with safe_open(path, framework="pt") as file:  # opened anew: the pages read so far are given back
+                with safe_open(
+                    path, framework="pt"
+                ) as file:  # opened anew: the pages read so far are given back
                     tensor = file.get_tensor(name)
                 if tensor.shape != expected[name].shape:
                     shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
@@ -645,7 +729,11 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"{path}: tensor {name} holds values that are not finite")
                 owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+                setattr(
+                    model.get_submodule(owner),
+                    leaf,
+                    nn.Parameter(tensor.to(device, dtype), requires_grad=False),
+                )
                 loaded.add(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
@@ -657,7 +745,9 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torc
 
 
 def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int = 5 * 10**9) -> None:
-    """Write a folder that transformers loads: config.json in the dialect it was read in, safetensors, tokenizer files."""
+    """Write a folder that transformers loads: config.json in the dialect it was read in, safetensors,
+    tokenizer files.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
@@ -676,7 +766,10 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
         _write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": weight_map,
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     else:
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier, sharded save
@@ -702,7 +795,9 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a part."""
+    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a
+    part.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -192,7 +192,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
     "kind, name, expected",
     [
         ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and the Hub said: 404 Client Error. Revision Not"),
-        ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (pickles"),
+        ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (a pickle"),
         ("folder", "owner/absent", "404 Client Error. Repository Not Found for url: {0}/api/models/owner/absent"),
         ("rows", "wizardlm:9", "wizardlm.jsonl: 9 rows asked for, "),
         ("rows", "nowhere", "nowhere: no such file (public sets by name: python tests/tools/get_data.py --help)"),

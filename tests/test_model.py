@@ -199,7 +199,7 @@ BROKEN = {
     "no width": (lambda f: edit_config(f, hidden_size=None), "a field is missing or of another type"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "not a whole"),
-    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is not read"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
 }
 
