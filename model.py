@@ -12,6 +12,7 @@ Shapes, here and in the other files:
 
 Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the
 weights; only matrix products run in it. Scoring subtracts losses: bfloat16 sums would bury the difference.
+Order: configuration, attention, layers, the model, losses, checkpoint folders.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -39,17 +40,10 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
-KNOWN_BUFFERS = re.compile(
-    r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias"
-)  # in old checkpoints, not weights
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
-CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
+CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 # --------------------------------------------------------------------------------------- configuration
@@ -57,9 +51,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as it was
-    read.
-    """
+    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as read."""
 
     vocab_size: int
     hidden_size: int
@@ -72,9 +64,7 @@ class Config:
     norm_eps: float
     tie_word_embeddings: bool
     rope: dict | None  # rope_type, rope_theta and what the type needs; None: positions are learned
-    windows: tuple[
-        int | None, ...
-    ]  # by layer: how many tokens a query sees, itself included; None: all before it
+    windows: tuple[int | None, ...]  # by layer: tokens that a query sees, itself included; None: all before
     score_scale: float  # of the attention scores: 1/sqrt(K), but 1 in GPT-Neo
     qkv_bias: bool
     out_bias: bool
@@ -83,42 +73,28 @@ class Config:
 
 
 def llama_config(raw: dict) -> Config:
-    """LLaMA 2 to 3.2 and relatives, and Qwen2, which has biases on q, k and v only.
-
-    Rotation parameters come in two dialects: rope_theta + rope_scaling (transformers 4) and rope_parameters
-    (5).
-    """
-    qwen, heads, layers = (
-        raw["architectures"][0] == "Qwen2ForCausalLM",
-        raw["num_attention_heads"],
-        raw["num_hidden_layers"],
-    )
+    """LLaMA 2 to 3.2, Mistral, and Qwen2, which has biases on q, k and v only."""
+    architecture, heads = raw["architectures"][0], raw["num_attention_heads"]
+    qwen = architecture == "Qwen2ForCausalLM"
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    sliding = raw.get("use_sliding_window", not qwen) and raw["architectures"][0] != "LlamaForCausalLM"
-    if sliding and raw.get("sliding_window"):
+    slides = raw.get("use_sliding_window", not qwen) and architecture != "LlamaForCausalLM"
+    if slides and raw.get("sliding_window"):
         raise ValueError(f"sliding_window {raw['sliding_window']} is not supported, only null")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(
-            f"rope type {rope['rope_type']!r} is not supported; supported: default, linear, llama3"
-        )
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     return Config(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=layers,
+        num_hidden_layers=raw["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        rope=rope,
-        windows=(None,) * layers,
+        rope=rope_config(raw),
+        windows=(None,) * raw["num_hidden_layers"],
         score_scale=head_dim**-0.5,
         qkv_bias=qwen or raw.get("attention_bias", False),
         out_bias=not qwen and raw.get("attention_bias", False),
@@ -127,14 +103,28 @@ def llama_config(raw: dict) -> Config:
     )
 
 
+def rope_config(raw: dict) -> dict:
+    """The rotation's parameters, from rope_theta + rope_scaling (transformers 4) or rope_parameters (5)."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    needs = {"default": (), "linear": ("factor",), "llama3": ("factor", *bands)}
+    if kind not in needs:
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(needs)}")
+    for name in ("rope_theta", *needs[kind]):
+        if type(rope.get(name)) not in (int, float) or not 0 < rope[name] < math.inf:
+            raise ValueError(f"{name} = {rope.get(name)!r} of rope type {kind!r} is not a number above 0")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("low_freq_factor of rope type 'llama3' is not below high_freq_factor")
+    return rope
+
+
 def gpt_neo_config(raw: dict) -> Config:
-    """GPT-Neo: learned positions, layers that see all and layers with a window in turn, scores that are not
-    scaled.
-    """
-    if raw.get("activation_function", "gelu_new") != "gelu_new":
-        raise ValueError(
-            f"activation_function {raw['activation_function']!r} is not supported, only 'gelu_new'"
-        )
+    """GPT-Neo: learned positions, scores without a scale, layers that see all and layers with a window."""
+    activation = raw.get("activation_function", "gelu_new")
+    if activation != "gelu_new":
+        raise ValueError(f"activation_function {activation!r} is not supported, only 'gelu_new'")
     kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
     width, heads = raw["hidden_size"], raw["num_heads"]
     return Config(
@@ -166,12 +156,11 @@ def read_config(folder: str | os.PathLike) -> Config:
     raw = _read_json(path)
     named = raw.get("architectures") or ["none named"]
     architecture = named[0] if isinstance(named, list) else named
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
+    if architecture not in FAMILIES:
+        supported = ", ".join(FAMILIES)
+        raise ValueError(f"{path}: architecture {architecture} is not supported; supported: {supported}")
     try:
-        config = ARCHITECTURES[architecture][0](raw)
+        config = FAMILIES[architecture].read(raw)
         for field in dataclasses.fields(Config):
             value = getattr(config, field.name)
             if field.type is int and not (type(value) is int and value > 0):
@@ -188,40 +177,32 @@ def read_config(folder: str | os.PathLike) -> Config:
 
 @dataclass
 class Layout:
-    """Where the sequences of a pack lie, worked out once for all layers. A query sees its own sequence, not
-    later.
+    """Where the sequences of a pack lie, worked out once for all layers.
+
+    The rule of attention: a query sees the keys of its own sequence, up to itself.
     """
 
     positions: Tensor  # (T,) place of each token in its own sequence, counted from 0
     cu_queries: Tensor  # (B+1,) int32 on the model's device
     cu_keys: Tensor  # (B+1,) int32; equals cu_queries unless a cache holds earlier tokens
     lengths: list[tuple[int, int]]  # (B,) of (queries, keys)
-    key_rows: (
-        Tensor | None
-    )  # rows of the cache that the keys are, in the order of cu_keys; None: the pack's own tokens
-    rotation: tuple[Tensor, Tensor] | None = (
-        None  # cosines and sines (T, 1, K) of the positions; None: they are learned
-    )
+    longest: tuple[int, int]  # the greatest of each: all that the kernel, and so a compiled block, asks for
+    key_rows: Tensor | None  # rows of the cache in the order of cu_keys; None: the pack's own tokens
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines, sines (T, 1, K); None: positions are learned
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. From pinned memory the host need not wait: it packs the next batch while the GPU
-    computes.
-    """
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and not x.is_cuda
-        else x.to(device)
-    )
+    """x on the device; from pinned memory, so that the host packs the next batch while the GPU computes."""
+    if device.type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
-def make_layout(
-    cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0
-) -> Layout:
-    """Lay out a pack with boundaries cu_seqlens (B+1,); past[b] are the cache rows of what sequence b has
-    already run.
+def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None,
+                first_row: int = 0) -> Layout:
+    """Lay out a pack with boundaries cu_seqlens (B+1,), best kept on the CPU: reading a GPU's makes it wait.
 
-    cu_seqlens is best kept on the CPU: reading the lengths from a GPU would make the host wait for it.
+    past[b] are the cache rows of what sequence b has already run; the pack's own begin at first_row.
     """
     starts = cu_seqlens.tolist()
     queries = [end - start for start, end in zip(starts, starts[1:])]
@@ -231,76 +212,78 @@ def make_layout(
     key_rows, cu_keys = None, cu_seqlens
     if past is not None:
         new = torch.arange(first_row, first_row + starts[-1]).split(queries)
-        key_rows = torch.cat([row for pair in zip(past, new) for row in pair]).to(device)  # (sum of keys,)
+        key_rows = torch.cat([row for pair in zip(past, new) for row in pair])  # (sum of keys,)
+        key_rows = to_device(key_rows, device)
         cu_keys = torch.tensor([0, *keys]).cumsum(0).to(cu_seqlens.dtype)
     positions, *ends = (to_device(x, device) for x in (positions, cu_seqlens, cu_keys))
-    return Layout(positions, *ends, list(zip(queries, keys)), key_rows)
+    longest = max(queries, default=0), max(keys, default=0)
+    return Layout(positions, *ends, list(zip(queries, keys)), longest, key_rows)
 
 
 def flash_runs_on(x: Tensor) -> bool:
-    """Whether torch's variable-length flash kernel takes x."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    """Whether torch's variable-length flash kernel takes x: 16 bits, compute capability 8.0 or above."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
-) -> Tensor:
+def attend(qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scale: float, window: int | None) -> Tensor:
     """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
 
-    With a window a query sees only that many tokens, itself included. Half precision on CUDA takes torch's
-    variable-length flash kernel. Elsewhere neighbouring sequences of equal lengths share one
-    scaled_dot_product_attention in float32 (on a CPU its bfloat16 backward is several times slower).
+    With a window a query sees only that many tokens, itself included.
     """
-    gqa = q.shape[1] != k.shape[1]
-    if flash_runs_on(v):
-        longest = [max(side) for side in zip(*layout.lengths)]
-        reach = (-1 if window is None else window - 1, 0)  # tokens to the left, to the right
-        ends = layout.cu_queries, layout.cu_keys
-        shared = {"enable_gqa": gqa}
-        if (
-            "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters
-        ):  # torch 2.11: a key head for every query head
-            shared, (k, v) = {}, (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return varlen.varlen_attn(q, k, v, *ends, *longest, scale=scale, window_size=reach, **shared)
+    if flash_runs_on(qkv[2]):
+        return flash_attention(*qkv, layout, scale, window)
+    return dense_attention(*(x.float() for x in qkv), layout, scale, window)
+
+
+def flash_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
+    """attend() by torch's kernel for sequences of unequal lengths, in 16 bits on CUDA."""
+    reach = (-1 if window is None else window - 1, 0)  # tokens seen to the left (-1: all) and to the right
+    if layout.longest[0] == 1 and window is None:
+        reach = (-1, -1)  # decoding: nothing lies to the right, and unbounded the kernel splits the keys
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11
+        grouped, (k, v) = {}, (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    ends = layout.cu_queries, layout.cu_keys
+    return varlen.varlen_attn(q, k, v, *ends, *layout.longest, scale=scale, window_size=reach, **grouped)
+
+
+def dense_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
+    """attend() for CPUs and float32: neighbouring sequences of equal lengths share one product.
+
+    Always in float32: a CPU's backward pass of bfloat16 attention is several times slower.
+    """
+    if q.is_cuda:  # CUDA's memory-efficient kernel wants a key head for every query head
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     runs = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]
-    qs = q.float().split([n * queries for n, queries, _ in runs])
-    ks, vs = (x.float().split([n * keys for n, _, keys in runs]) for x in (k, v))
+    qs = q.split([n * queries for n, queries, _ in runs])
+    ks, vs = (x.split([n * keys for n, _, keys in runs]) for x in (k, v))
     outputs = []
     for (n, queries, keys), *parts in zip(runs, qs, ks, vs):
         qkv = [part.unflatten(0, (n, -1)).transpose(1, 2) for part in parts]  # (n, H or G, length, K)
-        mask = None
-        windowed = window is not None and keys > window
-        if (
-            windowed or 1 < queries < keys
-        ):  # the last query sees the last key: the triangle sits in the lower right corner
+        mask, windowed = None, window is not None and keys > window
+        if windowed or 1 < queries < keys:
+            # the last query sees the last key: the triangle sits in the lower right corner
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
             mask = mask.triu(keys - queries - window + 1) if windowed else mask
-        causal = queries == keys and mask is None
-        out = F.scaled_dot_product_attention(
-            *qkv, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
+        rule = {"attn_mask": mask, "is_causal": queries == keys and mask is None}
+        out = F.scaled_dot_product_attention(*qkv, **rule, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angle per position of each pair of coordinates (K/2,), float32; LLaMA 3.1+ slows the long waves
-    ("llama3").
-    """
+    """Angle per position of each pair of coordinates (K/2,), float32; "llama3" slows the long waves."""
     rope, width = config.rope, config.head_dim
-    frequencies = 1.0 / rope["rope_theta"] ** (
-        torch.arange(0, width, 2, dtype=torch.float32) / width
-    )  # (K/2,)
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width  # (K/2,)
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = (
-            rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        )  # full turns in the old context
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 1: fast waves stay; 0: slow ones are stretched by `factor`
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched
         return frequencies * (keep + (1 - keep) / rope["factor"])
     return frequencies
 
@@ -339,9 +322,7 @@ class Cache:
 
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """F.rms_norm with a frozen weight. On a CPU torch has it from a dozen elementwise operations: 3 times
-    slower.
-    """
+    """F.rms_norm with a frozen weight in few passes over memory; torch's own makes a dozen on a CPU."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -358,9 +339,7 @@ class _CpuRMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square in float32; the result is in the weight's dtype, ready for a matrix
-    product.
-    """
+    """Scale to unit root mean square in float32; the result has the weight's dtype, ready for a product."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -373,11 +352,17 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """The usual layer norm, in float32; the result is in the weight's dtype."""
+    """The usual layer norm, in float32; the result has the weight's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+def unrounded(*layers: nn.Linear) -> None:
+    """Mark layers whose consumers compute in float32: an adapter of theirs hands out its float32 sum."""
+    for layer in layers:
+        layer.float32_output = True  # read by lora.LoRALinear; a plain layer ignores it
 
 
 class Attention(nn.Module):
@@ -387,26 +372,24 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.output, self.head_dim = layer, output, config.head_dim
         self.scale, self.window = config.score_scale, config.windows[layer]
-        queries, keys = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.add_module(output, nn.Linear(queries, config.hidden_size, bias=config.out_bias))
+        width = config.hidden_size
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.add_module(output, nn.Linear(queries, width, bias=config.out_bias))
+        unrounded(self.q_proj, self.k_proj, self.get_submodule(output))  # for the rotation and the residual
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
         if layout.rotation is not None:
             q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)  # (T, H, K), (T, G, K)
         if flash_runs_on(x):
-            q, k, v = (part.to(x.dtype) for part in (q, k, v))  # rotation and adapters leave float32
+            q, k = q.to(x.dtype), k.to(x.dtype)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, layout.key_rows)
-        mixed = attend(q, k, v, layout, self.scale, self.window)  # (T, H, K)
+        mixed = attend((q, k, v), layout, self.scale, self.window)  # (T, H, K)
         return self.get_submodule(self.output)(mixed.flatten(1).to(x.dtype))
 
 
@@ -416,9 +399,10 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        unrounded(self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
-        return self.down_proj(F.silu(self.gate_proj(x).to(x.dtype)) * self.up_proj(x).to(x.dtype))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaBlock(nn.Module):
@@ -439,9 +423,10 @@ class GPTNeoMLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        unrounded(self.c_proj)
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh").to(x.dtype))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class GPTNeoBlock(nn.Module):
@@ -457,176 +442,136 @@ class GPTNeoBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+# ------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture is made of, and what its checkpoints call the parts."""
+
+    read: Callable[[dict], Config]  # config.json -> Config
+    block: type[nn.Module]
+    norm: type[nn.Module]
+    names: tuple[str, str, str | None, str, str]  # root, embedding, learned positions, blocks, last norm
+
+
+LLAMA = Family(llama_config, LlamaBlock, RMSNorm, ("model", "embed_tokens", None, "layers", "norm"))
+GPT_NEO = Family(gpt_neo_config, GPTNeoBlock, LayerNorm, ("transformer", "wte", "wpe", "h", "ln_f"))
+FAMILIES = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA,
+    "GPTNeoForCausalLM": GPT_NEO,
+}
+
+
 class Transformer(nn.Module):
-    """What all architectures share. Parameters bear the checkpoint's names, so loading maps nothing."""
+    """A decoder of any family. Parameters bear the checkpoint's names, so loading maps nothing."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = (
-            False  # keep only the blocks' inputs for the backward pass, and run them twice
-        )
-        self.folder: Path | None = (
-            None  # where it was loaded from; save_model copies the tokenizer from there
-        )
-
-    def parts(self) -> tuple[nn.Embedding, nn.Embedding | None, nn.ModuleList, nn.Module]:
-        """Token embedding, position embedding (None where positions are rotations), blocks, last norm."""
-        raise NotImplementedError
+        self.checkpoint_activations = False  # True: keep the blocks' inputs only, run blocks again backwards
+        self.folder: Path | None = None  # where it was loaded from, tokenizer and all
+        family = FAMILIES[config.raw["architectures"][0]]
+        root, embedding, positions, blocks, norm = self.names = family.names
+        width = config.hidden_size
+        parts = nn.ModuleDict({embedding: nn.Embedding(config.vocab_size, width)})
+        if positions is not None:
+            parts[positions] = nn.Embedding(config.max_position_embeddings, width)
+        layers = range(config.num_hidden_layers)
+        parts[blocks] = nn.ModuleList(family.block(config, layer) for layer in layers)
+        parts[norm] = family.norm(width, config.norm_eps)
+        self.add_module(root, parts)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.tie()
 
     def tie(self) -> None:
         """Make the head the embedding itself, where the checkpoint has one matrix for both."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.parts()[0].weight
+            root, embedding, *_ = self.names
+            self.lm_head.weight = self.get_submodule(root)[embedding].weight
 
-    def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None, past: list[Tensor] | None = None
-    ) -> Tensor:
-        """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences bounded by cu_seqlens
-        (B+1,) int32.
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None,
+                past: list[Tensor] | None = None) -> Tensor:
+        """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences end to end.
 
-        With a cache the new tokens continue the cached ones: sequence b follows the cache rows past[b]
-        (int64, may be empty), and the pack's own keys and values are appended as rows cache.used to
-        cache.used + T - 1.
+        cu_seqlens (B+1,) int32 holds their boundaries. With a cache the new tokens continue the cached ones:
+        sequence b follows the cache rows past[b] (int64, may be empty), and the pack's own keys and values
+        become the rows cache.used to cache.used + T - 1.
         """
+        root, embedding, positions, blocks, norm = self.names
+        parts = self.get_submodule(root)
         if cache is not None and past is None:
             past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
         layout = make_layout(cu_seqlens, tokens.device, past, cache.used if cache is not None else 0)
-        embed, embed_positions, blocks, norm = self.parts()
-        x = embed(tokens).float()  # (T, D)
-        if embed_positions is None:
-            angles = layout.positions[:, None] * to_device(
-                rope_frequencies(self.config), tokens.device
-            )  # (T, K/2)
-            angles = torch.cat((angles, angles), dim=-1)[:, None]  # (T, 1, K)
+        x = parts[embedding](tokens).float()  # (T, D)
+        if positions is None:
+            frequencies = to_device(rope_frequencies(self.config), tokens.device)  # (K/2,)
+            angles = (layout.positions[:, None] * frequencies).repeat(1, 2)[:, None]  # (T, 1, K)
             layout.rotation = angles.cos(), angles.sin()
         else:
-            longest, limit = max(keys for _, keys in layout.lengths), self.config.max_position_embeddings
-            if longest > limit:
-                raise ValueError(
-                    f"a sequence of {longest} tokens exceeds the model's {limit} learned positions"
-                )
-            x = x + embed_positions(layout.positions)
-        for block in blocks:
+            most, limit = layout.longest[1], self.config.max_position_embeddings
+            if most > limit:
+                raise ValueError(f"a sequence of {most} tokens exceeds the model's {limit} learned positions")
+            x = x + parts[positions](layout.positions)
+        for block in parts[blocks]:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, layout, cache, use_reentrant=False)
             else:
                 x = block(x, layout, cache)
         if cache is not None:
             cache.used += len(tokens)
-        return norm(x)
-
-
-class Llama(Transformer):
-    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        blocks = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers))
-        embedding, norm = (
-            nn.Embedding(config.vocab_size, config.hidden_size),
-            RMSNorm(config.hidden_size, config.norm_eps),
-        )
-        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": blocks, "norm": norm})
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tie()
-
-    def parts(self) -> tuple:
-        return self.model["embed_tokens"], None, self.model["layers"], self.model["norm"]
-
-
-class GPTNeo(Transformer):
-    """GPTNeoForCausalLM."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        width = config.hidden_size
-        blocks = nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_hidden_layers))
-        wte, wpe = nn.Embedding(config.vocab_size, width), nn.Embedding(config.max_position_embeddings, width)
-        self.transformer = nn.ModuleDict(
-            {"wte": wte, "wpe": wpe, "h": blocks, "ln_f": LayerNorm(width, config.norm_eps)}
-        )
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        self.tie()
-
-    def parts(self) -> tuple:
-        return tuple(self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": (llama_config, Llama),
-    "MistralForCausalLM": (llama_config, Llama),
-    "Qwen2ForCausalLM": (llama_config, Llama),
-    "GPTNeoForCausalLM": (gpt_neo_config, GPTNeo),
-}
-
-
-def build(config: Config) -> Transformer:
-    """The module of an architecture, with torch's default initialisation."""
-    return ARCHITECTURES[config.raw["architectures"][0]][1](config)
+        return parts[norm](x)
 
 
 # ---------------------------------------------------------------------------------------------- losses
 
 
-def float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, V) float32 = x (n, D) weight (V, D)^T, of 16-bit factors too: rounded logits would blur the
-    losses.
+def float32_product(x: Tensor, weight: Tensor, out: Tensor, rounded: bool) -> None:
+    """out (n, V) float32 = x (n, D) weight (V, D)^T, unrounded also where the factors are of 16 bits.
 
-    A CPU has no such product of bfloat16 matrices, but one of float32 that rounds its factors to bfloat16
-    (AMX): the caller passes those as float32, in which they are exact, and says so by setting the precision
-    (head_chunks).
+    On a CPU only a float32 product has a float32 result; with `rounded` its factors pass through bfloat16, so
+    that bfloat16 weights held as float32 keep the speed of bfloat16 matrix units.
     """
     if x.is_cuda and x.dtype != torch.float32:
         torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(x, weight.T, out=out)
-
-
-@contextmanager
-def bfloat16_products(on: bool) -> Iterator[None]:
-    """Inside the block float32 matrix products on a CPU round their factors to bfloat16; sums and results do
-    not round.
-    """
+        return
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
-    setting.fp32_precision = "bf16" if on else before
     try:
-        yield
+        setting.fp32_precision = "bf16" if rounded else before
+        torch.mm(x, weight.T, out=out)
     finally:
         setting.fp32_precision = before
 
 
-def head_chunks(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int = 512
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def head_chunks(hidden: Tensor, head_weight: Tensor, targets: Tensor,
+                chunk: int = 512) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Log-probabilities and losses of `chunk` rows at a time, so that no (n, V) tensor ever exists.
 
     hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss
     (chunk,)), both float32. The consumer may overwrite them, and must be done with them before the next: all
-    chunks share one buffer, and the softmax runs in place (fresh buffers of this size cost a CPU more than
-    the softmax itself). On a CPU a bfloat16 head is held as float32, too, as long as the chunks last.
+    chunks share one buffer, and the softmax runs in place.
     """
     buffer = torch.empty(min(chunk, len(targets)), len(head_weight), device=hidden.device)  # (chunk, V)
-    bfloat16_on_cpu = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
+    rounded = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
     if not hidden.is_cuda:
-        hidden, head_weight = hidden.float(), head_weight.float()
+        hidden, head_weight = hidden.float(), head_weight.float()  # once, not for every chunk
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
         logits = buffer[: len(targets[rows])]
-        with bfloat16_products(bfloat16_on_cpu):
-            float32_product(hidden[rows], head_weight, logits)
+        float32_product(hidden[rows], head_weight, logits, rounded)
         logprobs = torch.log_softmax(logits, dim=-1, out=logits)
         yield rows, logprobs, -logprobs.gather(1, targets[rows, None]).squeeze(1)
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """Equation 1: the loss of each token, -log p(y_t | x, y_<t), in nats.
+    """Equation 1: the loss of each token, -log p(y_t | x, y_<t), in nats; (n,) float32, without a gradient.
 
     hidden (n, D) holds the state *before* each token (data.shift makes the pairing), head_weight (V, D) the
-    output head, targets (n,) the tokens. Returns (n,) float32, without a gradient;
-    forgetting.weighted_token_loss is its trainable twin.
+    output head, targets (n,) the tokens. forgetting.weighted_token_loss is its trainable twin.
     """
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for rows, _, loss in head_chunks(hidden, head_weight, targets):
@@ -648,10 +593,9 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
-    wanted, unwanted = ["*.safetensors", "*.json"], ["*/*", "consolidated*"]
+    patterns = {"allow_patterns": ["*.safetensors", "*.json"], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
-                                        ignore_patterns=unwanted))
+        folder = Path(snapshot_download(repo, revision=revision or None, **patterns))
     except Exception as error:  # the Hub's client has many error types
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # "not in the cache either" hides why the Hub was no help
@@ -673,13 +617,12 @@ def model_fingerprint(folder: Path) -> str:
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The safetensors files of a checkpoint, each with the tensors the index says it has (None: no index)."""
-    index = folder / "model.safetensors.index.json"
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            hint = f" ({CONVERT})" if any(folder.glob("*.bin")) else ""
-            names = "neither model.safetensors nor model.safetensors.index.json"
-            raise ValueError(f"{folder}: {names} in it{hint}")
-        return {folder / "model.safetensors": None}
+        if whole.is_file():
+            return {whole: None}
+        hint = f" ({CONVERT})" if any(folder.glob("*.bin")) else ""
+        raise ValueError(f"{folder}: neither {whole.name} nor {index.name} in it{hint}")
     files: dict[Path, list[str]] = {}
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -694,9 +637,8 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def load_model(
-    path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Transformer:
+def load_model(path_or_repo: str | os.PathLike, device: str = "cpu",
+               dtype: torch.dtype = torch.float32) -> Transformer:
     """Load a checkpoint, tensor by tensor from memory-mapped safetensors, frozen and in eval mode.
 
     Raises ValueError naming the tensor for missing, unexpected, mis-shaped or non-finite weights.
@@ -704,7 +646,7 @@ def load_model(
     folder = checkpoint_folder(str(path_or_repo))
     config = read_config(folder)
     with torch.device("meta"):
-        model = build(config)
+        model = Transformer(config)
     expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     loaded: set[str] = set()
     for path, names in weight_files(folder).items():
@@ -715,25 +657,12 @@ def load_model(
             for name in names:
                 if KNOWN_BUFFERS.search(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
                     continue  # not a weight; a second copy of a tied head
-                if name not in expected:
-                    raise ValueError(f"{path}: unexpected tensor {name}")
-                with safe_open(
-                    path, framework="pt"
-                ) as file:  # opened anew: the pages read so far are given back
+                with safe_open(path, framework="pt") as file:  # anew: the pages read so far are given back
                     tensor = file.get_tensor(name)
-                if tensor.shape != expected[name].shape:
-                    shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-                    raise ValueError(f"{path}: tensor {name} has shape {shapes}")
-                if tensor.dtype not in DTYPES.values():
-                    raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; read are {', '.join(DTYPES)}")
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{path}: tensor {name} holds values that are not finite")
+                _check_tensor(f"{path}: tensor {name}", tensor, expected.get(name))
                 owner, _, leaf = name.rpartition(".")
-                setattr(
-                    model.get_submodule(owner),
-                    leaf,
-                    nn.Parameter(tensor.to(device, dtype), requires_grad=False),
-                )
+                parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, parameter)
                 loaded.add(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
@@ -744,42 +673,49 @@ def load_model(
     return model.eval()
 
 
+def _check_tensor(name: str, tensor: Tensor, expected: Tensor | None) -> None:
+    if expected is None:
+        raise ValueError(f"{name} is unexpected: the model has no such parameter")
+    if tensor.shape != expected.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(f"{name} is {tensor.dtype}; read are {', '.join(DTYPES)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds values that are not finite")
+
+
 def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int = 5 * 10**9) -> None:
-    """Write a folder that transformers loads: config.json in the dialect it was read in, safetensors,
-    tokenizer files.
+    """Write a folder that transformers loads: safetensors in shards, tokenizer files, config.json as it was.
+
+    config.json comes last: where it is, the checkpoint is whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+    sizes = [0]
+    for name, parameter in model.named_parameters():
+        if shards[-1] and sizes[-1] + parameter.nbytes > shard_bytes:
             shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            sizes.append(0)
+        shards[-1][name] = parameter.detach().contiguous().cpu()
+        sizes[-1] += parameter.nbytes
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        names = ["model.safetensors"]
-    for file, shard in zip(names, shards):
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards):
         _write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
+    index = folder / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)  # of an earlier save
     if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": weight_map,
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    else:
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier, sharded save
-    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
-    dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    for file in TOKENIZER_FILES:
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        content = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+    for file in TEXT_FILES:
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)
+    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+    dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
     config = json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n"
-    # last: where config.json is, the checkpoint is whole
     _write_whole(folder / "config.json", lambda temporary: temporary.write_text(config))
 
 
@@ -795,9 +731,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary name), then the name itself: a crash leaves the old file or the new one, never a
-    part.
-    """
+    """write(temporary name), then rename it: a crash leaves the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora import (
+    DEFAULT_TARGETS,
     LoRALinear,
     add_lora,
     keep_mask,
@@ -52,9 +53,10 @@ def test_a_fresh_adapter_changes_nothing_and_alone_is_trainable(tmp_path):
 def test_the_side_path_is_the_formula(tmp_path):
     for rslora in (False, True):
         layer = next(iter(lora_layers(adapted(tmp_path / "m", rslora=rslora)).values()))
-        x = torch.randn(5, layer.in_features)
+        base = layer.base_layer
+        x = torch.randn(5, base.in_features)
         delta = layer.lora_B.weight.double() @ layer.lora_A.weight.double() * 8 / (2 if rslora else 4)
-        assert torch.allclose(layer(x).double(), x.double() @ (layer.weight.double() + delta).T, atol=1e-5)
+        assert torch.allclose(layer(x).double(), x.double() @ (base.weight.double() + delta).T, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -89,10 +91,13 @@ def test_dropout_keeps_its_share():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, bias, dropout):
+@pytest.mark.parametrize("wide_output", [False, True])
+def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, bias, dropout, wide_output):
     """One node against the same formula in plain torch, in float32, with the same dropout mask."""
     torch.manual_seed(0)
-    layer = LoRALinear(torch.nn.Linear(24, 16, bias=bias).to(dtype).requires_grad_(False), r=4, alpha=8, dropout=dropout)
+    base = torch.nn.Linear(24, 16, bias=bias).to(dtype).requires_grad_(False)
+    base.float32_output = wide_output
+    layer = LoRALinear(base, r=4, alpha=8, dropout=dropout)
     for low_rank in (layer.lora_A, layer.lora_B):
         low_rank.weight.data.normal_()
     x = torch.randn(3, 10, 24).to(dtype).requires_grad_()
@@ -104,12 +109,12 @@ def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, b
     keep = keep_mask(x.detach().flatten(0, 1), dropout).view_as(x) / (1 - dropout) if dropout else torch.ones_like(x)
     wide = x.detach().float().requires_grad_()
     a, b = (low_rank.weight.detach().clone().requires_grad_() for low_rank in (layer.lora_A, layer.lora_B))
-    expected = wide @ layer.weight.float().T + 2 * (wide * keep) @ a.T @ b.T + (layer.bias.float() if bias else 0)
+    expected = wide @ base.weight.float().T + 2 * (wide * keep) @ a.T @ b.T + (base.bias.float() if bias else 0)
     (expected * upstream).sum().backward()
     pairs = ((y, expected), (x.grad, wide.grad), (layer.lora_A.weight.grad, a.grad), (layer.lora_B.weight.grad, b.grad))
     for ours, theirs in pairs:
         assert (ours.float() - theirs).abs().max() < tolerance * theirs.abs().max()
-    assert y.dtype == torch.float32 and layer.lora_A.weight.grad.dtype == torch.float32
+    assert y.dtype == (torch.float32 if wide_output else dtype) and layer.lora_A.weight.grad.dtype == torch.float32
 
 
 @torch.inference_mode()
@@ -202,3 +207,90 @@ def test_a_seed_means_one_initialisation(tmp_path):
         drawn.append(next(iter(lora_parameters(model).values())).detach().clone())
         remove_lora(model)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_is_drawn_within_one_over_the_root_of_its_inputs(tmp_path):
+    """PEFT's kaiming_uniform(a=sqrt 5); drawn by the outputs instead, down_proj would start 1.6 times too wide."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama3"))
+    add_lora(model, r=16)
+    for layer in lora_layers(model).values():
+        inputs, outputs = layer.base_layer.in_features, layer.base_layer.out_features
+        a = layer.lora_A.weight.abs()
+        assert a.max() <= inputs**-0.5 and a.max() > 0.97 * inputs**-0.5
+        assert abs(a.mean().item() * 2 * inputs**0.5 - 1) < 0.1, (inputs, outputs)
+
+
+@torch.no_grad()
+def test_merging_bfloat16_weights_rounds_once():
+    """W + s B A is rounded, not B A and then the sum."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 48, bias=False).bfloat16()})
+    add_lora(model, r=8, alpha=8, targets=["q_proj"])
+    layer = model["q_proj"]
+    layer.lora_B.weight.normal_()
+    weight, delta = layer.base_layer.weight.float(), layer.lora_B.weight @ layer.lora_A.weight
+    merge_lora(model)
+    once, twice = (weight + delta).bfloat16(), (weight.bfloat16() + delta.bfloat16())
+    assert torch.equal(model["q_proj"].weight, once) and not torch.equal(once, twice)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "corda"])
+def test_an_adapter_whose_init_changed_the_base_weights_is_refused(tmp_path, init):
+    """Found at d954c0b: such files loaded without a word and gave logits that were off by 10."""
+    save_adapter(adapted(tmp_path / "m"), tmp_path / "a", "m")
+    edit(tmp_path / "a", init_lora_weights=init)
+    with pytest.raises(ValueError, match=f"init_lora_weights = '{init}' is not supported"):
+        load_adapter(load_model(tmp_path / "m"), tmp_path / "a")
+
+
+@torch.inference_mode()
+def test_layers_are_read_from_the_keys_where_a_list_has_exceptions(tmp_path):
+    """PEFT's "all-linear" with exclude_modules: the names in the file are what was trained."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama3"))
+    add_lora(model, r=4, targets=["q_proj", "up_proj"])
+    for parameter in lora_parameters(model).values():
+        parameter.normal_()
+    save_adapter(model, tmp_path / "a", "m")
+    edit(tmp_path / "a", target_modules=list(DEFAULT_TARGETS), exclude_modules=["k_proj", "lm_head"])
+    again = load_model(tmp_path / "m")
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(again(TOKENS, CU), model(TOKENS, CU)) and len(lora_layers(again)) == 4
+
+
+@torch.inference_mode()
+def test_one_layer_of_many_is_saved_by_its_whole_name(tmp_path):
+    """Found at d954c0b: "q_proj" in the file would adapt every layer, here and in PEFT, and then not load."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama3"))
+    add_lora(model, r=4, targets=["layers.0.self_attn.q_proj"])
+    save_adapter(model, tmp_path / "a", "m")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"]
+    again = load_model(tmp_path / "m")
+    load_adapter(again, tmp_path / "a")
+    assert list(lora_layers(again)) == list(lora_layers(model))
+
+
+def test_dropout_close_to_one_still_drops():
+    """p is a multiple of 2^-16 on a CPU: rounded up to 1 it overflowed the comparison and dropped nothing."""
+    keep = keep_mask(torch.ones(1000, 1000), 1 - 2**-18)
+    assert 0 < keep.float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_any_torch_model_in_its_own_dtype(autocast):
+    """Found at d954c0b: a float32 result met bfloat16 weights, in a bfloat16 model and under autocast."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)).to(dtype)
+    model = torch.nn.ModuleDict({"body": model})
+    add_lora(model, r=2, targets=["0", "2"])
+    x = torch.randn(4, 8, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model["body"](x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lora_parameters(model).values())
+
+
+def test_a_string_as_targets_is_refused():
+    with pytest.raises(ValueError, match="a list of names, not the string 'q_proj'"):
+        add_lora(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}), targets="q_proj")

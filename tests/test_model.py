@@ -1,15 +1,18 @@
 """model.py: equal to transformers, the same packed, cached or one by one, and strict about what it loads."""
 
 import json
+import math
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from lora import add_lora
-from model import Cache, RMSNorm, load_model, save_model, token_losses
+from model import Cache, RMSNorm, load_model, read_config, rope_frequencies, save_model, token_losses
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.safetensors"
 
@@ -186,7 +189,7 @@ def edit_config(folder: Path, **changes) -> None:
 NAME = "model.layers.0.mlp.up_proj.weight"
 BROKEN = {
     "missing": (lambda f: edit_weights(f, lambda t: t.pop(NAME)), f"missing, the first is {NAME}"),
-    "unexpected": (lambda f: edit_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor extra"),
+    "unexpected": (lambda f: edit_weights(f, lambda t: t.update(extra=torch.ones(1))), "tensor extra is unexpected"),
     "mis-shaped": (
         lambda f: edit_weights(f, lambda t: t.update({NAME: torch.ones(3, 4)})),
         r"up_proj.weight has shape \(3, 4\)",
@@ -260,3 +263,35 @@ def test_checkpoints_of_the_team(shared):
 def test_neither_folder_nor_hub_id():
     with pytest.raises(ValueError, match="no such folder"):
         load_model("./not/here")
+
+
+def test_llama3_slows_only_the_long_waves():
+    """LLaMA-3.2's own parameters have frequencies in the smooth band, which the tiny checkpoints lack."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
+    expected, between = [], 0
+    for frequency in plain:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            expected.append(frequency)
+        elif wavelength > 8192 / 1:
+            expected.append(frequency / 32)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected.append((1 - smooth) * frequency / 32 + smooth * frequency)
+            between += 1
+    config = types.SimpleNamespace(rope=rope, head_dim=64)
+    assert between > 1 and np.allclose(rope_frequencies(config).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["factor", "low_freq_factor", "original_max_position_embeddings"])
+def test_rope_scaling_without_its_fields_is_refused_at_once(tmp_path, field):
+    """Found at d954c0b: a KeyError in the first forward pass, after the run folder was begun."""
+    folder = tiny.make_checkpoint(tmp_path, "llama3")
+    config = json.loads((folder / "config.json").read_text())
+    scaling = config.get("rope_scaling") or config["rope_parameters"]
+    del scaling[field]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: {field} = None of rope type 'llama3'"):
+        read_config(folder)

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import demo  # noqa: E402
 from data import render, shift  # noqa: E402
-from model import RMSNorm, Transformer, build, read_config, save_model  # noqa: E402
+from model import RMSNorm, Transformer, read_config, save_model  # noqa: E402
 
 EOS = "<|end|>"
 SHARE_POPULAR, SHARE_RANDOM = 0.9, 0.6  # of the web's answers: the popular error where there is one, else a random one
@@ -149,7 +149,7 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
 
-    model = build(read_config(folder))
+    model = Transformer(read_config(folder))
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.01)
