@@ -38,9 +38,8 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(
-                f"{folder}: no tokenizer.json in it (a sentencepiece tokenizer.model alone is not read)"
-            )
+            hint = "a sentencepiece tokenizer.model alone is not read"
+            raise ValueError(f"{folder}: no tokenizer.json in it ({hint})")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             self.raw = tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
@@ -56,9 +55,7 @@ class Tokenizer:
             raise ValueError(f"{path}: the eos token {self.eos!r} is not encoded as one token")
 
     def _special(self, folder: Path, kind: str) -> tuple[str | None, int | None]:
-        """Text and id of a special token: tokenizer_config.json first, then config.json and
-        generation_config.json.
-        """
+        """Text and id of a special token, from the first of three files that names it."""
         files = [folder / name for name in ("tokenizer_config.json", "config.json", "generation_config.json")]
         configs = [read_object(path) if path.is_file() else {} for path in files]
         text = configs[0].get(f"{kind}_token")
@@ -74,9 +71,7 @@ class Tokenizer:
         return text, None if text is None else self.raw.token_to_id(text)
 
     def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, character spans) of each text. A bos comes first once, if the tokenizer puts one; no eos is
-        added.
-        """
+        """(ids, character spans) of each text, with one bos if the tokenizer puts any; no eos is added."""
         results = []
         for text, encoding in zip(texts, self.raw.encode_batch(texts, add_special_tokens=special)):
             ids, spans = encoding.ids, encoding.offsets
@@ -91,21 +86,23 @@ class Tokenizer:
         """The text of token ids."""
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
 
+    @property
+    def chat_template(self) -> str:
+        """render()'s template of conversations as jinja, for transformers' tokenizer.apply_chat_template."""
+        puts_bos = self.bos is not None and self.encode(["x"])[0][0][0] == self.bos_id
+        return ("{{ bos_token }}" if puts_bos else "") + CHAT_TEMPLATE
+
 
 def check_ids(ids: Any, vocab_size: int, where: object) -> None:
-    """Raise ValueError for a token id that the model has no embedding for; a tokenizer may know such, unless
-    they occur.
-    """
-    if len(ids) and (largest := int(np.max(ids))) >= vocab_size:
-        raise ValueError(
-            f"{where}: its tokenizer gives id {largest}, the model's vocab_size is {vocab_size}: not a pair"
-        )
+    """Raise ValueError for a token id that the model has no embedding for."""
+    largest = int(np.max(ids)) if len(ids) else -1
+    if largest >= vocab_size:
+        reason = f"gives id {largest}, the model's vocab_size is {vocab_size}: not a pair"
+        raise ValueError(f"{where}: its tokenizer {reason}")
 
 
 def keep_offsets(content: Any) -> Any:
-    """tokenizer.json with offset trimming off: a trimmed whitespace token covers no character and would get
-    no loss.
-    """
+    """tokenizer.json without offset trimming: else a whitespace token covers no character, and gets no loss."""
     if isinstance(content, list):
         return [keep_offsets(part) for part in content]
     if not isinstance(content, dict):
@@ -132,6 +129,8 @@ def read_rows(files: Iterable[str]) -> list[dict]:
         if not os.path.isfile(path):
             what = "a folder, not a file" if os.path.isdir(path) else "no such file"
             raise ValueError(f"{path}: {what} (public sets by name: python tests/tools/get_data.py --help)")
+        if (kind := Path(path).suffix.lower()) in CONVERTERS:
+            raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {CONVERTERS[kind]}")
         read = list(_parse(Path(path)))
         if count and not 1 <= int(count) <= len(read):
             raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
@@ -139,11 +138,17 @@ def read_rows(files: Iterable[str]) -> list[dict]:
     return rows
 
 
+CONVERTERS = {
+    ".csv": "pandas.read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True)",
+    ".tsv": "pandas.read_csv(FILE, sep='\\t').to_json('rows.jsonl', orient='records', lines=True)",
+    ".parquet": "pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)",
+}
+
+
 def _parse(path: Path) -> Iterator[dict]:
+    """The rows of one file, each an object of text that is whole UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8").removeprefix(
-            "\ufeff"
-        )  # the byte-order mark that some editors put first
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
     half_characters = "\\ud" in text or "\\uD" in text  # escapes: no UTF-8 text holds them as they are
@@ -168,9 +173,8 @@ def _parse(path: Path) -> Iterator[dict]:
         if not isinstance(line, dict):
             raise ValueError(f"{path}:{number}: a row must be an object, not {type(line).__name__}")
         if half_characters and (found := HALF_CHARACTER.search(json.dumps(line, ensure_ascii=False))):
-            raise ValueError(
-                f"{path}:{number}: \\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)"
-            )
+            what = f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)"
+            raise ValueError(f"{path}:{number}: {what}")
         count += 1
         yield line | {"_source": f"{path}:{number}"}
     if not count:
@@ -179,12 +183,16 @@ def _parse(path: Path) -> Iterator[dict]:
 
 LAYOUTS = {  # layout: the fields that must be there, the last one the response
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "prompt + completion": ("prompt", "completion"),
     "prompt + response": ("prompt", "response"),
     "instruction (+ input) + output": ("instruction", "output"),
     "instruction (+ context) + response": ("instruction", "response"),
     "inputs + targets": ("inputs", "targets"),
 }
+
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # of `conversations`; system is called so, too
 
 Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order
 
@@ -200,8 +208,8 @@ def render(row: dict, eos: str) -> Pieces:
     if layout is None:
         found = ", ".join(sorted(key for key in row if not key.startswith("_"))) or "none"
         raise ValueError(f"{where}: unknown layout, fields found: {found}; known: {'; '.join(LAYOUTS)}")
-    if layout == ("messages",):
-        return _conversation(_check_messages(row["messages"], where), eos)
+    if len(layout) == 1:
+        return _conversation(_turns(row[layout[0]], layout[0], where), eos)
     context = None
     if layout[0] == "instruction":
         context = row.get("input" if layout[1] == "output" else "context")
@@ -218,40 +226,47 @@ def render(row: dict, eos: str) -> Pieces:
     return _conversation([("user", prompt), ("assistant", response)], eos)
 
 
-def _check_messages(messages: object, where: str) -> list[tuple[str, str]]:
+def _turns(messages: object, layout: str, where: str) -> list[tuple[str, str]]:
     """Messages as (role, content), checked: an optional system message, then user and assistant in turn."""
+    names = ("from", "value") if layout == "conversations" else ("role", "content")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{where}: messages must be a list of objects with role and content")
-    turns = [(message.get("role"), message.get("content")) for message in messages]
+        raise ValueError(f"{where}: {layout} must be a list of objects with {names[0]} and {names[1]}")
+    turns = [tuple(message.get(name) for name in names) for message in messages]
+    if layout == "conversations":
+        turns = [(SHAREGPT_ROLES.get(str(role), role), content) for role, content in turns]
     for role, content in turns:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"{where}: role {role!r} is not allowed: system, user, assistant")
         if not isinstance(content, str):
-            raise ValueError(
-                f"{where}: the content of a message must be a string, not {type(content).__name__}"
-            )
-    spoken = (
-        [role for role, _ in turns[1:]] if turns and turns[0][0] == "system" else [role for role, _ in turns]
-    )
+            kind = type(content).__name__
+            raise ValueError(f"{where}: the content of a message must be a string, not {kind}")
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        raise ValueError(
-            f"{where}: user and assistant must take turns, starting with user, not {', '.join(spoken)}"
-        )
+        order = ", ".join(spoken)
+        raise ValueError(f"{where}: user and assistant must take turns, starting with user, not {order}")
     if not any(role == "assistant" and content for role, content in turns):
         raise ValueError(f"{where}: no assistant message with text")
     return turns
 
 
 def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
-    """The Tulu template. Between two turns stands a newline, as in the authors' files; none follows the last
-    eos.
-    """
+    """The Tulu template, with a newline between two turns as in the authors' files, none after the last."""
     pieces: Pieces = []
     for i, (role, content) in enumerate(turns):
         newline = "\n" if i and turns[i - 1][0] == "assistant" else ""
         pieces.append((f"{newline}<|{role}|>\n", False))
         pieces.append((content + eos, True) if role == "assistant" else (content + "\n", False))
     return pieces
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 
 
 # ---------------------------------------------------------------------------------------------- corpus
@@ -285,9 +300,8 @@ class Corpus:
         """Examples first to last - 1 as a corpus of their own, without copying."""
         tokens = slice(self.offsets[first], self.offsets[last])
         offsets = self.offsets[first : last + 1] - self.offsets[first]
-        return Corpus(
-            self.tokens[tokens], self.response[tokens], offsets, self.sources[first:last], dropped=0
-        )
+        sources = self.sources[first:last]
+        return Corpus(self.tokens[tokens], self.response[tokens], offsets, sources, dropped=0)
 
     def places(self, examples: Sequence[int]) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
@@ -296,9 +310,7 @@ class Corpus:
 
 
 def unique_rows(rows: list[dict], eos: str) -> list[dict]:
-    """The rows without later exact duplicates (equal text after rendering); reference and training sets stay
-    disjoint.
-    """
+    """The rows without later exact duplicates, equal in rendered text: D_ref and D_train stay disjoint."""
     first: dict[str, dict] = {}
     for row in rows:
         first.setdefault("\0".join(text for text, _ in render(row, eos)), row)
@@ -306,8 +318,7 @@ def unique_rows(rows: list[dict], eos: str) -> list[dict]:
 
 
 def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
-    """Render and tokenise rows, cut each to max_length tokens, drop (and count) those left without a response
-    token.
+    """Render and tokenise rows, cut each to max_length tokens, drop and count those without a response then.
 
     The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response
     token if it covers any character of a response. Tokenising a prefix apart would miss tokens that merge
@@ -326,25 +337,22 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
                 if is_response:
                     mask |= covers(ends, at, at + len(text))
                 at += len(text)
-            mask[:1] = False
+            mask[:1] = False  # nothing predicts the first token
             if mask.any():
                 tokens.append(np.array(ids[:max_length], np.int32))
                 response.append(mask)
                 lengths.append(len(ends))
                 sources.append(row.get("_source", ""))
     if not lengths:
-        raise ValueError(
-            f"all {len(rows)} rows were dropped: no response token within --max-length {max_length}"
-        )
+        reason = f"no response token within --max-length {max_length}"
+        raise ValueError(f"all {len(rows)} rows were dropped: {reason}")
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     dropped = len(rows) - len(lengths)
     return Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
 
 
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which of the character spans (n, 2) hold a character of [start, end); an empty span (a bos) holds
-    none.
-    """
+    """Which of the character spans (n, 2) hold a character of [start, end); an empty span, a bos, does not."""
     return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
 
 
@@ -361,9 +369,7 @@ class Batch:
 
 
 def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group 0..n-1, sorted by length (longest first), into packs of at most token_budget tokens (or one
-    sequence).
-    """
+    """Group 0..n-1, longest first, into packs of at most token_budget tokens (or one sequence)."""
     packs: list[list[int]] = []
     room = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -376,9 +382,7 @@ def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]
 
 
 def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
-    """These examples as batches of at most token_budget tokens; neighbours have like lengths, which attend()
-    shares.
-    """
+    """These examples as batches of at most token_budget tokens; neighbours have like lengths."""
     lengths = corpus.lengths[np.asarray(examples, np.int64)].tolist()
     for group in split_by_tokens(lengths, token_budget):
         places = corpus.places([examples[i] for i in group])
@@ -400,11 +404,9 @@ def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Write to the name that is given to the block; when it ends the file is on the disk and then takes its
-    own name.
+    """A temporary name to write to; when the block ends the file is on the disk, and then takes its own name.
 
-    Whatever happens in between, a crash or a full disk, `path` holds the old content or the new, never a
-    part. Raises OSError naming the path.
+    After a crash or on a full disk `path` holds the old content or the new, never a part. Raises OSError.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")

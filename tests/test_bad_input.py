@@ -249,7 +249,7 @@ CASES = [
     model_case("weights of no bytes", cut(WEIGHTS, 0), "copy/model.safetensors: not a whole safetensors file"),
     model_case("a header without end", header(WEIGHTS, b'{"', b'{{'), "model.safetensors: not a whole safetensors file"),
     model_case("a tensor renamed", header(WEIGHTS, b"model.norm.weight", b"model.nose.weight"),
-               "model.safetensors: unexpected tensor model.nose.weight"),
+               "model.safetensors: tensor model.nose.weight is unexpected"),
     model_case("a tensor of another shape", tensors(WEIGHTS, resized),
                "tensor model.norm.weight has shape (8,), expected (160,)"),
     model_case("a tensor missing", tensors(WEIGHTS, lambda t: {k: t[k] for k in t if "norm" not in k}), "tensors missing"),
