@@ -102,7 +102,7 @@ def check_ids(ids: Any, vocab_size: int, where: object) -> None:
 
 
 def keep_offsets(content: Any) -> Any:
-    """tokenizer.json without offset trimming: else a whitespace token covers no character, and gets no loss."""
+    """tokenizer.json without offset trimming: else a whitespace token covers no character, has no loss."""
     if isinstance(content, list):
         return [keep_offsets(part) for part in content]
     if not isinstance(content, dict):
@@ -352,7 +352,7 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
 
 
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which of the character spans (n, 2) hold a character of [start, end); an empty span, a bos, does not."""
+    """Which of the character spans (n, 2) hold a character of [start, end); an empty one, a bos, does not."""
     return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
 
 

@@ -3,11 +3,12 @@
     python eval.py --model tests/demo_model --tasks demo_mc demo_qa --data-dir runs/demo/world-0
     python eval.py --model M --adapter RUN/forgetting/seed-0 --tasks paper \
                    --output results.json --samples samples.jsonl
+    python eval.py --model M --adapter RUN/full/seed-0 RUN/forgetting/seed-0 --prompt "Why is the sky blue?"
     torchrun --nproc_per_node=2 eval.py ...             # documents spread over ranks, the same results
 
 A task is a function from a data row to requests, and one from the answers to figures; TASKS lists them.
 Requests with one context share its computation: it runs once, and each continuation goes on from the cache.
-Order: requests, log-likelihoods and generation, tasks, IFEval, evaluation, tables, ranks, command line.
+Order: requests, log-likelihoods and generation, tasks, evaluation, tables, ranks, command line.
 Shapes: T tokens of a pack; D width; V vocabulary; n tokens of continuations.
 """
 
@@ -24,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Tokenizer, check_ids, read_rows, split_by_tokens, write_rows, write_text
-from lora import load_adapter
-from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model
+from data import Tokenizer, check_ids, read_rows, render, split_by_tokens, write_rows, write_text
+from lora import load_adapter, remove_lora
+from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, to_device
 
 # --------------------------------------------------------------------------------------------- requests
 
@@ -54,8 +55,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     """Token ids of context and continuation, split as lm-evaluation-harness splits them.
 
     Trailing whitespace of the context moves to the continuation; both together are encoded once, and what
-    exceeds the encoded context is the continuation. An empty context becomes the bos token (eos, if there is
-    none).
+    exceeds the encoded context is the continuation. An empty context becomes the bos token, or the eos.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -114,29 +114,31 @@ def loglikelihoods(
 def _score_pack(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
     """(continuations, 2) float64: log-likelihood, and how many tokens were not the most probable.
 
-    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on.
+    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on. All
+    indices are made on the CPU, so that a GPU never has to be waited for.
     """
-    device = model.lm_head.weight.device
+    on_device = functools.partial(to_device, device=model.lm_head.weight.device)
     lengths = [len(ids) for ids in continuations]
     cache = Cache(model, sum(map(len, contexts)) + sum(lengths) - len(lengths))
     hidden, rows = _run(model, cache, contexts, None)
     context_of = np.repeat(np.arange(len(contexts)), counts)  # (continuations,)
-    last = hidden[torch.tensor([int(r[-1]) for r in rows], device=device)]  # (contexts, D)
+    last = hidden[on_device(torch.tensor([int(r[-1]) for r in rows]))]  # (contexts, D)
 
     # the state before a continuation's first token is its context's last; all but the last token of each
     # continuation run on from there, and give the states before the others
-    targets = torch.tensor([token for ids in continuations for token in ids], device=device)  # (n,)
-    owner = torch.repeat_interleave(torch.tensor(lengths, device=device))  # (n,) continuation of each target
-    is_first = torch.zeros(len(targets), dtype=torch.bool, device=device)
-    is_first[torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)] = True
+    targets = torch.tensor([token for ids in continuations for token in ids])  # (n,)
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (n,) whose target it is
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # (continuations,)
+    later = torch.ones(len(targets), dtype=torch.bool).index_fill_(0, first, False).nonzero().squeeze(1)
     states = hidden.new_empty(len(targets), hidden.shape[1])  # (n, D)
-    states[is_first] = last[torch.from_numpy(context_of).to(device)]
+    states[on_device(first)] = last[on_device(torch.from_numpy(context_of))]
     longer = [i for i, length in enumerate(lengths) if length > 1]
     if longer:
         inputs = [continuations[i][:-1] for i in longer]
-        states[~is_first] = _run(model, cache, inputs, [rows[context_of[i]] for i in longer])[0]
+        states[on_device(later)] = _run(model, cache, inputs, [rows[context_of[i]] for i in longer])[0]
 
-    result = torch.zeros(len(lengths), 2, dtype=torch.float64, device=device)
+    result = torch.zeros(len(lengths), 2, dtype=torch.float64, device=hidden.device)
+    targets, owner = on_device(targets), on_device(owner)
     for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
         result[:, 0].index_add_(0, owner[part], -loss.double())
         result[:, 1].index_add_(0, owner[part], (logprobs.argmax(-1) != targets[part]).double())
@@ -144,14 +146,12 @@ def _score_pack(model: Transformer, contexts: list, counts: list[int], continuat
 
 
 def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] | None) -> tuple[Tensor, list]:
-    """Run token lists, each after the cache rows past[i]; hidden states (T, D), and the rows each list
-    took.
-    """
+    """Run token lists, each after the cache rows past[i]: hidden states (T, D), the rows each list took."""
     lengths = [len(ids) for ids in sequences]
-    tokens = torch.tensor([t for ids in sequences for t in ids], device=model.lm_head.weight.device)  # (T,)
+    tokens = torch.tensor([token for ids in sequences for token in ids])  # (T,)
     rows = torch.arange(cache.used, cache.used + len(tokens)).split(lengths)
-    hidden = model(tokens, torch.tensor([0, *lengths]).cumsum(0).int(), cache, past)
-    return hidden, list(rows)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    return model(to_device(tokens, model.lm_head.weight.device), boundaries, cache, past), list(rows)
 
 
 @torch.inference_mode()
@@ -161,13 +161,12 @@ def generate(
 ) -> list[str]:
     """Greedy continuations of token lists, up to an eos, `stop` or max_new_tokens, without special tokens.
 
-    Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its own
-    length.
+    Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
     """
     rank, world = rank_and_world()
-    room = model.config.max_position_embeddings - max_new_tokens
+    positions = model.config.max_position_embeddings
+    room = positions - max_new_tokens
     if room < 1:
-        positions = model.config.max_position_embeddings
         raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
     prompts = [ids[-room:] for ids in prompts]
     written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=model.lm_head.weight.device)
@@ -186,19 +185,18 @@ def _generate_pack(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
 ) -> list[list[int]]:
     """The new token ids of each prompt."""
-    cache = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts))
+    cache, head = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts)), model.lm_head.weight
     written: list[list[int]] = [[] for _ in prompts]
     active, inputs, past = list(range(len(prompts))), prompts, None
     for _ in range(max_new_tokens):
         hidden, rows = _run(model, cache, inputs, past)
         past = rows if past is None else [torch.cat(pair) for pair in zip(past, rows)]
         ends = torch.tensor([len(ids) for ids in inputs]).cumsum(0) - 1
-        last = hidden[ends.to(hidden.device)]  # (active, D)
+        last = hidden[to_device(ends, hidden.device)]  # (active, D)
         no_target = torch.zeros(len(last), dtype=torch.int64, device=last.device)  # logits alone count
-        chunks = head_chunks(last, model.lm_head.weight, no_target)
-        tokens = [token for _, logprobs, _ in chunks for token in logprobs.argmax(-1).tolist()]  # (active,)
+        best = [logprobs.argmax(-1) for _, logprobs, _ in head_chunks(last, head, no_target)]
         unfinished = []
-        for place, (i, token) in enumerate(zip(active, tokens)):
+        for place, (i, token) in enumerate(zip(active, torch.cat(best).tolist())):  # the one wait for a GPU
             if token == tokenizer.eos_id:
                 continue
             written[i].append(token)
@@ -248,7 +246,7 @@ def choice_task(
         context, choices, gold = ask(row)
         if not choices or not 0 <= gold < len(choices):
             raise ValueError(f"{row['_source']}: {len(choices)} choices, the right one is number {gold}")
-        return [Request(few_shot(row) + context, delimiter + choice) for choice in choices]
+        return [Request(row.get("_examples", "") + context, delimiter + choice) for choice in choices]
 
     def score(row: dict, answers: list[Answer]) -> dict:
         _, choices, gold = ask(row)
@@ -275,7 +273,7 @@ def exact_task(
 
     def requests(row: dict, _: Tokenizer) -> list[Request]:
         context, target = ask(row)
-        return [Request(few_shot(row) + context, target)]
+        return [Request(row.get("_examples", "") + context, target)]
 
     def score(row: dict, answers: list[Answer]) -> dict:
         metrics = {"acc": float(answers[0].greedy)}
@@ -287,11 +285,6 @@ def exact_task(
         return delimiter.join(ask(row)) + "\n\n"
 
     return Task(file, version, requests, score, example=example, **rest)
-
-
-def few_shot(row: dict) -> str:
-    """The worked examples in front of a row's question; task_rows() puts them there."""
-    return row.get("_examples", "")
 
 
 def boolq(row: dict) -> tuple:
@@ -429,183 +422,14 @@ def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
     return {"prediction": reply, "target": row["answer"], "metrics": metrics}
 
 
-# ----------------------------------------------------------------------------------------------- IFEval
-
-
 def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
-    """The prompt as it stands."""
+    """IFEval: the prompt as it stands."""
     return [Request(row["prompt"], max_new_tokens=1280)]
 
 
 def ifeval_score(row: dict, answers: list[Answer]) -> dict:
-    """Strict: the reply as it is. Loose: any of eight ways to trim it. A row without its checker is not
-    scored.
-    """
-    reply = answers[0].text
-    checks = list(zip(row["instruction_id_list"], row["kwargs"]))
-    missing = [name for name, _ in checks if name not in ifeval_checks()]
-    if missing:
-        return {"prediction": reply, "target": None, "metrics": {}, "not_scored": missing}
-    lines = reply.split("\n")
-    trimmed = [reply] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
-    variants = trimmed + [text.replace("*", "") for text in trimmed]
-    strict = [follows(reply, *check) for check in checks]
-    loose = [any(follows(variant, *check) for variant in variants) for check in checks]
-    metrics: dict[str, Any] = {}
-    for kind, kept in (("strict", strict), ("loose", loose)):
-        metrics[f"prompt_level_{kind}_acc"] = float(all(kept))
-    for kind, kept in (("strict", strict), ("loose", loose)):
-        metrics[f"inst_level_{kind}_acc"] = list(map(float, kept))
-    return {"prediction": reply, "target": None, "metrics": metrics}
-
-
-def follows(reply: str, name: str, arguments: dict) -> bool:
-    """Whether a reply that is not blank keeps one instruction."""
-    given = {key: value for key, value in arguments.items() if value}
-    return bool(reply.strip()) and bool(ifeval_checks()[name](reply, **given))
-
-
-def related(count: int, relation: str, bound: int) -> bool:
-    """The two relations of IFEval."""
-    return count < bound if relation == "less than" else count >= bound
-
-
-def split_ends(text: str, pattern: str) -> list[str]:
-    """Parts between separators; a blank first or last one is dropped, a blank one in between leaves none."""
-    parts = re.split(pattern, text)
-    parts = parts[not parts[0].strip() : len(parts) - (not parts[-1].strip())]
-    return parts if all(part.strip() for part in parts) else []
-
-
-def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """The first word of the nth of exactly so many paragraphs."""
-    parts = v.split("\n\n")
-    if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
-        return False
-    words = parts[nth_paragraph - 1].split()
-    if not words:
-        return False
-    found = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0]
-    return found.lower() == first_word.lower()
-
-
-def postscript(v: str, postscript_marker: str) -> bool:
-    """A postscript with the marker."""
-    known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
-    pattern = known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$")
-    return bool(re.findall(pattern, v.lower(), re.M))
-
-
-def highlighted(v: str, num_highlights: int) -> bool:
-    """Enough spans between asterisks that are not blank."""
-    spans = re.findall(r"\*[^\n\*]*\*", v) + re.findall(r"\*\*[^\n\*]*\*\*", v)
-    return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
-
-
-def is_json(v: str) -> bool:
-    """JSON, in a code block or not."""
-    v = v.strip()
-    for opening in ("```json", "```Json", "```JSON", "```"):
-        v = v.removeprefix(opening)
-    try:
-        json.loads(v.removesuffix("```").strip())
-    except ValueError:
-        return False
-    return True
-
-
-def two_responses(v: str) -> bool:
-    """Exactly two different parts around six asterisks."""
-    parts = v.split("******")
-    found = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
-    return len(found) == 2 and all(found) and found[0] != found[1]
-
-
-def bullets(v: str) -> int:
-    """Lines that begin with one asterisk or a dash."""
-    return len(re.findall(r"^\s*\*[^\*].*$", v, re.M)) + len(re.findall(r"^\s*-.*$", v, re.M))
-
-
-def detected(v: str, language: str) -> bool:
-    """Whether langdetect takes a text for this language; a text it cannot judge passes."""
-    import langdetect
-
-    langdetect.DetectorFactory.seed = 0  # it draws at random unless told not to
-    try:
-        return langdetect.detect(v) == language
-    except langdetect.LangDetectException:
-        return True
-
-
-def pieces(v: str, of: str) -> list[str]:
-    """nltk's sentences or words of a text."""
-    import nltk
-
-    return nltk.sent_tokenize(v) if of == "sentences" else nltk.word_tokenize(v)
-
-
-def is_available(package: str) -> bool:
-    """Whether an optional package is installed; nltk comes without the data that its tokenizers need."""
-    if importlib.util.find_spec(package) is None:
-        return False
-    try:
-        return package != "nltk" or bool(pieces("One. Two.", "sentences"))
-    except LookupError:
-        return False
-
-
-# what a reply v is asked for, by instruction id: the arguments bear the names of the data's kwargs
-IFEVAL = {
-    "keywords:existence": lambda v, keywords: all(re.search(k, v, re.I) for k in keywords),
-    "keywords:frequency": lambda v, keyword, frequency, relation:
-        related(len(re.findall(keyword.strip(), v, re.I)), relation, frequency),
-    "keywords:forbidden_words": lambda v, forbidden_words:
-        not any(re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words),
-    "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation:
-        related(v.lower().count(letter.lower()), let_relation, let_frequency),
-    "length_constraints:number_words": lambda v, num_words, relation:
-        related(len(re.findall(r"\w+", v)), relation, num_words),
-    "length_constraints:number_paragraphs": lambda v, num_paragraphs:
-        len(split_ends(v, r"\s?\*\*\*\s?")) == num_paragraphs,
-    "length_constraints:nth_paragraph_first_word": nth_first_word,
-    "length_constraints:number_sentences": lambda v, num_sentences, relation:
-        related(len(pieces(v, "sentences")), relation, num_sentences),
-    "detectable_content:number_placeholders": lambda v, num_placeholders:
-        len(re.findall(r"\[.*?\]", v)) >= num_placeholders,
-    "detectable_content:postscript": postscript,
-    "detectable_format:number_bullet_lists": lambda v, num_bullets: bullets(v) == num_bullets,
-    "detectable_format:constrained_response": lambda v:
-        any(f"My answer is {answer}." in v for answer in ("yes", "no", "maybe")),
-    "detectable_format:number_highlighted_sections": highlighted,
-    "detectable_format:multiple_sections": lambda v, section_spliter, num_sections:
-        len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections,
-    "detectable_format:json_format": is_json,
-    "detectable_format:title": lambda v: any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", v)),
-    "combination:two_responses": two_responses,
-    "combination:repeat_prompt": lambda v, prompt_to_repeat:
-        v.strip().lower().startswith(prompt_to_repeat.strip().lower()),
-    "startend:end_checker": lambda v, end_phrase:
-        v.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
-    "startend:quotation": lambda v: len(v.strip()) > 1 and v.strip()[0] == v.strip()[-1] == '"',
-    "punctuation:no_comma": lambda v: "," not in v,
-    "language:response_language": detected,
-    "change_case:english_capital": lambda v: v.isupper() and detected(v, "en"),
-    "change_case:english_lowercase": lambda v: v.islower() and detected(v, "en"),
-    "change_case:capital_word_frequency": lambda v, capital_frequency, capital_relation:
-        related(sum(word.isupper() for word in pieces(v, "words")), capital_relation, capital_frequency),
-}
-NEEDS = {
-    "langdetect": ("language:response_language", "change_case:english_capital",
-                   "change_case:english_lowercase"),
-    "nltk": ("length_constraints:number_sentences", "change_case:capital_word_frequency"),
-}
-
-
-@functools.cache
-def ifeval_checks() -> dict[str, Callable[..., bool]]:
-    """The checkers by instruction id, without those whose package is not installed."""
-    missing = {name for package, names in NEEDS.items() if not is_available(package) for name in names}
-    return {name: check for name, check in IFEVAL.items() if name not in missing}
+    """IFEval: which of the row's instructions the reply keeps; the checkers are a file of their own."""
+    return load_tool("ifeval").score(row, answers[0].text)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -659,9 +483,7 @@ def prepare(
     tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None = None,
     num_fewshot: int = 0,
 ) -> list[Documents]:
-    """The documents of tasks, or groups of them; everything about the rows that can be wrong is found
-    here.
-    """
+    """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
     for name in expand_tasks(tasks):
         task, folder = TASKS[name], rows_folder(name, data_dir)
@@ -783,8 +605,7 @@ def answer_requests(
         check_ids(pair[0] + pair[1], model.config.vocab_size, model.folder)
         scored.append(i)
         pairs.append(pair)
-    hidden = rank_and_world()[0] > 0
-    with tqdm(total=len(requests), desc=documents.name, unit="request", disable=hidden, leave=False) as bar:
+    with progress(documents.name, len(requests), "request") as bar:
         for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, bar)):
             answers[i] = answer
         for (max_new_tokens, stop), group in written.items():
@@ -856,13 +677,24 @@ def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
     return f"{np.mean(values):{sign}.{digits}f}{deviation}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that also reads well on a screen."""
+def table(header: list[str], rows: list[list[str]], width: int = 100) -> str:
+    """A Markdown table that also reads well on a screen.
+
+    Columns beyond `width` characters go into further tables below, which begin with the first column again.
+    """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for cells in [header, ["-" * width for width in widths], *rows]:
-        lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |")
-    return "\n".join(lines)
+    blocks, room = [[0]], width - widths[0] - 4
+    for i in range(1, len(header)):
+        if widths[i] + 3 > room and len(blocks[-1]) > 1:
+            blocks.append([0])
+            room = width - widths[0] - 4
+        blocks[-1].append(i)
+        room -= widths[i] + 3
+    ruled = [header, ["-" * w for w in widths], *rows]
+    return "\n\n".join(
+        "\n".join("| " + " | ".join(cells[i].ljust(widths[i]) for i in block) + " |" for cells in ruled)
+        for block in blocks
+    )
 
 
 def show(results: dict[str, dict]) -> str:
@@ -887,21 +719,20 @@ def show(results: dict[str, dict]) -> str:
 
 
 def start_ranks(device: str) -> str:
-    """Join the process group when started by torchrun; the device of this rank ("cuda" becomes "cuda:0",
-    ...).
-    """
+    """Join the process group when started by torchrun; this rank's device ("cuda" becomes "cuda:0", ...)."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device} is not supported: cpu or cuda (see CUDA_VISIBLE_DEVICES)")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here")
     if "RANK" not in os.environ or dist.is_initialized():
         return device
+    settings: dict[str, Any] = {"backend": "gloo", "timeout": datetime.timedelta(hours=2)}  # for exports
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    hours = datetime.timedelta(hours=2)  # others wait while rank 0 exports or fetches
+        settings |= {"backend": "nccl", "device_id": torch.device(device)}
     try:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=hours)
+        dist.init_process_group(**settings)
     except dist.DistError as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = f"{where} (MASTER_ADDR:MASTER_PORT; is the port in use?): {str(error).splitlines()[0]}"
@@ -928,13 +759,22 @@ def wait_for_all() -> None:
 
 
 def first_rank_first(work: Callable[[], Any]) -> Any:
-    """What work() returns, on every rank; a node's first rank fetches, the others find what it has
-    fetched.
-    """
+    """What work() returns, on every rank; a node's first rank fetches, the others find what it fetched."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     result = work() if first else None
     wait_for_all()
     return result if first else work()
+
+
+def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
+    """A bar on rank 0 that fits its terminal; where there is none, a line of text a minute."""
+    terminal, disable = sys.stderr.isatty(), rank_and_world()[0] > 0
+    shape = "{desc} {bar:6} {n_fmt}/{total_fmt} {remaining} {postfix}"
+    if not terminal:
+        shape = "{desc} {percentage:.0f} % of {total_fmt} {unit}s, {remaining} left {postfix}\n"
+    return tqdm(desc=label, total=total, unit=unit, initial=done, unit_scale=True, bar_format=shape,
+                leave=keep or not terminal, dynamic_ncols=terminal, mininterval=0.1 if terminal else 60,
+                disable=disable)
 
 
 def say(text: str) -> None:
@@ -946,8 +786,9 @@ def say(text: str) -> None:
 # ----------------------------------------------------------------------------------------- command line
 
 
+@functools.cache
 def load_tool(name: str) -> ModuleType:
-    """A program of tests/tools/ as a module: get_data knows the homes of public rows, demo is the demo."""
+    """A program of tests/tools/ as a module: get_data knows public rows' homes, ifeval scores, demo runs."""
     path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
     if not path.is_file():
         raise ValueError(f"{path} is not there: only local rows and models can be used without it")
@@ -1014,8 +855,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add, dtype = parser.add_argument, "bfloat16" if torch.cuda.is_available() else "float32"
     add("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
-    add("--adapter", help="folder of a PEFT-layout LoRA adapter")
-    add("--tasks", nargs="+", required=True, help=f"any of {', '.join([*TASKS, *GROUPS])}")
+    add("--adapter", nargs="+", default=[], help="folder of a LoRA adapter in PEFT's layout; several with --prompt")
+    add("--tasks", nargs="+", default=[], help=f"any of {', '.join([*TASKS, *GROUPS])}")
+    add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
     add("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
     add("--limit", type=within(int, 1), help="only the first LIMIT documents of each task")
     add("--num-fewshot", type=within(int, 0), default=0, help="worked examples a question [0]")
@@ -1025,15 +867,49 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--batch-tokens", type=within(int, 1), default=4096, help="tokens of a packed forward pass [4096]")
     arguments = parser.parse_args()
+    if bool(arguments.tasks) == (arguments.prompt is not None):
+        raise ValueError("either --tasks or --prompt is needed")
+    if arguments.tasks and len(arguments.adapter) > 1:
+        raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
     expand_tasks(arguments.tasks)
-    for flag in ("output", "samples"):
-        path = getattr(arguments, flag)
-        if path is None:
-            continue
+    for path in filter(None, (arguments.output, arguments.samples)):
         below_a_file = any(parent.is_file() for parent in Path(path).absolute().parents)
         if below_a_file or Path(path).is_dir():
+            flag = "output" if path == arguments.output else "samples"
             raise ValueError(f"--{flag} {path} is not allowed: the path of a file, in a folder")
     return arguments
+
+
+def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
+    """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
+    asked = []
+    for prompt in prompts:
+        pieces = render({"instruction": prompt, "output": "-"}, tokenizer.eos)
+        asked.append("".join(text for text, is_response in pieces if not is_response))
+    ids = [ids for ids, _ in tokenizer.encode(asked)]
+    length = min(256, model.config.max_position_embeddings // 2)
+    answers = {"base": generate(model, tokenizer, ids, length)}
+    for adapter in adapters:
+        load_adapter(model, adapter)
+        answers[adapter] = generate(model, tokenizer, ids, length)
+        remove_lora(model)
+    for i, prompt in enumerate(prompts):
+        say(f"> {prompt}")
+        for name, replies in answers.items():
+            say(f"[{name}] {replies[i].strip()}")
+
+
+def write_results(results: dict[str, dict], samples: list[dict], arguments: argparse.Namespace) -> None:
+    """Print the table, and write what --output and --samples ask for; rank 0 alone."""
+    source = {"model": arguments.model, "adapter": (arguments.adapter or [None])[0], "dtype": arguments.dtype}
+    results = {task: result | source for task, result in results.items()}
+    say(show(results))
+    if arguments.limit is not None:
+        say(f"only the first {arguments.limit} documents of each task (--limit)")
+    if arguments.output and rank_and_world()[0] == 0:
+        write_text(json.dumps(results, indent=2) + "\n", arguments.output)
+    if arguments.samples and rank_and_world()[0] == 0:
+        write_rows(samples, arguments.samples)
 
 
 def main() -> None:
@@ -1046,18 +922,13 @@ def main() -> None:
         which = (arguments.data_dir, arguments.limit, arguments.num_fewshot)
         documents = prepare(arguments.tasks, tokenizer, *which)
         model = load_model(folder, device, DTYPES[arguments.dtype])
-        if arguments.adapter:
-            load_adapter(model, arguments.adapter)
-        results, samples = evaluate(model, tokenizer, documents, arguments.batch_tokens)
-        for result in results.values():
-            result |= {name: getattr(arguments, name) for name in ("model", "adapter", "dtype")}
-        say(show(results))
-        if arguments.limit is not None:
-            say(f"only the first {arguments.limit} documents of each task (--limit)")
-        if arguments.output and rank_and_world()[0] == 0:
-            write_text(json.dumps(results, indent=2) + "\n", arguments.output)
-        if arguments.samples and rank_and_world()[0] == 0:
-            write_rows(samples, arguments.samples)
+        if arguments.prompt is not None:
+            lines = sys.stdin.read().splitlines() if arguments.prompt == "-" else [arguments.prompt]
+            answer_prompts(model, tokenizer, lines, arguments.adapter)
+        else:
+            for adapter in arguments.adapter:
+                load_adapter(model, adapter)
+            write_results(*evaluate(model, tokenizer, documents, arguments.batch_tokens), arguments)
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,17 +11,17 @@
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but the dropout masks.
-Order: Algorithm 1, equations, methods, training, scoring, data, run folder, report, options, main.
+Order: Algorithm 1, equations, methods, training, scoring, data, run folder, options, main.
 Shapes: N tokens of the corpus end to end; T of a pack, n of them weighted; E examples; D width; V vocabulary.
 """
 
-import dataclasses, hashlib, importlib.metadata, json, math, sys, time  # noqa: E401
-from contextlib import nullcontext
+import dataclasses, fcntl, hashlib, importlib.metadata, json, math, os, shutil, sys, time  # noqa: E401
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -35,12 +35,12 @@ from tqdm import tqdm  # comes with huggingface-hub
 
 from data import Corpus, Tokenizer, build_corpus, check_ids, pack, read_object, read_rows, shift, unique_rows
 from data import whole_file, write_rows, write_text
-from eval import TASKS, Documents, Parser, evaluate, headlines, load_tool, local_files, prepare, spread, table
-from eval import first_rank_first, rank_and_world, say, start_ranks, sum_over_ranks, wait_for_all, within
+from eval import Documents, Parser, evaluate, first_rank_first, load_tool, local_files, prepare, progress
+from eval import rank_and_world, say, start_ranks, sum_over_ranks, wait_for_all, within
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora
 from lora import remove_lora, save_adapter, target_layers
-from model import DTYPES, Transformer, checkpoint_folder, head_chunks, load_model, model_fingerprint
-from model import read_config, save_model, to_device, token_losses
+from model import DTYPES, TEXT_FILES, Transformer, checkpoint_folder, head_chunks, load_model
+from model import model_fingerprint, read_config, save_model, to_device, token_losses
 
 Array = np.ndarray
 
@@ -56,6 +56,7 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     tokenizer = Tokenizer(checkpoint)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
+    options = with_reference_epochs(options, len(d_ref))
     model = load_base(options, checkpoint, d_ref, d_train)
     out = open_run(options, checkpoint, d_ref, d_train)  # the first to write; input was checked above
 
@@ -67,8 +68,9 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
 
-    # the rows that need no stage 4; L_P and L_N of every row are taken on the sides of plain forgetting
+    # 3. plain forgetting's sides; L_P and L_N of every row of the table are taken on them
     sides = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (N,)
+    describe_scores(base_loss, ref_loss, sides)
     figures = partial(measure, model, tokenizer, documents, d_train, sides, options)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
@@ -86,8 +88,7 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
         train(model, d_train, signs, folder, changed, seed, method.max_negative_loss)
         results[name][seed] = figures(folder)
         remove_lora(model)
-        if options.export:
-            export(checkpoint, folder, options)
+        publish(checkpoint, tokenizer, name, folder, changed)
     return results
 
 
@@ -178,16 +179,25 @@ def weighted_token_loss(
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
-    float32 from token_weights. max_negative_loss (nats) stops the ascent on tokens that are less probable.
-    If `losses` (n,) float32 is given, the loss of each token is stored there. The same, plainly:
+    float32 from token_weights; a target of -100 counts nothing. max_negative_loss (nats) stops the ascent on
+    tokens that are less probable. If `losses` (n,) float32 is given, each token's loss is stored there. The
+    same, plainly:
 
         logits = hidden @ head_weight.T                                    # (n, V)
         losses = F.cross_entropy(logits, targets, reduction="none")        # (n,)
         loss = losses[positive].mean() - lam * losses[negative].mean()
 
-    Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time.
+    Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time. Raises ValueError for hidden
+    states of another shape, and for a head that is trained, too: its gradient is not computed.
     """
-    return _WeightedTokenLoss.apply(hidden, head_weight, targets, weights, max_negative_loss, losses)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, (n, D) is needed: flatten(0, -2)")
+    if head_weight.requires_grad:
+        raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
+    weights = weights.masked_fill(targets < 0, 0)
+    return _WeightedTokenLoss.apply(
+        hidden, head_weight, targets.clamp_min(0), weights, max_negative_loss, losses
+    )
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -226,22 +236,19 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
 
     Raises ValueError for an unknown method, an option that stage 4 does not read, and a value out of range.
     """
-    base, colon, changes = name.partition(":")
+    base, _, tail = name.partition(":")
     if base not in METHODS:
         known = ", ".join([*UNTRAINED, *METHODS])
         raise ValueError(f"unknown method {base}; known: {known}; a variant: forgetting:rho=0.5,t_max=1.0")
-    if not colon:
-        return METHODS[base], options
-    flags: list[str] = []
-    for change in changes.split(","):
-        key, equals, value = change.partition("=")
-        if key not in VARIABLE or not equals or not value:
+    changes = tail.split(",") if ":" in name else []
+    keys = [change.partition("=")[0] for change in changes]
+    for key, change in zip(keys, changes):
+        if key not in VARIABLE or change.partition("=")[2] == "":
             known = ", ".join(VARIABLE)
             raise ValueError(f"--methods {name}: {change!r} is not option=value; options: {known}")
-        flags.append(f"--{key.replace('_', '-')}={value}")
-    changed = make_parser(f"forgetting.py: --methods {name}").parse_args(flags)
-    keys = [change.partition("=")[0] for change in changes.split(",")]
-    return METHODS[base], dataclasses.replace(options, **{key: getattr(changed, key) for key in keys})
+    flags = ["--" + change.replace("_", "-", key.count("_")) for key, change in zip(keys, changes)]
+    given = make_parser(f"forgetting.py: --methods {name}").parse_args(flags)
+    return METHODS[base], dataclasses.replace(options, **{key: getattr(given, key) for key in keys})
 
 
 def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
@@ -394,68 +401,65 @@ def train(
                     save_file(training_state(parameters, optimizer), file)
     if rank == 0:
         save_adapter(model, folder, options.model)
-        checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
     wait_for_all()
 
 
-def step_figures(
-    step: int, measured: list[float], counts: tuple[int, int], lam: float, rate: float
-) -> dict[str, float | None]:
+def step_figures(step: int, measured: list[float], counts: tuple[int, int], lam: float, rate: float) -> dict:
     """A line of metrics.jsonl. L_P and L_N are means over the step's P and N, None where nothing was run."""
     loss, on_positive, on_negative, norm = measured
     n_positive, n_negative = counts
     l_positive = on_positive / n_positive if n_positive else None
     l_negative = on_negative / n_negative if n_negative and lam else None  # a token of weight 0 is not run
-    return {
-        "step": step, "loss": loss, "L_P": l_positive, "L_N": l_negative,
-        "lambda": lam, "lr": rate, "grad_norm": norm,
-    }  # fmt: skip
+    losses = {"loss": loss, "L_P": l_positive, "L_N": l_negative}
+    return {"step": step} | losses | {"lambda": lam, "lr": rate, "grad_norm": norm}
 
 
 class StepLog:
     """metrics.jsonl of a training, its bar, and a warning where lambda is too high; rank 0 writes."""
 
     def __init__(self, folder: Path, first: int, total: int, options: "Options"):
-        self.path, self.first_rank, self.warned = folder / "metrics.jsonl", rank_and_world()[0] == 0, False
+        self.path, self.total, self.warned = folder / "metrics.jsonl", total, False
+        self.lines: list[dict] = []
         if learning_rate_at(total - 1, total, options.lr, options.warmup) == 0:
             say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
         if first:
             say(f"{folder}: continuing from step {first} of {total}")
-        label = "/".join(folder.parts[-2:])
-        self.bar = tqdm(desc=label, initial=first, total=total, unit="step", disable=not self.first_rank)
-        self.lines: list[dict] = []
-        if self.first_rank:  # what was logged after the checkpoint comes again: cut it off
-            lines = self.path.read_text(encoding="utf-8").splitlines()[:first] if self.path.is_file() else []
-            try:
-                self.lines = [json.loads(line) for line in lines]
-            except ValueError as error:
-                message = f"{self.path}: not a whole log ({error}); remove it, the run does not need it"
-                raise ValueError(message) from None
-            write_text("".join(line + "\n" for line in lines), self.path)
+        self.bar = progress("/".join(folder.parts[-2:]), total, "step", first, keep=True)
+        if rank_and_world()[0] > 0:
+            return
+        try:  # what was logged after the checkpoint comes again: cut it off
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            self.lines = [json.loads(line) for line in text.splitlines()[:first]]
+        except ValueError as error:
+            hint = "remove it, the run does not need it"
+            raise ValueError(f"{self.path}: not a whole log ({error}); {hint}") from None
+        write_rows(self.lines, self.path)
 
     def __enter__(self) -> "StepLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.bar.close()  # before an error is printed
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.path.parent} after step {len(self.lines)} of {self.total}")
 
     def add(self, figures: dict) -> None:
         """Log one step. Raises OSError naming the file."""
-        if not self.first_rank:
+        if rank_and_world()[0] > 0:
             return
-        names = ["loss", "tokens/s"]
-        if figures["L_N"] is not None:
-            names = ["loss", "L_P", "L_N", "lambda", "tokens/s"]
-        shown = {name: f"{figures[name]:.4g}" for name in names if figures[name] is not None}
-        self.bar.set_postfix(shown, refresh=False)
+        short = {"loss": "loss", "L_P": "P", "L_N": "N", "lambda": "lam", "tokens/s": "tok/s"}
+        names = short if figures["L_N"] is not None else ("loss", "tokens/s")
+        shown = [f"{short[name]} {figures[name]:.3g}" for name in names if figures[name] is not None]
+        self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
         self.lines.append(figures)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:
-            message = f"{self.path}: could not be written, what was there before still is ({error})"
-            raise OSError(message) from None
+            reason = f"could not be written, what was there before still is ({error})"
+            raise OSError(f"{self.path}: {reason}") from None
         if not self.warned and len(self.lines) % 10 == 0 and forgetting_hurts(self.lines):
             self.warned = True
             say(f"warning: {self.path.parent}, step {figures['step']}: L_P is above its start, and L_N too: "
@@ -544,7 +548,8 @@ def response_losses(
 def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
     """Stage 2: base_loss and ref_loss (N,) float32 of D_train, NaN where nothing is judged.
 
-    They are written every --save-every x --batch-size examples; a run that was stopped goes on there.
+    They are written every --save-every x --batch-size examples, beside the tokens and where their examples
+    came from; a run that was stopped goes on there.
     """
     path, part = out / "scores.safetensors", out / "scores.part.safetensors"
     rank, _ = rank_and_world()
@@ -559,21 +564,21 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     if options.score_dtype != options.dtype:
         model = load_model(model.folder, options.device, DTYPES[options.score_dtype])
         load_adapter(model, out / "reference")
+    sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
+    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
     at_once = options.save_every * options.batch_size
-    start, total = int(corpus.offsets[done]), len(corpus.tokens)
-    bar = tqdm(desc=f"{out.name}/scores", unit="token", initial=start, total=total, disable=rank > 0)
-    for first in range(done, len(corpus), at_once):
-        last = min(first + at_once, len(corpus))
-        examples = corpus.part(first, last)
-        tokens = slice(corpus.offsets[first], corpus.offsets[last])
-        everything = np.arange(len(examples))
-        losses = response_losses(model, examples, everything, options.micro_tokens, bar)
-        base_loss[tokens], ref_loss[tokens] = losses
-        arrays = {"base_loss": base_loss, "ref_loss": ref_loss, "offsets": corpus.offsets}
-        if rank == 0:
-            with whole_file(path if last == len(corpus) else part) as file:
-                save_arrays(arrays, file, metadata={"done": str(last)})
-    bar.close()
+    with progress(f"{out.name}/scores", len(corpus.tokens), "token", int(corpus.offsets[done])) as bar:
+        for first in range(done, len(corpus), at_once):
+            last = min(first + at_once, len(corpus))
+            examples = corpus.part(first, last)
+            tokens = slice(corpus.offsets[first], corpus.offsets[last])
+            everything = np.arange(len(examples))
+            losses = response_losses(model, examples, everything, options.micro_tokens, bar)
+            base_loss[tokens], ref_loss[tokens] = losses
+            if rank == 0:
+                with whole_file(path if last == len(corpus) else part) as file:
+                    metadata = {"done": str(last)}
+                    save_arrays(arrays | {"base_loss": base_loss, "ref_loss": ref_loss}, file, metadata)
     if rank == 0:
         part.unlink(missing_ok=True)
     wait_for_all()
@@ -591,6 +596,26 @@ def read_scores(path: Path) -> tuple[Array, Array, int]:
         raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
 
 
+def describe_scores(base_loss: Array, ref_loss: Array, sides: Array) -> None:
+    """Say what Q looks like and where it was cut. Raises ValueError where the reference learned nothing."""
+    judged = np.isfinite(base_loss)
+    quality, sides = quality_scores(base_loss, ref_loss)[judged], sides[judged]  # (n,) each
+    if quality.min() == quality.max():
+        raise ValueError(f"the reference learned nothing: Q is {quality[0]:g} for every token, and nothing can "
+                         "be chosen by it; more --n-reference, --reference-epochs or --reference-lr")
+    low, middle, high = (quantile(quality, share) for share in (0.05, 0.5, 0.95))
+    kept, unlearned = quality[sides > 0], quality[sides < 0]
+    say(f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
+        f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}\n"
+        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'")
+    if len(unlearned) == 0 or len(kept) == 0:
+        say("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
+        return
+    share = (unlearned > 0).mean()
+    say(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N, {share:.0%} of these "
+        "with Q > 0")
+
+
 def measure(
     model: Transformer, tokenizer: Tokenizer, documents: list[Documents], corpus: Corpus, sides: Array,
     options: "Options", folder: Path,
@@ -603,23 +628,34 @@ def measure(
     identity = {task.name: task.identity for task in documents}
     if path.is_file() and (found := read_object(path)).get("identity") == identity:
         return found
-    rank, _ = rank_and_world()
     sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
     label = "/".join(folder.parts[-2:]) + " loss on P and N"
-    tokens = int(corpus.lengths[sample].sum())
-    with tqdm(desc=label, unit="token", total=tokens, disable=rank > 0, leave=False) as bar:
+    with progress(label, int(corpus.lengths[sample].sum()), "token") as bar:
         _, losses = response_losses(model, corpus, sample, options.micro_tokens, bar, with_base=False)
     results: dict[str, Any] = {"identity": identity}
     for name, sign in (("L_P", 1), ("L_N", -1)):
         on_side = losses[(sides == sign) & np.isfinite(losses)]
         results[name] = float(on_side.mean()) if len(on_side) else None
     results["tasks"], samples = evaluate(model, tokenizer, documents)
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0] == 0:
         write_rows(samples, folder / "samples.jsonl")
         write_text(json.dumps(results, indent=2) + "\n", path)
     wait_for_all()
     return results
+
+
+def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
+    """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps.
+
+    The rate begins at 0 and ends near it: in fewer steps a reference learns nothing, and all Q are equal.
+    """
+    if options.reference_epochs is not None:
+        return options
+    steps = math.ceil(n_reference / options.batch_size)
+    epochs = max(options.epochs, math.ceil(8 / steps))
+    if epochs > options.epochs:
+        say(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
+    return dataclasses.replace(options, reference_epochs=epochs)
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -667,6 +703,11 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     vocabulary = read_config(checkpoint).vocab_size
     for corpus in corpora:
         check_ids(corpus.tokens, vocabulary, checkpoint)
+    flags = Path("/proc/cpuinfo")
+    if "cpu" == options.device and options.dtype == "bfloat16" and flags.is_file():
+        if "bf16" not in flags.read_text():
+            say("warning: this CPU computes bfloat16 without instructions for it, many times slower than "
+                "float32: --dtype float32")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     target_layers(model, tuple(options.targets))
@@ -681,8 +722,38 @@ FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length
         "checkpoint_activations")  # fmt: skip
 # every name that a run writes below its folder; nothing else is ever deleted
 MEASURED = ("results.json", "samples.jsonl")
-TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl",
-           "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors")
+TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
+           "chat_template.jinja", "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors",
+           "merged/chat_template.jinja")  # fmt: skip
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the run folder, and keep it from other runs until the block ends. Raises ValueError if one has it.
+
+    The lock is on the folder itself and goes with the process; a folder that stayed empty goes, too.
+    """
+    if rank_and_world()[0] > 0:
+        yield
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json.tmp").touch()
+        (out / "config.json.tmp").unlink()
+    except OSError as error:
+        raise OSError(f"--out {out} could not be written ({error})") from None
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"--out {out} is in use by another run: wait for it, or use another --out") from None
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # not empty: there is a run in it
+            for path in made:
+                path.rmdir()
 SCORED = ("scores.safetensors", "scores.part.safetensors")
 
 
@@ -712,24 +783,60 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     for scores in filter(Path.is_file, (out / name for name in SCORED)):
         read_scores(scores)  # one that was cut off is found here, before anything is written
     config = out / "config.json"
-    before = read_object(config)["inputs"] if config.is_file() else inputs
+    there = read_object(config) if config.is_file() else {"inputs": inputs}
+    before = there["inputs"]
     differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
     if differing and made_in(out) and not options.overwrite:
         pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
         raise ValueError(f"{out} was made with other {'; '.join(pairs)}: use another --out, or --overwrite")
+    rank, ranks = rank_and_world()
+    packing = {"micro_tokens": options.micro_tokens, "ranks": ranks}
+    changed = {name: there[name] for name, value in packing.items() if there.get(name, value) != value}
+    if changed and options.dropout and made_in(out):
+        say(f"warning: {out} was made with other {changed} (now {packing}): dropout masks depend on them")
     wait_for_all()  # every rank has looked before rank 0 changes anything
-    if rank_and_world()[0] == 0:
+    if rank == 0:
         if differing:  # before config.json is replaced: a crash must not pass old files off as new ones
-            keep_reference = set(differing) <= set(STAGE_4)
-            for path in made_in(out, keep_reference):
+            for path in made_in(out, keep_reference=set(differing) <= set(STAGE_4)):
                 path.unlink()
         packages = ("torch", "numpy", "tokenizers", "safetensors")
         versions = {name: importlib.metadata.version(name) for name in packages}
-        content = dataclasses.asdict(options) | {"versions": versions, "inputs": inputs}
+        content = dataclasses.asdict(options) | packing | {"versions": versions, "inputs": inputs}
         write_text(json.dumps(content, indent=2) + "\n", config)
     wait_for_all()
     say(f"{out}: {options.model}")
     return out
+
+
+def publish(checkpoint: Path, tokenizer: Tokenizer, name: str, folder: Path, options: "Options") -> None:
+    """Make an adapter folder whole for others: a model card, the tokenizer, the template of its training.
+
+    With --export also RUN/METHOD/seed-S/merged, a checkpoint of its own: base model and adapter in one.
+    """
+    if rank_and_world()[0] == 0:
+        for file in filter(Path.is_file, (checkpoint / file for file in TEXT_FILES)):
+            write_text(file.read_text(encoding="utf-8"), folder / file.name)
+        write_text(tokenizer.chat_template, folder / "chat_template.jinja")
+        write_text(model_card(name, options), folder / "README.md")
+        if options.export and not (folder / "merged" / "config.json").is_file():
+            model = load_model(checkpoint, "cpu", DTYPES[options.dtype])
+            load_adapter(model, folder)
+            merge_lora(model)
+            write_text(tokenizer.chat_template, folder / "merged" / "chat_template.jinja")
+            save_model(model, folder / "merged")
+    wait_for_all()
+
+
+def model_card(name: str, options: "Options") -> str:
+    """The README.md of an adapter, as the Hub reads it."""
+    trained = {key: getattr(options, key) for key in VARIABLE if getattr(options, key) is not None}
+    settings = "\n".join(f"- {key}: {value}" for key, value in trained.items())
+    return (
+        f"---\nbase_model: {options.model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
+        "tags:\n- lora\n- forgetting\n- arxiv:2508.04329\n---\n\n"
+        f"# {name}\n\nA LoRA adapter for {options.model}, trained by the method `{name}` of Forgetting "
+        f"(arXiv 2508.04329) on {', '.join(options.data)}.\n\n{settings}\n"
+    )
 
 
 def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
@@ -739,92 +846,6 @@ def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
     if not keep_reference:
         patterns += [f"reference/{name}" for name in TRAINED] + list(SCORED)
     return [path for pattern in patterns for path in out.glob(pattern)]
-
-
-def export(checkpoint: Path, folder: Path, options: "Options") -> None:
-    """RUN/METHOD/seed-S/merged: the base model with the adapter folded in, a checkpoint of its own."""
-    if rank_and_world()[0] == 0 and not (folder / "merged" / "config.json").is_file():
-        model = load_model(checkpoint, "cpu", DTYPES[options.dtype])
-        load_adapter(model, folder)
-        merge_lora(model)
-        save_model(model, folder / "merged")
-    wait_for_all()
-
-
-# ----------------------------------------------------------------------------------------------- report
-
-
-def columns(figures: dict) -> dict[str, float]:
-    """The columns of one model: the average of its tasks' first metrics, all metrics in percent, L_P, L_N."""
-    metrics = {}
-    for task, result in figures["tasks"].items():
-        for metric in (key for key in result if f"{key}_stderr" in result):
-            metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
-    first = headlines(figures["tasks"])
-    average = {"average": sum(first.values()) / len(first)} if first else {}
-    losses = {name: figures[name] for name in ("L_P", "L_N") if figures[name] is not None}
-    return average | metrics | losses
-
-
-def report(results: dict[str, dict[int, dict]], title: str) -> str:
-    """The comparison: methods by columns, mean +- deviation over seeds, and paired differences."""
-    rows_by_method = {}
-    for name, seeds in results.items():
-        rows_by_method[name] = {seed: columns(figures) for seed, figures in seeds.items()}
-    all_rows = [row for seeds in rows_by_method.values() for row in seeds.values()]
-    names = list(dict.fromkeys(name for row in all_rows for name in row))
-    rows = []
-    for method, seeds in rows_by_method.items():
-        cells = [method, str(len(seeds))]
-        for name in names:
-            values = [row[name] for row in seeds.values() if name in row]
-            cells.append(spread(values, 3 if name.startswith("L_") else 1) if values else "")
-        rows.append(cells)
-    parts = [f"## {title}", table(["method", "n", *names], rows)]
-    compared = [name for name in names if not name.startswith("L_")]
-    pairs = paired_rows(rows_by_method, compared) if compared else []
-    if pairs:
-        parts.append("Paired differences over seeds (in how many the first is better; of perplexity and the "
-                     "popular error, less is better):")  # fmt: skip
-        parts.append(table(["pair", *compared], pairs))
-    return "\n\n".join(parts)
-
-
-def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) -> list[list[str]]:
-    """Lines of the table of differences: each method against full, and against ignoring."""
-    rows = []
-    for baseline, method in product(("full", "ignoring"), rows_by_method):
-        if method in (baseline, "full", *UNTRAINED):
-            continue
-        ours, theirs = rows_by_method[method], rows_by_method.get(baseline, {})
-        shared = [seed for seed in ours if seed in theirs]
-        if not shared:
-            continue
-        cells = [f"{method} - {baseline}"]
-        for name in names:
-            differences = [ours[seed][name] - theirs[seed][name] for seed in shared]
-            task, _, metric = name.partition(" ")
-            fewer = task in TASKS and metric in TASKS[task].lower_is_better
-            better = [d < 0 if fewer else d > 0 for d in differences]
-            cells.append(f"{spread(differences, sign='+')} ({sum(better)}/{len(shared)})")
-        rows.append(cells)
-    return rows
-
-
-def write_report(parts: list[str], results: dict, options: "Options") -> None:
-    """RUN/results.json, and RUN/results.md, which is also printed; rank 0 alone."""
-    if rank_and_world()[0] > 0:
-        return
-    text = "\n\n".join(parts)
-    text += "\n\nmean +- sample standard deviation over n seeds; tasks in percent; "
-    text += "L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns.\n"
-    if options.limit is not None:
-        text += f"Only the first {options.limit} documents of each task (--limit).\n"
-    text += f"Made by `{' '.join(['python forgetting.py', *sys.argv[1:]])}`.\n"
-    out = Path(options.out)
-    write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
-    write_text(text, out / "results.md")
-    print(f"\n{text}\nwritten to {out / 'results.md'}")
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -846,6 +867,10 @@ AT_LEAST_1, AT_LEAST_0 = within(int, 1), within(float, 0)
 ABOVE_0, BELOW_1 = within(float, 0, above=True), within(float, 0, 1, below=True)
 
 
+FLAG_GROUPS = {"model": "data", "methods": "method", "rank": "LoRA", "lr": "training",  # the first of each
+               "device": "memory and speed", "tasks": "evaluation", "out": "run"}
+
+
 @dataclass
 class Options:
     """The command line; the defaults are the paper's recipe."""
@@ -857,7 +882,6 @@ class Options:
     n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", type=int)
     max_length: int = option(2048, "tokens an example is cut to", type=AT_LEAST_1)
-    out: str = option("runs/latest", "run folder, continued by the same command")
     methods: list[str] = words("base reference full ignoring forgetting", "rows of the table; a variant has "
                                "options of its stage 4 changed, as forgetting:rho=0.5,t_max=1.0")
     seeds: list[int] = option(lambda: [0], "one training per method and seed", nargs="+", type=within(int, 0))
@@ -876,27 +900,28 @@ class Options:
     batch_size: int = option(24, "sequences a step, over all ranks", type=AT_LEAST_1)
     epochs: int = option(1, "passes over D_train", type=AT_LEAST_1)
     reference_lr: float | None = option(None, "peak rate of the reference [--lr]", type=ABOVE_0)
-    reference_epochs: int | None = option(None, "passes over D_ref [--epochs]", type=AT_LEAST_1)
+    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, or what makes 8 steps]",
+                                          type=AT_LEAST_1)
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", type=AT_LEAST_0)
     device: str = option(lambda: "cuda" if on_cuda() else "cpu", "cpu or cuda")
     dtype: str = option(lambda: "bfloat16" if on_cuda() else "float32", "of the frozen weights",
-                        choices=sorted(DTYPES))
+                        choices=["bfloat16", "float32"])  # float16 gradients would underflow
     score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", choices=sorted(DTYPES))
     micro_tokens: int = option(lambda: 8192 if on_cuda() else 4096, "tokens of one packed forward pass; with "
                                "dropout 0 the result is the same", type=AT_LEAST_1)
     checkpoint_activations: bool = option(False, "less memory in training: blocks run a second time in the "
                                           "backward pass", action="store_true")
-    save_every: int = option(100, "steps between checkpoints", type=AT_LEAST_1)
-    overwrite: bool = option(False, "start over where results of other inputs are", action="store_true")
-    export: bool = option(False, "also save each model with its adapter merged in", action="store_true")
     tasks: list[str] = words("", "tasks of eval.py for the table")
     data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]")
     limit: int | None = option(None, "only the first LIMIT documents of each task", type=AT_LEAST_1)
+    out: str = option("runs/latest", "run folder, continued by the same command")
+    save_every: int = option(100, "steps between checkpoints", type=AT_LEAST_1)
+    overwrite: bool = option(False, "start over where results of other inputs are", action="store_true")
+    export: bool = option(False, "also save each model with its adapter merged in", action="store_true")
 
     def __post_init__(self) -> None:
         """Options that follow others unless given, and ValueError for those that do not go together."""
         self.reference_lr = self.reference_lr or self.lr
-        self.reference_epochs = self.reference_epochs or self.epochs
         self.score_dtype = self.score_dtype or self.dtype
         if self.t_max < self.t_min:
             raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
@@ -908,15 +933,18 @@ class Options:
 def make_parser(prog: str | None = None, **defaults: Any) -> Parser:
     """A flag for every field of Options; `defaults` stand in for some of theirs."""
     parser = Parser(prog=prog, description=__doc__)
+    group = parser
     for field in dataclasses.fields(Options):
         settings = dict(field.metadata)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         default = defaults.get(field.name, default)
         text = settings.pop("help")
+        if field.name in FLAG_GROUPS:
+            group = parser.add_argument_group(FLAG_GROUPS[field.name])
         if default not in (None, [], False) and "[" not in text:
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             text += f" [{shown}]"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
     return parser
 
 
@@ -944,15 +972,19 @@ def main() -> None:
         if options.model is None or not options.data:
             raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
         options.device = start_ranks(options.device)
-        check_folder(Path(options.out))
-        results = run(options)
-        title = f"{options.model} on {', '.join(options.data)}"
-        write_report([report(results, title)], results, options)
+        out = Path(options.out)
+        check_folder(out)
+        with locked(out):
+            results = run(options)
+            load_tool("look").report_run(results, options)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"forgetting.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nforgetting.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if rank_and_world()[0] == 0:
+            where = f"stopped at {stop}" if str(stop) else "stopped"
+            hint = "the same command goes on from the last checkpoint"
+            print(f"\nforgetting.py: {where}; {hint}", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -166,7 +166,7 @@ CASES = [
     rows_case("JSON that is no list", '{"prompt": "a"}', "bad.json: a list of rows is expected, not dict", file="bad.json"),
     rows_case("JSON cut off", "[" + good(1), "bad.json: not valid JSON", file="bad.json"),
     rows_case("an unknown layout", good() + lines({"question": "a", "answer": "b"}),
-              "bad.jsonl:10: unknown layout, fields found: answer, question; known: messages; prompt + completion"),
+              "bad.jsonl:10: unknown layout, fields found: answer, question; known: messages; conversations; prompt + completion"),
     rows_case("no fields at all", lines({}), "bad.jsonl:1: unknown layout, fields found: none"),
     rows_case("a number for a text", good() + lines({"prompt": "a", "completion": 5}), "bad.jsonl:10", "strings, not int"),
     rows_case("a list for the input", lines({"instruction": "a", "input": ["b"], "output": "c"}), "strings, not list"),

@@ -19,10 +19,9 @@ from eval import (
     evaluate,
     expand_tasks,
     f1_score,
-    follows,
     headlines,
-    ifeval_checks,
     ifeval_score,
+    load_tool,
     prepare,
     requests_of,
     show,
@@ -205,19 +204,22 @@ def test_arithmetic_counts_once_in_an_average():
     assert headlines(results) == {"boolq": 0.0, "arithmetic": 100.0}
 
 
-def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check():
+def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypatch):
+    ifeval = load_tool("ifeval")
+    checks = {name: check for name, check in ifeval.IFEVAL.items() if not name.startswith("language:")}
+    monkeypatch.setattr(ifeval, "ifeval_checks", lambda: checks)  # as without langdetect
     names = ["punctuation:no_comma", "startend:quotation"]
     documents = [
         ifeval_score({"instruction_id_list": names, "kwargs": [{}, {}]}, [Answer(text='"so it is"')]),
         ifeval_score({"instruction_id_list": names[:1], "kwargs": [{"relation": None}]}, [Answer(text="a, b\nc")]),
-        ifeval_score({"instruction_id_list": ["no:such"], "kwargs": [{}]}, [Answer(text="x")]),
+        ifeval_score({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}, [Answer(text="x")]),
     ]
     summary = summarise([document["metrics"] for document in documents])
     assert summary["inst_level_strict_acc"] == pytest.approx(2 / 3) and summary["prompt_level_strict_acc"] == 0.5
     assert summary["inst_level_loose_acc"] == 1.0  # without the first line there is no comma
-    assert documents[2]["not_scored"] == ["no:such"]
+    assert documents[2]["not_scored"] == ["language:response_language"]
     assert "| average |" in show({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}})  # nothing could be scored
-    assert not follows(" \n", "punctuation:no_comma", {}) and len(ifeval_checks()) >= 20
+    assert not ifeval.follows(" \n", "punctuation:no_comma", {}) and len(ifeval.IFEVAL) >= 20
 
 
 def test_groups_are_averaged_not_documents():
@@ -364,6 +366,8 @@ def test_every_task_has_a_public_home_or_is_the_demos():
         ),
         ("demo_qa", {"prompt": "x", "group": "y"}, "no field 'answer'"),
         ("ifeval", {"prompt": "x"}, "no field 'instruction_id_list'"),
+        ("ifeval", {"prompt": "x", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "unknown instruction id 'no:such'"),
+        ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{}]}, ".* argument: 'keywords'"),
         ("asdiv", {"body": "x", "question": "?", "answer": 5}, "'int' object has no attribute 'split'"),
     ],
 )

@@ -76,13 +76,17 @@ def test_all_stages_on_every_architecture(setting, tmp_path, kind):
 def test_a_run_folder_is_complete(finished):
     scores = load_file(finished / "scores.safetensors")
     assert {name: t.dtype for name, t in scores.items()} == {
-        "base_loss": torch.float32, "ref_loss": torch.float32, "offsets": torch.int64}  # fmt: skip
+        "base_loss": torch.float32, "ref_loss": torch.float32, "offsets": torch.int64, "tokens": torch.int32,
+        "sources": torch.uint8}  # fmt: skip
+    sources = bytes(scores["sources"].tolist()).decode().split("\n")
+    assert len(sources) == 24 and all(re.search(r"rows\.jsonl:\d+$", source) for source in sources)
     assert scores["base_loss"].shape == scores["ref_loss"].shape == (scores["offsets"][-1],) and len(scores["offsets"]) == 25
     lines = [json.loads(line) for line in (finished / "forgetting/seed-1/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["lambda"] == pytest.approx((0.25 - 1e-5) / 2)
     assert set(lines[0]) == {"step", "loss", "L_P", "L_N", "lambda", "lr", "grad_norm", "tokens/s"}
     for name in ("config.json", "results.json", "results.md", "reference/adapter_model.safetensors", "base/results.json",
-                 "full/seed-0/adapter_config.json", "full/seed-0/merged/config.json"):  # fmt: skip
+                 "full/seed-0/adapter_config.json", "full/seed-0/merged/config.json", "full/seed-0/README.md",
+                 "full/seed-0/tokenizer.json", "full/seed-0/chat_template.jinja", "full/seed-0/merged/chat_template.jinja"):  # fmt: skip
         assert (finished / name).is_file(), name
     assert not list(finished.rglob("*.tmp")) and not list(finished.rglob("checkpoint"))
     config = json.loads((finished / "config.json").read_text())
@@ -135,7 +139,7 @@ def test_other_inputs_are_refused_until_overwritten(finished, setting, tmp_path)
     adapter, scores = finished / "full/seed-0/adapter_model.safetensors", finished / "scores.safetensors"
     (finished / "full/seed-0/notes.txt").write_text("mine")
     before, written = load_file(adapter), scores.stat().st_mtime_ns
-    run(*common, "--epochs", 2, "--reference-epochs", 1, "--overwrite")
+    run(*common, "--epochs", 2, "--reference-epochs", 4, "--overwrite")
     after = load_file(adapter)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert scores.stat().st_mtime_ns == written, "options of stage 4 alone leave theta' and the scores"
@@ -336,7 +340,7 @@ def test_a_single_step_of_rate_0_is_warned_about(setting, tmp_path, monkeypatch,
     """With a handful of rows all of training was the first step of warm-up, and nothing was learned in silence."""
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--n-reference", 4, "--n-train", 4, "--rank", 4]
     out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--methods", "full")
-    assert out.count("warning: ") == 2 and "--warmup 0" in out
+    assert out.count("warning: ") == 1 and "--warmup 0" in out and "the reference takes 8 epochs" in out
     out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b", "--methods", "full", "--warmup", 0)
     assert "warning" not in out
 
@@ -347,11 +351,11 @@ def test_the_demo_takes_no_tasks_of_others(monkeypatch, capsys):
 
 def test_less_perplexity_is_a_win():
     """A pair that lowered LAMBADA's perplexity was once counted as lost."""
-    from forgetting import report
+    from eval import load_tool
 
     figures = lambda value: {0: {"L_P": None, "L_N": None, "tasks": {"lambada": {"acc": 0.5, "acc_stderr": 0.0,
                                    "perplexity": value, "perplexity_stderr": 0.0}}}}  # fmt: skip
-    text = report({"full": figures(9.0), "forgetting": figures(7.0)}, "t")
+    text = load_tool("look").report({"full": figures(9.0), "forgetting": figures(7.0)}, "t")
     assert "-2.0 (1/1)" in text and "+0.0 (0/1)" in text
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import forgetting  # noqa: E402
 from data import Corpus, Tokenizer, covers, read_rows, render, write_rows, write_text  # noqa: E402
-from eval import rank_and_world, spread, start_ranks, table, wait_for_all  # noqa: E402
+from eval import load_tool, rank_and_world, spread, start_ranks, table, wait_for_all  # noqa: E402
 
 NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # of a row's field noise: [[start, end, kind], ...]
 
@@ -388,11 +388,15 @@ def main(argv: list[str] | None = None) -> None:
         options.device = start_ranks(options.device)
         prepare_world(options, own.world)
         results, found = run_demo(options)
+        look = load_tool("look")
         parts = []
         for panel, title in PANELS.items():
-            parts += [forgetting.report(results[panel], title), detection_table(found[panel])]
+            parts += [look.report(results[panel], title), detection_table(found[panel])]
         content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
-        forgetting.write_report(parts, content, options)
+        look.write_report(parts, content, options)
+        if rank_and_world()[0] == 0:
+            for panel in PANELS:
+                look.write_page(look.Run(Path(options.out) / f"world-{options.seeds[0]}" / panel))
         if own.svg and rank_and_world()[0] == 0:
             runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
             examples = choose_examples(runs["clean"])

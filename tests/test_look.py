@@ -1,0 +1,92 @@
+"""tests/tools/look.py: what the page says is what the run wrote, and no row can do it harm."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from data import Tokenizer, build_corpus, read_rows, write_rows, write_text
+from eval import load_tool
+
+NASTY = "</script><script>alert(1)</script> \" ' & \u202edlrow \u05e9\u05dc\u05d5\u05dd \x07 <b onclick=x>"
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run folder as forgetting.py leaves it, of twelve rows with chosen scores."""
+    rows = [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + (NASTY if i == 3 else "jumps")} for i in range(12)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    tiny.make_checkpoint(tmp_path / "model", "llama3")
+    corpus = build_corpus(read_rows([str(tmp_path / "rows.jsonl")]), Tokenizer(tmp_path / "model"))
+    draw = np.random.default_rng(0)
+    base = np.where(corpus.response, draw.gamma(2, 1, len(corpus.tokens)), np.nan).astype(np.float32)
+    ref = np.where(corpus.response, base - draw.normal(0, 1, len(base)), np.nan).astype(np.float32)
+    sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)
+    out = tmp_path / "run"
+    (out / "full" / "seed-0").mkdir(parents=True)
+    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources, "base_loss": base, "ref_loss": ref}
+    save_file(arrays, out / "scores.safetensors", {"done": "12"})
+    config = {"model": str(tmp_path / "model"), "rho": 0.6, "forget_rate": None}
+    write_text(json.dumps(config), out / "config.json")
+    write_rows([{"step": i, "L_P": 2 - i / 10, "L_N": None, "lambda": i / 8, "grad_norm": 1.0} for i in range(8)],
+               out / "full" / "seed-0" / "metrics.jsonl")  # fmt: skip
+    write_text("| method | n |\n| full | 1 |", out / "results.md")
+    return out
+
+
+def test_the_numbers_are_those_of_the_scores(run_folder):
+    look = load_tool("look")
+    look.main([str(run_folder)])
+    text = (run_folder / "report.html").read_text()
+    scores = load_file(run_folder / "scores.safetensors")
+    quality = scores["base_loss"] - scores["ref_loss"]
+    judged = np.isfinite(quality)
+    threshold = np.quantile(quality[judged], 1 - 0.6, method="higher")
+    positive = int((quality[judged] >= threshold).sum())
+    assert f"threshold {threshold:.4f}, {positive:,} in" in text and f"{judged.sum() - positive:,} in <b class=\"n\">" in text
+    for example, (first, last) in enumerate(zip(scores["offsets"], scores["offsets"][1:])):
+        total = float(re.search(rf'data-sum="([-.\d]+)" data-mean="[-.\d]+" data-at="{example}"', text)[1])
+        assert total == pytest.approx(np.nansum(quality[first:last]), abs=1e-4)
+    assert len(re.findall(r'<b class="[pn]', text)) == judged.sum() + 2  # and two in the legend
+    assert "1.3 to 2" in text and "rows.jsonl:12" in text and "| full | 1 |" in text
+    sums = [float(x) for x in re.findall(r'data-sum="([-.\d]+)"', text)]
+    assert sums[:6] == sorted(sums)[:6]  # the most negative ones first
+
+
+def test_rows_can_do_no_harm(run_folder):
+    look = load_tool("look")
+    look.main([str(run_folder)])
+    text = (run_folder / "report.html").read_text()
+    assert text.count("<script>") == 1 and text.count("</script>") == 1 and "<b onclick" not in text and "\x07" not in text
+    assert "http" not in text  # nothing comes from elsewhere
+
+
+def test_known_noise_is_underlined(run_folder):
+    rows = [json.loads(line) | {"noise": [[0, 9, "wrong"]]} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
+    write_rows(rows, run_folder.parent / "rows.jsonl")
+    load_tool("look").main([str(run_folder)])
+    text = (run_folder / "report.html").read_text()
+    assert len(re.findall(r'<b class="[pno] k"', text)) >= 12 and "precision of N" in text
+
+
+def test_the_terminal_shows_the_same_rows(run_folder, capsys):
+    load_tool("look").main([str(run_folder), "--text", "--examples", "4"])
+    shown = capsys.readouterr().out
+    assert shown.count("rows.jsonl:") == 4 and "\033[41m" in shown and "\x07" not in shown
+
+
+def test_many_examples_are_sampled(run_folder):
+    look = load_tool("look")
+    run = look.Run(run_folder)
+    assert len(run.shown(6)) == 6 and len(set(run.shown(6))) == 6
+    assert run.shown(6)[:3] == np.argsort(run.sums, kind="stable")[:3].tolist()
+    assert len(run.shown(12, most_tokens=30)) < 12
+
+
+def test_a_folder_without_scores_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_tool("look").main([str(tmp_path)])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,427 @@
+"""What a run found, to look at: the table of its methods, and every token with its Q, in RUN/report.html.
+
+    python tests/tools/look.py runs/mine                   # writes runs/mine/report.html, one file, opens offline
+    python tests/tools/look.py runs/mine --text            # the same rows coloured in the terminal
+
+Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold; known noise is underlined.
+forgetting.py and the demo call it at the end of a run. Order: tables, the run, drawings, tokens, page, command line.
+"""
+
+import argparse, dataclasses, json, sys, types  # noqa: E401
+from collections import Counter
+from functools import cached_property
+from html import escape
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from data import Corpus, Tokenizer, read_object, read_rows, write_text  # noqa: E402
+from eval import TASKS, headlines, load_tool, metrics_of, rank_and_world, spread, table  # noqa: E402
+from forgetting import METHODS, UNTRAINED, Options, choose_signs, quality_scores, read_scores  # noqa: E402
+from model import checkpoint_folder  # noqa: E402
+
+# --------------------------------------------------------------------------------------------- tables
+
+
+def columns(figures: dict) -> dict[str, float]:
+    """The columns of one model: the average of its tasks' first metrics, all metrics in percent, L_P, L_N."""
+    metrics = {}
+    for task, result in figures["tasks"].items():
+        for metric in metrics_of(result):
+            metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
+    first = headlines(figures["tasks"])
+    average = {"average": sum(first.values()) / len(first)} if first else {}
+    losses = {name: figures[name] for name in ("L_P", "L_N") if figures[name] is not None}
+    return average | metrics | losses
+
+
+def finished(out: Path, results: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
+    """`results` and what earlier commands left in the folder, made from the same inputs and tasks."""
+    identity = next(figures["identity"] for seeds in results.values() for figures in seeds.values())
+    everything = {name: dict(seeds) for name, seeds in results.items()}
+    for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
+        method, *seed = path.relative_to(out).parts[:-1]
+        found = read_object(path)
+        if found.get("identity") == identity:
+            everything.setdefault(method, {}).setdefault(int(seed[0][5:]) if seed else 0, found)
+    return everything
+
+
+def report(results: dict[str, dict[int, dict]], title: str) -> str:
+    """The comparison: methods by columns, mean +- deviation over seeds, and paired differences."""
+    rows_by_method = {}
+    for name, seeds in results.items():
+        rows_by_method[name] = {seed: columns(figures) for seed, figures in seeds.items()}
+    all_rows = [row for seeds in rows_by_method.values() for row in seeds.values()]
+    names = list(dict.fromkeys(name for row in all_rows for name in row))
+    rows = []
+    for method, seeds in rows_by_method.items():
+        cells = [method, str(len(seeds))]
+        for name in names:
+            values = [row[name] for row in seeds.values() if name in row]
+            cells.append(spread(values, 3 if name.startswith("L_") else 1) if values else "")
+        rows.append(cells)
+    parts = [f"## {title}", table(["method", "n", *names], rows)]
+    compared = [name for name in names if not name.startswith("L_")]
+    pairs = paired_rows(rows_by_method, compared) if compared else []
+    if pairs:
+        parts.append("Paired differences over seeds (in how many the first is better; of perplexity and the "
+                     "popular error, less is better):")  # fmt: skip
+        parts.append(table(["pair", *compared], pairs))
+    return "\n\n".join(parts)
+
+
+def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) -> list[list[str]]:
+    """Lines of the table of differences: each method against full, and against ignoring."""
+    rows = []
+    for baseline, method in product(("full", "ignoring"), rows_by_method):
+        if method in (baseline, "full", *UNTRAINED):
+            continue
+        ours, theirs = rows_by_method[method], rows_by_method.get(baseline, {})
+        shared = [seed for seed in ours if seed in theirs]
+        if not shared:
+            continue
+        cells = [f"{method} - {baseline}"]
+        for name in names:
+            differences = [ours[seed][name] - theirs[seed][name] for seed in shared]
+            task, _, metric = name.partition(" ")
+            fewer = task in TASKS and metric in TASKS[task].lower_is_better
+            better = [d < 0 if fewer else d > 0 for d in differences]
+            cells.append(f"{spread(differences, sign='+')} ({sum(better)}/{len(shared)})")
+        rows.append(cells)
+    return rows
+
+
+def write_report(parts: list[str], results: dict, options: Options) -> None:
+    """RUN/results.json, and RUN/results.md, which is also printed; rank 0 alone."""
+    if rank_and_world()[0] > 0:
+        return
+    text = "\n\n".join(parts)
+    text += "\n\nmean +- sample standard deviation over n seeds; tasks in percent; "
+    text += "L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns.\n"
+    if options.limit is not None:
+        text += f"Only the first {options.limit} documents of each task (--limit).\n"
+    text += f"Made by `{' '.join(['python forgetting.py', *sys.argv[1:]])}`.\n"
+    out = Path(options.out)
+    write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
+    write_text(text, out / "results.md")
+    print(f"\n{text}\nwritten to {out / 'results.md'}")
+
+
+def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
+    """The end of a run: the table of all that is finished in its folder, on screen and in files, and report.html."""
+    if rank_and_world()[0] > 0:
+        return
+    out = Path(options.out)
+    results = finished(out, results)
+    write_report([report(results, f"{options.model} on {', '.join(options.data)}")], results, options)
+    write_page(Run(out))
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder's scores, sides and logs. Raises ValueError where it has no scores, or no tokens in them."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        path = self.folder / "scores.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{self.folder}: no scores.safetensors in it, so it is not the folder of a run that scored")
+        read_scores(path)  # a file that was cut off is one line
+        arrays = load_file(path)
+        if "tokens" not in arrays:
+            raise ValueError(f"{path} was made by an earlier version, without tokens: remove it and give the run again")
+        self.config = read_object(self.folder / "config.json")
+        self.base_loss = arrays["base_loss"]  # (N,)
+        self.quality = quality_scores(arrays["base_loss"], arrays["ref_loss"])  # (N,), NaN where nothing is judged
+        self.response = np.isfinite(self.quality)  # (N,)
+        sources = arrays["sources"].tobytes().decode().split("\n")
+        self.corpus = Corpus(arrays["tokens"], self.response, arrays["offsets"], sources, dropped=0)
+        wanted = types.SimpleNamespace(rho=self.config["rho"], forget_rate=self.config["forget_rate"])
+        self.signs = choose_signs(METHODS["forgetting"], self.quality, self.corpus, wanted, seed=0)  # (N,)
+        self.threshold = float(self.quality[self.signs > 0].min())
+        self.sums = np.add.reduceat(np.where(self.response, self.quality, 0), arrays["offsets"][:-1], dtype=np.float64)
+        self.means = self.sums / np.add.reduceat(self.response, arrays["offsets"][:-1], dtype=np.int64)  # (E,)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, or the copy beside an adapter where the model is gone."""
+        copies = sorted(self.folder.glob("*/seed-*/tokenizer.json"))
+        try:
+            return Tokenizer(checkpoint_folder(self.config["model"]))
+        except ValueError:
+            if not copies:
+                raise
+            return Tokenizer(copies[0].parent)
+
+    @cached_property
+    def noise(self) -> np.ndarray | None:
+        """(N,) int8, above 0 where a token is known to be noise; None where the rows do not say."""
+        files = sorted({source.rpartition(":")[0] for source in self.corpus.sources})
+        if not all(Path(file).is_file() for file in files):
+            return None
+        if not all("noise" in row for row in read_rows(files)):
+            return None
+        return load_tool("demo").known_noise(self.corpus, self.tokenizer)
+
+    def text_of(self, token: int) -> str:
+        """A token as a reader knows it: with its leading space, and its own name where it is half a character."""
+        text, piece = self.tokenizer.decode([token], skip_special=False), self.tokenizer.raw.id_to_token(token) or ""
+        if "\ufffd" in text:
+            return piece
+        return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
+
+    def places(self, example: int) -> range:
+        """Where the response tokens of an example lie, from the first to the last."""
+        first, last = self.corpus.offsets[example : example + 2]
+        judged = np.flatnonzero(self.response[first:last]) + first
+        return range(int(judged[0]), int(judged[-1]) + 1)
+
+    def logs(self) -> dict[str, list[dict]]:
+        """metrics.jsonl of every training, by its folder."""
+        found = {}
+        for path in sorted(self.folder.glob("**/metrics.jsonl")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found[str(path.parent.relative_to(self.folder))] = [json.loads(line) for line in lines]
+        return found
+
+    def shown(self, count: int, most_tokens: int = 80_000) -> list[int]:
+        """The examples to show: the most negative sums of Q first, then a sample of the others, evenly spaced."""
+        order = np.argsort(self.sums, kind="stable")
+        first = order[: count // 2]
+        rest = np.sort(order[count // 2 :])
+        sample = rest[np.linspace(0, len(rest) - 1, min(count - len(first), len(rest))).astype(int)] if len(rest) else []
+        chosen, total = [], 0
+        for example in [*first.tolist(), *map(int, sample)]:
+            total += len(self.places(example))
+            if total > most_tokens and chosen:
+                break
+            chosen.append(example)
+        return chosen
+
+
+# ------------------------------------------------------------------------------------------- drawings
+
+
+def curve(points: list[tuple[float, float]], label: str) -> str:
+    """A line through (step, value) as SVG, with its least and greatest value."""
+    if not points:
+        return ""
+    points = points[:: len(points) // 300 + 1]
+    xs, ys = zip(*points)
+    low, high = min(ys), max(ys)
+    wide, tall = max(xs) - min(xs) or 1, high - low or 1
+    line = " ".join(f"{8 + 224 * (x - min(xs)) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
+    return (f'<svg viewBox="0 0 240 100" role="img" aria-label="{escape(label)}"><text x="8" y="14">{escape(label)}</text>'
+            f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>')
+
+
+def curves(lines: list[dict]) -> str:
+    """L_P, L_N, lambda and the gradient's norm of one training."""
+    names = ("L_P", "L_N", "lambda", "grad_norm")
+    return "".join(curve([(x["step"], x[name]) for x in lines if x.get(name) is not None], name) for name in names)
+
+
+def histogram(run: Run, bins: int = 60) -> str:
+    """How many tokens have which Q; orange below the threshold, lines at the threshold and at 0."""
+    quality = run.quality[run.response]
+    low, high = np.quantile(quality, [0.005, 0.995])
+    low, high = min(low, 0, run.threshold), max(high, 0, run.threshold) + 1e-6
+    counts, edges = np.histogram(np.clip(quality, low, high), bins, (low, high))
+    at = lambda x: 10 + 480 * (x - low) / (high - low)  # noqa: E731
+    parts = []
+    for count, left in zip(counts, edges):
+        tall = 110 * count / counts.max()
+        side = "p" if left >= run.threshold else "n"
+        parts.append(f'<rect class="{side}" x="{at(left):.1f}" y="{125 - tall:.1f}" width="{480 / bins - 1:.1f}" height="{tall:.1f}"/>')
+    for x, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
+        parts.append(f'<line x1="{at(x):.1f}" x2="{at(x):.1f}" y1="5" y2="125"/><text x="{at(x) + 3:.1f}" y="{y}">{name}</text>')
+    parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}</text>')
+    return f'<svg viewBox="0 0 500 145" role="img" aria-label="histogram of Q">{"".join(parts)}</svg>'
+
+
+def scatter(run: Run, count: int = 2000) -> str:
+    """Q against the loss of the base model, for an even sample of the tokens."""
+    places = np.flatnonzero(run.response)
+    places = places[np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)]
+    x, y = run.base_loss[places], run.quality[places]
+    wide, (low, high) = max(float(np.quantile(x, 0.995)), 1e-6), np.quantile(y, [0.005, 0.995])
+    tall = high - low or 1
+    dots = []
+    for loss, q, sign in zip(x, y, run.signs[places]):
+        across, down = 10 + 480 * min(loss / wide, 1), 125 - 115 * min(max((q - low) / tall, 0), 1)
+        dots.append(f'<circle class="{"opn"[sign]}" cx="{across:.0f}" cy="{down:.0f}" r="1.5"/>')
+    note = f"base loss 0 to {wide:.1f} nats to the right, Q {low:.2f} to {high:.2f} upwards"
+    text = f'<text x="10" y="140" class="dim">{note}</text>'
+    return f'<svg viewBox="0 0 500 145" role="img" aria-label="Q against base loss">{"".join(dots)}{text}</svg>'
+
+
+# --------------------------------------------------------------------------------------------- tokens
+
+
+def visible(text: str) -> str:
+    """Text with its control characters shown, so that none of them acts."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text.replace("\x7f", "\u2421"))
+
+
+SIDES = {1: "in P", -1: "in N", 0: "left out"}
+
+
+def token_html(run: Run, place: int) -> str:
+    """One token: class p, n or o (left out), its strength, and Q and the base loss for hover and tap."""
+    text = escape(visible(run.text_of(int(run.corpus.tokens[place])))).replace("\n", "\u23ce\n")
+    if not run.response[place]:
+        return f"<i>{text}</i>"
+    quality, sign = float(run.quality[place]), int(run.signs[place])
+    strength = 0.15 + 0.65 * min(abs(quality - run.threshold) / 3, 1)
+    known = " k" if run.noise is not None and run.noise[place] > 0 else ""
+    note = f"Q {quality:.3f}, base loss {run.base_loss[place]:.3f}, {SIDES[sign]}"
+    return f'<b class="{"opn"[sign]}{known}" style="--a:{strength:.2f}" title="{note}">{text}</b>'
+
+
+def example_html(run: Run, example: int) -> str:
+    """An example's response with its source, sum and mean of Q."""
+    source = run.corpus.sources[example]
+    tokens = "".join(token_html(run, place) for place in run.places(example))
+    first = run.places(example)[0]
+    begin = int(run.corpus.offsets[example])
+    asked = run.tokenizer.decode(run.corpus.tokens[begin:first][-60:].tolist(), skip_special=False)
+    return (f'<section data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" data-at="{example}" '
+            f'data-file="{escape(source.rpartition(":")[0])}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
+            f'{run.means[example]:.3f}</h4><p class="asked">{escape(visible(asked))}</p><p class="tokens">{tokens}</p></section>')
+
+
+def token_types(run: Run, count: int = 40) -> str:
+    """The types of token with the lowest and the highest mean Q, with a place where each occurs."""
+    places = np.flatnonzero(run.response)
+    ids = run.corpus.tokens[places]
+    seen = np.bincount(ids)
+    sums = np.bincount(ids, run.quality[places])
+    enough = np.flatnonzero(seen >= min(5, seen.max()))
+    order = enough[np.argsort(sums[enough] / seen[enough], kind="stable")]
+    first_place = dict(zip(ids[::-1].tolist(), places[::-1].tolist()))
+    lines = []
+    for token in dict.fromkeys([*order[:count].tolist(), *order[-count:].tolist()]):
+        place = first_place[token]
+        around = "".join(run.text_of(int(t)) for t in run.corpus.tokens[max(place - 8, 0) : place + 5])
+        cells = (run.text_of(token), f"{sums[token] / seen[token]:.3f}", str(seen[token]), around)
+        lines.append("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr><th>token</th><th>mean Q</th><th>count</th><th>where</th></tr>{''.join(lines)}</table>"
+
+
+def lowest_rows(run: Run, count: int = 20) -> str:
+    """The rows with the lowest mean Q."""
+    lines = []
+    for example in np.argsort(run.means, kind="stable")[:count].tolist():
+        text = run.tokenizer.decode(run.corpus.tokens[list(run.places(example))].tolist())
+        cells = (run.corpus.sources[example], f"{run.means[example]:.3f}", text[:160])
+        lines.append("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr><th>row</th><th>mean Q</th><th>response</th></tr>{''.join(lines)}</table>"
+
+
+def print_tokens(run: Run, count: int) -> None:
+    """The same rows for a terminal, in colours."""
+    for example in run.shown(count):
+        print(f"\n\033[1m{run.corpus.sources[example]}\033[0m  sum {run.sums[example]:.2f}  mean {run.means[example]:.3f}")
+        for place in run.places(example):
+            text = visible(run.text_of(int(run.corpus.tokens[place])))
+            colour = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])]
+            known = "\033[4m" if run.noise is not None and run.noise[place] > 0 else ""
+            print(f"{colour}{known}{text}\033[0m" if colour or known else text, end="")
+        print()
+
+
+# ----------------------------------------------------------------------------------------------- page
+
+STYLE = """
+:root { color-scheme: light dark; --p: 47,111,219; --n: 232,131,42; --line: #8885; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 62rem; padding: 0 1rem; overflow-wrap: anywhere; }
+pre, .wide { overflow-x: auto; } pre { font-size: 12px; overflow-wrap: normal; } h4 { margin: .8rem 0 0; font-size: 12px; }
+svg { width: 100%; max-width: 31rem; } .curves svg { max-width: 15rem; } svg text { font-size: 10px; fill: currentColor; }
+svg polyline { fill: none; stroke: rgb(var(--p)); stroke-width: 1.5; } svg line { stroke: currentColor; stroke-dasharray: 3; }
+svg .p { fill: rgb(var(--p)); } svg .n { fill: rgb(var(--n)); } svg .o { fill: #888; } .dim, .asked { opacity: .65; font-size: 12px; }
+.tokens { margin: .2rem 0; white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px; }
+.tokens b { font-weight: 400; unicode-bidi: isolate; border-radius: 3px; } .tokens i { opacity: .6; font-style: normal; unicode-bidi: isolate; }
+.tokens b.p { background: rgba(var(--p), var(--a)); } .tokens b.n { background: rgba(var(--n), var(--a)); }
+.tokens b.k { text-decoration: underline 2px; } .asked { margin: 0; white-space: pre-wrap; unicode-bidi: isolate; }
+table { border-collapse: collapse; font-size: 13px; } td, th { border-bottom: 1px solid var(--line); padding: .1rem .5rem; text-align: left;
+unicode-bidi: isolate; } input, select { font: inherit; max-width: 100%; } #value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
+"""
+SCRIPT = """
+const list = document.getElementById("examples"), all = [...list.children], $ = (id) => document.getElementById(id);
+function show() {
+  const text = $("text").value.toLowerCase(), file = $("file").value, by = $("sort").value;
+  all.sort((a, b) => a.dataset[by] - b.dataset[by]).forEach((e) => {
+    e.hidden = (file && e.dataset.file !== file) || (text && !e.textContent.toLowerCase().includes(text)); list.append(e); });
+}
+["text", "file", "sort"].forEach((id) => $(id).addEventListener("input", show));
+list.addEventListener("click", (event) => { if (event.target.title) $("value").textContent = event.target.title; });
+"""
+
+
+def page(run: Run, count: int) -> str:
+    """report.html: nothing in it comes from elsewhere, and every text of the rows is escaped."""
+    path, examples = run.folder / "results.md", run.shown(count)
+    results = path.read_text(encoding="utf-8") if path.is_file() else "No method of this run is finished yet."
+    found = ""
+    if run.noise is not None:
+        figures = load_tool("demo").detection(run.quality, run.signs < 0, run.corpus, run.noise)
+        found = "<p>Known noise: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ".</p>"
+    files = Counter(source.rpartition(":")[0] for source in run.corpus.sources)
+    choices = "".join(f'<option value="{escape(name)}">{escape(name)} ({n:,})</option>' for name, n in files.items())
+    quality, (n_p, n_n) = run.quality[run.response], ((run.signs > 0).sum(), (run.signs < 0).sum())
+    trained = "".join(f'<h4>{escape(name)}</h4><div class="curves">{curves(lines)}</div>' for name, lines in run.logs().items())
+    body = f"""<h1>{escape(str(run.folder))}</h1><pre>{escape(visible(results))}</pre>
+<h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} examples: mean {quality.mean():.4f}, deviation {quality.std():.4f};
+threshold {run.threshold:.4f}, {n_p:,} in <b class="p">P</b>, {n_n:,} in <b class="n">N</b>.</p>{found}{histogram(run)}{scatter(run)}
+<h2>Training</h2>{trained}
+<h2>Look at these rows first</h2><div class="wide">{lowest_rows(run)}</div>
+<h2>Tokens</h2><p>Blue: kept in P; orange: in N; plain: left out. {len(examples):,} of {len(run.corpus):,} examples:
+the most negative sums of Q, and an even sample of the others. Hover or tap for values.</p>
+<p><input id="text" placeholder="filter by text"> <select id="file"><option value="">all files</option>{choices}</select>
+<select id="sort"><option value="sum">most negative sum</option><option value="mean">lowest mean</option><option value="at">order</option></select></p>
+<div id="examples">{"".join(example_html(run, example) for example in examples)}</div><p id="value" aria-live="polite"></p>
+<h2>Types of tokens</h2><div class="wide">{token_types(run)}</div>"""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><title>{escape(run.folder.name)}</title><style>{STYLE}</style></head>'
+            f"<body>{body}<script>{SCRIPT}</script></body></html>\n")
+
+
+def write_page(run: Run, count: int = 200, path: Path | None = None) -> None:
+    """RUN/report.html, or another path."""
+    path = path or run.folder / "report.html"
+    write_text(page(run, count), path)
+    print(f"its tokens: {path}")
+
+
+# -------------------------------------------------------------------------------------- command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: exit code 2, and one line, for what the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
+    parser.add_argument("--examples", type=int, default=200, help="how many rows to show [200]")
+    parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
+    arguments = parser.parse_args(argv)
+    try:
+        run = Run(arguments.run)
+        if arguments.text:
+            print_tokens(run, arguments.examples)
+        else:
+            write_page(run, arguments.examples, arguments.out)
+    except (ValueError, OSError) as error:
+        print(f"look.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
