@@ -303,6 +303,10 @@ class Corpus:
         sources = self.sources[first:last]
         return Corpus(self.tokens[tokens], self.response[tokens], offsets, sources, dropped=0)
 
+    def split(self) -> list[np.ndarray]:
+        """The tokens of each example, without copying."""
+        return np.split(self.tokens, self.offsets[1:-1]) if len(self) else []
+
     def places(self, examples: Sequence[int]) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
         spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples]

@@ -56,8 +56,9 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     tokenizer = Tokenizer(checkpoint)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
+    held_out = read_held_out(options, tokenizer, d_ref, d_train)  # without --eval-data of no examples
     options = with_reference_epochs(options, len(d_ref))
-    model = load_base(options, checkpoint, d_ref, d_train)
+    model = load_base(options, checkpoint, d_ref, d_train, held_out)
     out = open_run(options, checkpoint, d_ref, d_train)  # the first to write; input was checked above
 
     # 1. theta': every response token of D_ref has sign +1
@@ -68,10 +69,11 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
 
-    # 3. plain forgetting's sides; L_P and L_N of every row of the table are taken on them
+    # 3. plain forgetting's sides; the losses L_P and L_N of every row of the table are taken on them
     sides = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (N,)
     describe_scores(base_loss, ref_loss, sides)
-    figures = partial(measure, model, tokenizer, documents, d_train, sides, options)
+    parts = [(d_train, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
+    figures = partial(measure, model, tokenizer, documents, parts, options)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
         results["reference"][0] = figures(out / "reference")
@@ -218,7 +220,9 @@ METHODS = {
     "full": Method(rho=1.0),
     "ignoring": Method(rho=0.5),
     "ignoring-random": Method(rho=0.5, random=True),
+    "full-P": Method(rho=0.7, random=True),  # as many tokens as forgetting keeps: is it the amount of data?
     "forgetting": Method(rho=0.7, unlearn=True),
+    "forgetting-random": Method(rho=0.7, unlearn=True, random=True),  # is it *which* tokens are unlearned?
     "forgetting-clipped": Method(rho=0.7, unlearn=True, max_negative_loss=-math.log(1e-3)),
     "ignoring-sequence": Method(rho=0.5, by_sequence=True),
     "forgetting-sequence": Method(rho=0.7, unlearn=True, by_sequence=True),
@@ -601,8 +605,8 @@ def describe_scores(base_loss: Array, ref_loss: Array, sides: Array) -> None:
     judged = np.isfinite(base_loss)
     quality, sides = quality_scores(base_loss, ref_loss)[judged], sides[judged]  # (n,) each
     if quality.min() == quality.max():
-        raise ValueError(f"the reference learned nothing: Q is {quality[0]:g} for every token, and nothing can "
-                         "be chosen by it; more --n-reference, --reference-epochs or --reference-lr")
+        mend = "more --n-reference, --reference-epochs or --reference-lr"
+        raise ValueError(f"the reference learned nothing: Q is {quality[0]:g} for every token; {mend}")
     low, middle, high = (quantile(quality, share) for share in (0.05, 0.5, 0.95))
     kept, unlearned = quality[sides > 0], quality[sides < 0]
     say(f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
@@ -612,50 +616,39 @@ def describe_scores(base_loss: Array, ref_loss: Array, sides: Array) -> None:
         say("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
         return
     share = (unlearned > 0).mean()
-    say(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N, {share:.0%} of these "
+    say(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N; {share:.0%} of N "
         "with Q > 0")
 
 
 def measure(
-    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], corpus: Corpus, sides: Array,
-    options: "Options", folder: Path,
+    model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
+    parts: list[tuple[Corpus, dict[str, Array]]], options: "Options", folder: Path,
 ) -> dict:
-    """The figures of one model, also in folder/results.json: its tasks' results, its mean loss on P and on N.
+    """The figures of one model, also in folder/results.json: its tasks' results and its mean losses, in nats.
 
-    The losses are over up to 512 examples of D_train; sides (N,) int8 are forgetting's, for every method.
+    parts lists corpora with the tokens (N,) bool over which a loss of some name is averaged, None if there
+    are none of them; over up to 512 examples of each.
     """
     path = folder / "results.json"
     identity = {task.name: task.identity for task in documents}
+    identity |= {"held-out": c.fingerprint() for c, masks in parts if "held-out" in masks and len(c)}
     if path.is_file() and (found := read_object(path)).get("identity") == identity:
         return found
-    sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
-    label = "/".join(folder.parts[-2:]) + " loss on P and N"
-    with progress(label, int(corpus.lengths[sample].sum()), "token") as bar:
-        _, losses = response_losses(model, corpus, sample, options.micro_tokens, bar, with_base=False)
     results: dict[str, Any] = {"identity": identity}
-    for name, sign in (("L_P", 1), ("L_N", -1)):
-        on_side = losses[(sides == sign) & np.isfinite(losses)]
-        results[name] = float(on_side.mean()) if len(on_side) else None
+    for corpus, masks in parts:
+        sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
+        label = f"{'/'.join(folder.parts[-2:])} loss on {' and '.join(masks)}"
+        with progress(label, int(corpus.lengths[sample].sum()), "token") as bar:
+            _, losses = response_losses(model, corpus, sample, options.micro_tokens, bar, with_base=False)
+        for name, mask in masks.items():
+            on_part = losses[mask & np.isfinite(losses)]
+            results[name] = float(on_part.mean()) if len(on_part) else None
     results["tasks"], samples = evaluate(model, tokenizer, documents)
     if rank_and_world()[0] == 0:
         write_rows(samples, folder / "samples.jsonl")
         write_text(json.dumps(results, indent=2) + "\n", path)
     wait_for_all()
     return results
-
-
-def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
-    """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps.
-
-    The rate begins at 0 and ends near it: in fewer steps a reference learns nothing, and all Q are equal.
-    """
-    if options.reference_epochs is not None:
-        return options
-    steps = math.ceil(n_reference / options.batch_size)
-    epochs = max(options.epochs, math.ceil(8 / steps))
-    if epochs > options.epochs:
-        say(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
-    return dataclasses.replace(options, reference_epochs=epochs)
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -698,6 +691,33 @@ def counted(flag: str, given: int | None, default: int, most: int, besides: str)
     return count
 
 
+def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
+    """The rows of --eval-data, none without it. Raises ValueError if some are in D_ref or D_train."""
+    if not options.eval_data:
+        return trained[0].part(0, 0)
+    rows = unique_rows(read_rows(local_files(options.eval_data)), tokenizer.eos)
+    held_out = build_corpus(rows, tokenizer, options.max_length)
+    known = {tokens.tobytes() for corpus in trained for tokens in corpus.split()}
+    shared = sum(tokens.tobytes() in known for tokens in held_out.split())
+    if shared:
+        raise ValueError(f"--eval-data: {shared} of its {len(held_out)} rows are in D_ref or D_train, too")
+    return held_out
+
+
+def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
+    """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps.
+
+    The rate begins at 0 and ends near it: in fewer steps a reference learns nothing, and all Q are equal.
+    """
+    if options.reference_epochs is not None:
+        return options
+    steps = math.ceil(n_reference / options.batch_size)
+    epochs = max(options.epochs, math.ceil(8 / steps))
+    if epochs > options.epochs:
+        say(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
+    return dataclasses.replace(options, reference_epochs=epochs)
+
+
 def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transformer:
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
     vocabulary = read_config(checkpoint).vocab_size
@@ -718,8 +738,8 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
 
 # options that may change from command to command: what was made stays valid. Data go by their fingerprints.
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
-        "tasks", "data_dir", "limit", "device", "micro_tokens", "save_every", "overwrite", "export",
-        "checkpoint_activations")  # fmt: skip
+        "tasks", "data_dir", "limit", "eval_data", "device", "micro_tokens", "save_every", "overwrite",
+        "export", "checkpoint_activations")  # fmt: skip
 # every name that a run writes below its folder; nothing else is ever deleted
 MEASURED = ("results.json", "samples.jsonl")
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
@@ -913,6 +933,7 @@ class Options:
                                           "backward pass", action="store_true")
     tasks: list[str] = words("", "tasks of eval.py for the table")
     data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]")
+    eval_data: list[str] = words("", "rows held out: their response loss and perplexity, in the table")
     limit: int | None = option(None, "only the first LIMIT documents of each task", type=AT_LEAST_1)
     out: str = option("runs/latest", "run folder, continued by the same command")
     save_every: int = option(100, "steps between checkpoints", type=AT_LEAST_1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -402,3 +403,112 @@ def test_only_allowed_packages_are_imported():
             assert not frameworks.search(path.read_text(encoding="utf-8")), path
     assert {p.name for p in ROOT.glob("*.py")} == {
         "forgetting.py", "lora.py", "model.py", "data.py", "eval.py"}  # fmt: skip
+
+
+def test_a_reference_that_learned_nothing_ends_the_run(setting, tmp_path, monkeypatch, capsys):
+    """Found at d954c0b: one step of rate 0, every Q 0, N empty: `forgetting` was `full` byte for byte, with exit 0."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--rank", 4, "--out", tmp_path, "--methods", "forgetting"]
+    said = in_process(monkeypatch, capsys, *common, "--reference-epochs", 1, "--n-reference", 6, code=2)
+    assert "the reference learned nothing: Q is 0 for every token" in said and not (tmp_path / "forgetting").exists()
+
+
+def test_a_small_pool_works_with_the_defaults(setting, tmp_path, monkeypatch, capsys):
+    """40 rows: D_ref is 6 rows; it is gone through until the reference has taken 8 steps, and Q is described."""
+    said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", "--rank", 4,
+                      "--out", tmp_path, "--methods", "full", "forgetting", "--lr", "1e-2", "--epochs", 3)  # fmt: skip
+    assert "D_ref has 6 examples: the reference takes 8 epochs" in said
+    assert len((tmp_path / "reference" / "metrics.jsonl").read_text().splitlines()) == 8
+    assert re.search(r"Q of \d+ response tokens: mean .* 5 / 50 / 95 % at", said) and "under theta'" in said
+    assert re.search(r"threshold [-\d.]+: \d+ tokens in P, \d+ in N; \d+% of N with Q > 0", said)
+    full, forgetting = (load_file(tmp_path / name / "seed-0" / "adapter_model.safetensors") for name in ("full", "forgetting"))
+    assert any(not torch.equal(full[name], forgetting[name]) for name in full)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_held_out_rows_have_a_column(setting, tmp_path, monkeypatch, capsys):
+    held = [{"instruction": f"Tell me {i}", "output": "the quick brown fox"} for i in range(100, 104)]
+    write_rows(held, tmp_path / "held.jsonl")
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "base", "reference", "full"]
+    said = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--eval-data", tmp_path / "held.jsonl")
+    figures = [json.loads((tmp_path / "a" / name / "results.json").read_text()) for name in ("base", "reference", "full/seed-0")]
+    assert "held-out perplexity" in said and len({figure["held-out"] for figure in figures}) == 3
+    from data import Tokenizer, build_corpus, read_rows
+    from model import load_model
+
+    model, corpus = load_model(setting / "model"), build_corpus(read_rows([str(tmp_path / "held.jsonl")]), Tokenizer(setting / "model"))
+    losses = []
+    for tokens, judged in zip(corpus.split(), np.split(corpus.response, corpus.offsets[1:-1])):
+        with torch.no_grad():
+            ids = torch.from_numpy(tokens).long()
+            logits = model.lm_head(model(ids, torch.tensor([0, len(ids)], dtype=torch.int32)))
+        losses += torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[torch.from_numpy(judged[1:])].tolist()
+    assert figures[0]["held-out"] == pytest.approx(np.mean(losses), abs=1e-4)
+    said = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b", "--eval-data", f"{setting / 'rows.jsonl'}:5", code=2)
+    assert "of its 5 rows are in D_ref or D_train" in said
+
+
+def test_the_table_keeps_what_is_finished(setting, tmp_path, monkeypatch, capsys):
+    """Found at d954c0b: with other --methods, rows whose results were on disk vanished from results.md."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path]
+    in_process(monkeypatch, capsys, *common, "--methods", "base", "full", "--seeds", 0, 1)
+    in_process(monkeypatch, capsys, *common, "--methods", "ignoring")
+    table = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| full +\| 2 \|", table) and re.search(r"\| ignoring +\| 1 \|", table) and re.search(r"\| base +\|", table)
+
+
+def test_two_runs_in_one_folder(setting, tmp_path, monkeypatch, capsys):
+    """The second is told so, and touches nothing; the lock goes with the block."""
+    from forgetting import locked
+
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path / "run", "--methods", "base"]
+    with locked(tmp_path / "run"):
+        assert "is in use by another run" in in_process(monkeypatch, capsys, *common, code=2)
+        assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()  # it stayed empty
+    in_process(monkeypatch, capsys, *common)
+
+
+def test_other_packing_with_dropout_is_said(setting, tmp_path, monkeypatch, capsys):
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path, "--methods", "full"]
+    in_process(monkeypatch, capsys, *common, "--dropout", 0.1, "--micro-tokens", 100)
+    said = in_process(monkeypatch, capsys, *common, "--dropout", 0.1, "--micro-tokens", 200, "--seeds", 0, 1)
+    assert "was made with other {'micro_tokens': 100}" in said and "dropout masks" in said
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["ranks"] == 1 and config["micro_tokens"] == 200
+
+
+def test_an_interrupted_training_says_where(setting, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", stop)
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path / "run"]
+    said = in_process(monkeypatch, capsys, *common, code=130)
+    assert "reference after step 0 of" in said and "the same command goes on" in said and "Traceback" not in said
+
+
+def test_help_comes_in_groups(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", "--help"])
+    with pytest.raises(SystemExit):
+        __import__("forgetting").main()
+    said = capsys.readouterr().out
+    groups = ["data", "method", "LoRA", "training", "memory and speed", "evaluation", "run"]
+    places = [said.index(f"\n{group}:\n") for group in groups]
+    assert places == sorted(places)
+
+
+def test_prompts_are_answered_side_by_side(setting, finished, monkeypatch, capsys):
+    adapters = [str(finished / name / "seed-0") for name in ("full", "forgetting")]
+    import eval as evaluation
+
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(setting / "model"), "--prompt", "Tell me 3", "--adapter", *adapters])
+    evaluation.main()
+    said = capsys.readouterr().out
+    assert said.startswith("> Tell me 3\n[base] ") and said.count("/seed-0] ") == 2
+
+
+def test_an_adapter_folder_is_whole_for_others(finished):
+    folder = finished / "forgetting/seed-0"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ") and "- t_max: 0.25" in card and "library_name: peft" in card
+    assert (folder / "chat_template.jinja").read_text() == (finished / "full/seed-0/merged/chat_template.jinja").read_text()

@@ -187,3 +187,42 @@ def test_real_rows(shared, tmp_path, name):
         said = tokenizer.decode(corpus.tokens[span][corpus.response[span]].tolist(), skip_special=False)
         responses = "".join(text for text, is_response in render(row, tokenizer.eos) if is_response)
         assert "".join(said.split()) == "".join(responses.split())
+
+
+def test_sharegpt_rows_are_read(tokenizer):
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert render({"conversations": turns}, "</s>") == render({"messages": messages}, "</s>")
+    with pytest.raises(ValueError, match="role 'function_call' is not allowed"):
+        render({"conversations": [turns[1], {"from": "function_call", "value": "x"}]}, "</s>")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_tables_of_other_formats_are_named_with_their_converter(tmp_path, suffix):
+    (tmp_path / f"rows{suffix}").write_bytes(b"PAR1\xff")
+    with pytest.raises(ValueError, match=rf"rows\{suffix}: \{suffix} is not read, only .jsonl and .json: pandas"):
+        read_rows([str(tmp_path / f"rows{suffix}")])
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+def test_the_chat_template_is_what_is_trained_on(tmp_path, kind):
+    """apply_chat_template gives the text of render(), a bos where the tokenizer puts one, and the prompt of a question."""
+    import jinja2  # comes with torch
+
+    tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path, kind))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": f"text {i} of {role}"} for i, role in enumerate(roles)]
+    template = jinja2.Environment().from_string(tokenizer.chat_template)
+    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    pieces = [text for text, _ in render({"messages": messages}, tokenizer.eos)]
+    shown = template.render(messages=messages, **names)
+    assert tokenizer.encode([shown], special=False)[0][0] == tokenizer.encode(["".join(pieces)])[0][0]
+    asked = template.render(messages=messages[:4], add_generation_prompt=True, **names)
+    assert tokenizer.encode([asked], special=False)[0][0] == tokenizer.encode(["".join(pieces[:-1])])[0][0]
+
+
+def test_the_first_token_is_never_judged(tokenizer):
+    """An empty prompt and no bos: nothing predicts the first token of the response."""
+    corpus = build_corpus([{"prompt": "", "response": "the quick fox"}], tokenizer)
+    assert not corpus.response[0] and corpus.response[1:].all()
+    assert len(corpus.tokens) == len(tokenizer.encode(["the quick fox" + tokenizer.eos])[0][0])

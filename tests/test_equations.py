@@ -7,11 +7,13 @@ import pytest
 import torch
 from test_data import position_corpus
 
+from lora import add_lora, lora_parameters
 from forgetting import (
     METHODS,
     Method,
     Options,
     choose_signs,
+    examples_of,
     lambda_at,
     learning_rate_at,
     partition,
@@ -190,3 +192,67 @@ def test_a_new_method_is_one_line():
     corpus, quality = scored_corpus()
     signs = choose_signs(Method(rho=0.9, unlearn=True), quality, corpus, Options(), 0)[corpus.response]
     assert abs((signs == -1).mean() - 0.1) < 0.02
+
+
+def test_a_head_that_is_trained_and_other_shapes_are_refused():
+    """Found at d954c0b: the head's gradient stayed None without a word."""
+    hidden, head, targets, weights = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([1, 2]), torch.ones(2)
+    with pytest.raises(ValueError, match="head_weight requires a gradient"):
+        weighted_token_loss(hidden, head.requires_grad_(), targets, weights)
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 4\), \(n, D\) is needed"):
+        weighted_token_loss(hidden[None], head.detach(), targets, weights)
+
+
+def test_targets_of_minus_100_count_nothing():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
+    targets, weights = torch.tensor([1, -100, 3, -100, 8]), torch.tensor([0.5, 0.7, -0.2, 1.0, 0.1])
+    loss = weighted_token_loss(hidden, head, targets, weights)
+    loss.backward()
+    kept = targets >= 0
+    losses = torch.nn.functional.cross_entropy(hidden.detach()[kept] @ head.T, targets[kept], reduction="none")
+    assert loss.item() == pytest.approx(float(losses @ weights[kept]), rel=1e-5)
+    assert not hidden.grad[~kept].any() and hidden.grad[kept].any(dim=1).all()
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    """A change that drew every epoch from the seed alone passed all tests once."""
+    epochs = [np.concatenate([examples_of(step, 50, 8, seed=3) for step in range(7 * e, 7 * e + 7)]) for e in range(3)]
+    assert all(sorted(epoch.tolist()) == list(range(50)) for epoch in epochs)
+    assert not any((epochs[i] == epochs[j]).all() for i in range(3) for j in range(i))
+    assert (epochs[0] == np.concatenate([examples_of(step, 50, 8, seed=3) for step in range(7)])).all()
+
+
+class PlainBlock(torch.nn.Module):
+    """What a foreign model looks like to lora.py: linear layers under some names, bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q_proj = torch.nn.Embedding(30, 16), torch.nn.Linear(16, 16)
+        self.down_proj, self.lm_head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 30, bias=False)
+
+    def forward(self, tokens):  # (B, S) -> (B, S, D)
+        x = self.embed(tokens)
+        return x + self.down_proj(torch.tanh(self.q_proj(x)))
+
+
+def test_the_pieces_work_in_a_plain_loop():
+    """README's snippet: add_lora and weighted_token_loss around a model of another library, labels with -100."""
+    torch.manual_seed(0)
+    model = PlainBlock().bfloat16()
+    add_lora(model, r=4, dropout=0.0, targets=["q_proj", "down_proj"])
+    tokens, labels = torch.randint(0, 30, (3, 8)), torch.randint(0, 30, (3, 8))
+    labels[:, :3] = -100
+    positive = torch.rand(3, 8) < 0.7
+    optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2)
+    history = []
+    for _ in range(30):
+        hidden, targets = model(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        good, judged = positive[:, 1:].flatten(), targets >= 0
+        weights = token_weights(good & judged, ~good & judged, 0.1)
+        losses = torch.zeros(len(targets))
+        weighted_token_loss(hidden, model.lm_head.weight, targets, weights, losses=losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(float(losses[good & judged].mean()))
+    assert history[-1] < history[0] - 0.3

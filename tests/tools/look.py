@@ -26,6 +26,9 @@ from model import checkpoint_folder  # noqa: E402
 # --------------------------------------------------------------------------------------------- tables
 
 
+LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
+
+
 def columns(figures: dict) -> dict[str, float]:
     """The columns of one model: the average of its tasks' first metrics, all metrics in percent, L_P, L_N."""
     metrics = {}
@@ -34,17 +37,20 @@ def columns(figures: dict) -> dict[str, float]:
             metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
     first = headlines(figures["tasks"])
     average = {"average": sum(first.values()) / len(first)} if first else {}
-    losses = {name: figures[name] for name in ("L_P", "L_N") if figures[name] is not None}
+    losses = {name: figures[name] for name in ("L_P", "L_N", "held-out") if figures.get(name) is not None}
+    if "held-out" in losses:
+        losses["held-out perplexity"] = float(np.exp(losses["held-out"]))
     return average | metrics | losses
 
 
 def finished(out: Path, results: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
     """`results` and what earlier commands left in the folder, made from the same inputs and tasks."""
-    identity = next(figures["identity"] for seeds in results.values() for figures in seeds.values())
+    identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
     everything = {name: dict(seeds) for name, seeds in results.items()}
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
         method, *seed = path.relative_to(out).parts[:-1]
         found = read_object(path)
+        identity = found.get("identity") if identity is None else identity
         if found.get("identity") == identity:
             everything.setdefault(method, {}).setdefault(int(seed[0][5:]) if seed else 0, found)
     return everything
@@ -62,14 +68,14 @@ def report(results: dict[str, dict[int, dict]], title: str) -> str:
         cells = [method, str(len(seeds))]
         for name in names:
             values = [row[name] for row in seeds.values() if name in row]
-            cells.append(spread(values, 3 if name.startswith("L_") else 1) if values else "")
+            cells.append(spread(values, 3 if name in LOSSES else 1) if values else "")
         rows.append(cells)
     parts = [f"## {title}", table(["method", "n", *names], rows)]
-    compared = [name for name in names if not name.startswith("L_")]
+    compared = [name for name in names if name not in ("L_P", "L_N")]
     pairs = paired_rows(rows_by_method, compared) if compared else []
     if pairs:
-        parts.append("Paired differences over seeds (in how many the first is better; of perplexity and the "
-                     "popular error, less is better):")  # fmt: skip
+        parts.append("Paired differences over seeds (in how many the first is better; of losses, perplexity "
+                     "and the popular error, less is better):")  # fmt: skip
         parts.append(table(["pair", *compared], pairs))
     return "\n\n".join(parts)
 
@@ -88,9 +94,10 @@ def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) ->
         for name in names:
             differences = [ours[seed][name] - theirs[seed][name] for seed in shared]
             task, _, metric = name.partition(" ")
-            fewer = task in TASKS and metric in TASKS[task].lower_is_better
+            fewer = task == "held-out" or task in TASKS and metric in TASKS[task].lower_is_better
             better = [d < 0 if fewer else d > 0 for d in differences]
-            cells.append(f"{spread(differences, sign='+')} ({sum(better)}/{len(shared)})")
+            digits = 3 if name in LOSSES else 1
+            cells.append(f"{spread(differences, digits, '+')} ({sum(better)}/{len(shared)})")
         rows.append(cells)
     return rows
 
@@ -369,7 +376,10 @@ list.addEventListener("click", (event) => { if (event.target.title) $("value").t
 def page(run: Run, count: int) -> str:
     """report.html: nothing in it comes from elsewhere, and every text of the rows is escaped."""
     path, examples = run.folder / "results.md", run.shown(count)
-    results = path.read_text(encoding="utf-8") if path.is_file() else "No method of this run is finished yet."
+    done = finished(run.folder, {})
+    results = report(done, "Results") if done else "No method of this run is finished yet."
+    if path.is_file():
+        results = path.read_text(encoding="utf-8")
     found = ""
     if run.noise is not None:
         figures = load_tool("demo").detection(run.quality, run.signs < 0, run.corpus, run.noise)
