@@ -855,7 +855,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add, dtype = parser.add_argument, "bfloat16" if torch.cuda.is_available() else "float32"
     add("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
-    add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout LoRA adapter; with --prompt any number")
+    add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
     add("--tasks", nargs="+", default=[], help=f"any of {', '.join([*TASKS, *GROUPS])}")
     add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
     add("--data-dir", help="folder of the row files; without it they are fetched from their public homes")

@@ -730,6 +730,8 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
                 "float32: --dtype float32")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
+    if options.compile:
+        model.compile_blocks()
     target_layers(model, tuple(options.targets))
     return model
 
@@ -739,7 +741,7 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
 # options that may change from command to command: what was made stays valid. Data go by their fingerprints.
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
         "tasks", "data_dir", "limit", "eval_data", "device", "micro_tokens", "save_every", "overwrite",
-        "export", "checkpoint_activations")  # fmt: skip
+        "export", "checkpoint_activations", "compile")  # fmt: skip
 # every name that a run writes below its folder; nothing else is ever deleted
 MEASURED = ("results.json", "samples.jsonl")
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
@@ -931,6 +933,8 @@ class Options:
                                "dropout 0 the result is the same", type=AT_LEAST_1)
     checkpoint_activations: bool = option(False, "less memory in training: blocks run a second time in the "
                                           "backward pass", action="store_true")
+    compile: bool = option(False, "torch.compile the blocks, on a GPU (no GPU has tried it)",
+                           action="store_true")
     tasks: list[str] = words("", "tasks of eval.py for the table")
     data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]")
     eval_data: list[str] = words("", "rows held out: their response loss and perplexity, in the table")

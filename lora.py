@@ -47,13 +47,14 @@ class _AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, layer, a, b, scaling, keep):
-        weight, bias, a, b = (None if w is None else w.to(x.dtype) for w in (layer.weight, layer.bias, a, b))
+    def forward(ctx, x, weight, bias, a, b, keep, side):
+        scaling, wide = side  # wide: sum in float32
+        weight, bias, a, b = (None if w is None else w.to(x.dtype) for w in (weight, bias, a, b))
         low = F.linear(x if keep is None else keep.to(x.dtype).mul_(x), a).mul_(scaling)  # (n, r)
         ctx.save_for_backward(x, weight, a, b, low, keep)
         ctx.scaling = scaling
         y = F.linear(x, weight, bias)  # (n, out)
-        if x.dtype != torch.float32 and getattr(layer, "float32_output", False):
+        if wide and x.dtype != torch.float32:
             return y.float().add_(F.linear(low, b))
         return y.addmm_(low, b.T)
 
@@ -69,7 +70,7 @@ class _AdaptedProduct(torch.autograd.Function):
             grad_x = grad_low @ a  # (n, in)
             grad_x = (grad_x if kept is None else grad_x.mul_(kept)).addmm_(grad, weight)
         grad_a = grad_low.T @ (x if kept is None else kept.mul_(x))  # (r, in)
-        return grad_x, None, grad_a.float(), grad_b.float(), None, None
+        return grad_x, None, None, grad_a.float(), grad_b.float(), None, None
 
 
 class LoRALinear(nn.Module):
@@ -102,10 +103,11 @@ class LoRALinear(nn.Module):
         rows, keep, scaling = x.flatten(0, -2), None, self.scaling  # (n, in)
         if self.training and self.dropout > 0:
             keep, scaling = keep_mask(rows, self.dropout), scaling / (1 - self.dropout)
-        a, b = self.lora_A.weight, self.lora_B.weight
+        weights = self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight
+        side = scaling, getattr(self.base_layer, "float32_output", False)
         with torch.autocast(kind, enabled=False):  # the dtypes are chosen: in-place sums must not meet others
-            y = _AdaptedProduct.apply(rows, self.base_layer, a, b, scaling, keep)
-        return y.unflatten(0, x.shape[:-1])
+            y = _AdaptedProduct.apply(rows, *weights, keep, side)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

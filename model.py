@@ -492,6 +492,17 @@ class Transformer(nn.Module):
             root, embedding, *_ = self.names
             self.lm_head.weight = self.get_submodule(root)[embedding].weight
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile for every block, once for packs of all lengths: two graphs, with and without adapter.
+
+        Raises ValueError where the flash kernel does not run: other attention looks at every length.
+        """
+        if not flash_runs_on(self.lm_head.weight):
+            raise ValueError("--compile needs a GPU of compute capability 8.0 or above, and --dtype bfloat16")
+        root, _, _, blocks, _ = self.names
+        for block in self.get_submodule(root)[blocks]:
+            block.compile(dynamic=True, backend=backend)
+
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None,
                 past: list[Tensor] | None = None) -> Tensor:
         """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences end to end.

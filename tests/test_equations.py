@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_data import position_corpus
 
-from lora import add_lora, lora_parameters
+from data import Corpus
 from forgetting import (
     METHODS,
     Method,
@@ -18,9 +18,11 @@ from forgetting import (
     learning_rate_at,
     partition,
     quality_scores,  # fmt: skip
+    seed_dropout,
     token_weights,
     weighted_token_loss,
 )
+from lora import add_lora, lora_parameters
 
 
 def make_problem(n=700, width=12, vocab=40, seed=0):
@@ -256,3 +258,23 @@ def test_the_pieces_work_in_a_plain_loop():
         optimizer.zero_grad()
         history.append(float(losses[good & judged].mean()))
     assert history[-1] < history[0] - 0.3
+
+
+def test_sequences_are_ranked_by_their_mean_not_their_sum():
+    """A long sequence of small Q has the greater sum and the smaller mean."""
+    response = np.array([False] + [True] * 9 + [False, True, True])
+    quality = np.where(response, [0.0] + [0.4] * 9 + [0.0] + [1.0] * 2, np.nan)
+    corpus = Corpus(np.zeros(13, np.int32), response, np.array([0, 10, 13]), ["a", "b"], 0)
+    signs = choose_signs(METHODS["ignoring-sequence"], quality, corpus, Options(), seed=0)
+    assert not signs[:10].any() and signs[11:].all()
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    draws = {}
+    for seed in (0, 1):
+        for step in (0, 1, 2):
+            seed_dropout(seed, step)
+            draws[seed, step] = torch.rand(4)
+    seed_dropout(1, 2)
+    assert torch.equal(torch.rand(4), draws[1, 2])
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 6

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -295,3 +297,10 @@ def test_rope_scaling_without_its_fields_is_refused_at_once(tmp_path, field):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"config.json: {field} = None of rope type 'llama3'"):
         read_config(folder)
+
+
+def test_the_gpu_check_rehearses_on_a_cpu():
+    """tests/tools/gpu_check.py is run first on a GPU: that it runs, and that its comparisons hold here, is seen here."""
+    command = [sys.executable, str(Path(__file__).parent / "tools" / "gpu_check.py"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "23 of 23 agree" in done.stdout, done.stdout + done.stderr
