@@ -767,14 +767,13 @@ def first_rank_first(work: Callable[[], Any]) -> Any:
 
 
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
-    """A bar on rank 0 that fits its terminal; where there is none, a line of text a minute."""
-    terminal, disable = sys.stderr.isatty(), rank_and_world()[0] > 0
-    shape = "{desc} {bar:6} {n_fmt}/{total_fmt} {remaining} {postfix}"
-    if not terminal:
+    """A bar on rank 0 that fits its terminal; where there is none, a line of text every half minute."""
+    shape, often = "{desc} {bar:6} {n_fmt}/{total_fmt} {remaining} {postfix}", {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
         shape = "{desc} {percentage:.0f} % of {total_fmt} {unit}s, {remaining} left {postfix}\n"
-    return tqdm(desc=label, total=total, unit=unit, initial=done, unit_scale=True, bar_format=shape,
-                leave=keep or not terminal, dynamic_ncols=terminal, mininterval=0.1 if terminal else 60,
-                disable=disable)
+        often = {"mininterval": 30, "delay": 30}
+    return tqdm(desc=label, total=total, unit=unit, initial=done, unit_scale=total > 9999, bar_format=shape,
+                leave=keep, disable=rank_and_world()[0] > 0, **often)
 
 
 def say(text: str) -> None:

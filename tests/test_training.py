@@ -233,3 +233,12 @@ def test_gradient_clipping(tmp_path):
         adapter_after(model, corpus, signs, tmp_path / name, options_for(tmp_path, dropout=0.0, max_grad_norm=limit))
         norms.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
     assert norms[0] == norms[1] > 1e-3
+
+
+def test_every_step_has_its_own_dropout(tmp_path, monkeypatch):
+    """Masks seeded without the step passed every test once: each step would have dropped the same inputs."""
+    model, corpus, signs = setting(tmp_path / "m")
+    seeded = []
+    monkeypatch.setattr("forgetting.seed_dropout", lambda seed, step: seeded.append((seed, step)))
+    train(model, corpus, signs, tmp_path / "out", Options(batch_size=6, rank=4), seed=7)
+    assert seeded == [(7, 0), (7, 1), (7, 2), (7, 3)]
