@@ -26,7 +26,10 @@ if [ "${1:-}" = test ]; then
     exec python -m pytest -q "$root/tests" "$@"
 fi
 export THP_MEM_ALLOC_ENABLE=1 # large buffers in huge pages: 5 to 10 % faster on a CPU
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+gpus=0
+if command -v nvidia-smi >/dev/null; then # torch takes seconds to load: asked only where there may be a GPU
+    gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+fi
 if [ "$gpus" -gt 1 ]; then
     exec torchrun --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
 fi

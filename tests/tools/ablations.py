@@ -142,8 +142,8 @@ def main() -> None:
         began = time.perf_counter()
         found = figures_of(ABLATIONS[name], options)
         minutes = (time.perf_counter() - began) / 60
-        head = (f"`python tests/tools/ablations.py {name}`: seeds {' '.join(map(str, arguments.seeds))}, {minutes:.1f} minutes on "
-                "two cores (less what earlier ablations had trained). Intervals: 95 %, bootstrap over seeds.")  # fmt: skip
+        head = (f"`python tests/tools/ablations.py {name}`: seeds {' '.join(map(str, arguments.seeds))}, {minutes:.1f} minutes on a "
+                "busy two-core machine, less what earlier ablations had trained. Intervals: 95 %, bootstrap over seeds.")  # fmt: skip
         write_up(name, ABLATIONS[name], found, head)
         print(f"tests/ablations/{name}.md")
 

@@ -420,7 +420,15 @@ def compare(arguments: argparse.Namespace, dtype: str) -> None:
         print(line, flush=True)
 
 
+def cpu_features() -> list[str]:
+    """Which vector and matrix instructions this processor has, as Linux names them; [] where it does not say."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.is_file() else set()
+    return sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve"})
+
+
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=list(WORKERS))
     parser.add_argument("--model", help="a checkpoint folder")
@@ -439,7 +447,14 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(measure(arguments.job, arguments.worker, json.loads(Path(arguments.task_file).read_text()))))
         return
-    for dtype in arguments.dtypes if arguments.job != "partition" else ["float32"]:
+    dtypes = arguments.dtypes if arguments.job != "partition" else ["float32"]
+    if arguments.device == "cpu":
+        features = cpu_features()
+        print("processor:", " ".join(features) or "features unknown")
+        if "bfloat16" in dtypes and features and not any("bf16" in feature for feature in features):
+            print("bfloat16 left out: this processor has no instructions for it, and takes 13 times as long as in float32")
+            dtypes = [dtype for dtype in dtypes if dtype != "bfloat16"]
+    for dtype in dtypes:
         compare(arguments, dtype)
 
 
