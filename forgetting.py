@@ -10,7 +10,7 @@
     4. training    minimise mean_P loss - lambda(step) * mean_N loss, from theta again           eq. 8
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
-or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but the dropout masks.
+or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
 Order: Algorithm 1, equations, methods, training, scoring, data, run folder, options, main.
 Shapes: N tokens of the corpus end to end; T of a pack, n of them weighted; E examples; D width; V vocabulary.
 """
@@ -37,10 +37,10 @@ from data import Corpus, Tokenizer, build_corpus, check_ids, pack, read_object, 
 from data import whole_file, write_rows, write_text
 from eval import Documents, Parser, evaluate, first_rank_first, load_tool, local_files, prepare, progress
 from eval import rank_and_world, say, start_ranks, sum_over_ranks, wait_for_all, within
-from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, merge_lora
-from lora import remove_lora, save_adapter, target_layers
+from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, remove_lora
+from lora import save_adapter, target_layers
 from model import DTYPES, TEXT_FILES, Transformer, checkpoint_folder, head_chunks, load_model
-from model import model_fingerprint, read_config, save_model, to_device, token_losses
+from model import model_fingerprint, read_config, to_device, token_losses
 
 Array = np.ndarray
 
@@ -56,41 +56,40 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     tokenizer = Tokenizer(checkpoint)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
-    held_out = read_held_out(options, tokenizer, d_ref, d_train)  # without --eval-data of no examples
+    held_out = read_held_out(options, tokenizer, d_ref, d_train)  # an empty corpus without --eval-data
     options = with_reference_epochs(options, len(d_ref))
     model = load_base(options, checkpoint, d_ref, d_train, held_out)
     out = open_run(options, checkpoint, d_ref, d_train)  # the first to write; input was checked above
 
     # 1. theta': every response token of D_ref has sign +1
-    brief = dataclasses.replace(options, lr=options.reference_lr, epochs=options.reference_epochs)
-    train(model, d_ref, d_ref.response.astype(np.int8), out / "reference", brief, seed=0)
+    reference_options = dataclasses.replace(options, lr=options.reference_lr, epochs=options.reference_epochs)
+    train(model, d_ref, d_ref.response.astype(np.int8), out / "reference", reference_options, seed=0)
 
-    # 2. Q: the model with its adapter on is theta', with it off theta
+    # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
 
-    # 3. plain forgetting's sides; the losses L_P and L_N of every row of the table are taken on them
+    # the yardstick of every row of the table: its losses L_P and L_N, on plain forgetting's P and N
     sides = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (N,)
     describe_scores(base_loss, ref_loss, sides)
     parts = [(d_train, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
-    figures = partial(measure, model, tokenizer, documents, parts, options)
+    measured = partial(measure, model, tokenizer, documents, parts, options)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
-        results["reference"][0] = figures(out / "reference")
+        results["reference"][0] = measured(out / "reference")
     remove_lora(model)
     if "base" in results:
-        results["base"][0] = figures(out / "base")
+        results["base"][0] = measured(out / "base")
 
     # 3 and 4. for each method and seed: signs from Q, then a fresh adapter on theta
     trained = [name for name in options.methods if name not in UNTRAINED]
     for name, seed in product(trained, options.seeds):
-        method, changed = method_of(name, options)
+        method, its_options = method_of(name, options)
         folder = out / name / f"seed-{seed}"
-        signs = choose_signs(method, quality, d_train, changed, seed)  # (N,) +1, -1 or 0
-        train(model, d_train, signs, folder, changed, seed, method.max_negative_loss)
-        results[name][seed] = figures(folder)
+        signs = choose_signs(method, quality, d_train, its_options, seed)  # (N,) +1, -1 or 0
+        train(model, d_train, signs, folder, its_options, seed, method.max_negative_loss)
+        results[name][seed] = measured(folder)
         remove_lora(model)
-        publish(checkpoint, tokenizer, name, folder, changed)
     return results
 
 
@@ -134,7 +133,7 @@ def partition(quality: Array, rho: float, forget_rate: float | None = None) -> t
 
 
 def lambda_at(step: int, total_steps: int, t_min: float, t_max: float) -> float:
-    """The paper's schedule of the forgetting strength; step counts from 0, and there is no "+ t_min"."""
+    """The paper's forgetting strength, from 0 at step 0 to just below t_max - t_min; t_min is no floor."""
     return (t_max - t_min) * step / total_steps
 
 
@@ -158,15 +157,16 @@ class _WeightedTokenLoss(torch.autograd.Function):
         for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
             weight = weights[rows]  # (chunk,)
             if max_negative_loss is not None:
+                # n_N stays what it was: the others do not get heavier
                 weight = weight.masked_fill((weight < 0) & (loss > max_negative_loss), 0)
             total += weight @ loss
             if losses is not None:
                 losses[rows] = loss
             # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
-            dlogits = logprobs.exp_()  # (chunk, V)
+            dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
             dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
             grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad)  # all that backward needs
         return total
 
     @staticmethod
@@ -229,7 +229,8 @@ METHODS = {
 }
 UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not train
 
-# options that stage 4 alone reads: where one of them changes, theta' and the scores still serve
+# options that stage 4 alone reads, lr and epochs where --reference-lr and --reference-epochs are given: where one
+# of them changes, theta' and the scores still serve
 STAGE_4 = ("rho", "forget_rate", "lambda_schedule", "t_min", "t_max", "lr", "epochs")
 # what a variant of a method may change: all that stage 4 reads
 VARIABLE = STAGE_4 + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")
@@ -250,9 +251,14 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
         if key not in VARIABLE or change.partition("=")[2] == "":
             known = ", ".join(VARIABLE)
             raise ValueError(f"--methods {name}: {change!r} is not option=value; options: {known}")
-    flags = ["--" + change.replace("_", "-", key.count("_")) for key, change in zip(keys, changes)]
+    method = METHODS[base]
+    unread = {"rho"} if method.rho == 1 else set()
+    unread |= set() if method.unlearn else {"forget_rate", "lambda_schedule", "t_min", "t_max"}
+    if idle := sorted(unread & set(keys)):
+        raise ValueError(f"--methods {name}: {base} does not read {', '.join(idle)}")
+    flags = [f"--{key.replace('_', '-')}={change.partition('=')[2]}" for key, change in zip(keys, changes)]
     given = make_parser(f"forgetting.py: --methods {name}").parse_args(flags)
-    return METHODS[base], dataclasses.replace(options, **{key: getattr(given, key) for key in keys})
+    return method, dataclasses.replace(options, **{key: getattr(given, key) for key in keys})
 
 
 def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
@@ -262,23 +268,23 @@ def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Optio
     tokens, the threshold is over sequences, and all judged tokens share their sequence's side.
     """
     signs, response = np.zeros(len(corpus.tokens), np.int8), corpus.response
-    rho = options.rho if options.rho is not None and method.rho < 1 else method.rho
     if method.rho == 1:  # full: no score is looked at
         signs[response] = 1
         return signs
+    rho = method.rho if options.rho is None else options.rho
     scores = quality[response]  # (response tokens,)
-    counts = None
+    judged_tokens = None  # of each sequence, never 0: build_corpus keeps none without a response
     if method.by_sequence:
-        counts = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
+        judged_tokens = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
         sums = np.add.reduceat(np.where(response, quality, 0), corpus.offsets[:-1], dtype=np.float64)
-        scores = sums / counts  # (E,)
+        scores = sums / judged_tokens  # (E,)
     if method.random:
         scores = np.random.default_rng([seed, 1]).random(len(scores))
     positive, negative = partition(scores, rho, options.forget_rate if method.unlearn else None)
     sides = positive.astype(np.int8)
     if method.unlearn:
         sides -= negative.astype(np.int8)
-    signs[response] = sides if counts is None else np.repeat(sides, counts)
+    signs[response] = sides if judged_tokens is None else np.repeat(sides, judged_tokens)
     return signs
 
 
@@ -313,7 +319,7 @@ def step_gradient(
     part of the objective, of the losses on P and of those on N; and (n_P, n_N) of the whole step.
     """
     rank, world = rank_and_world()
-    head = getattr(net, "module", net).lm_head.weight  # (V, D)
+    head = getattr(net, "module", net).lm_head.weight  # (V, D); DDP keeps the model as its module
     chosen = signs[corpus.places(examples)]  # of the whole step, so that counting needs no communication
     counts = int((chosen > 0).sum()), int((chosen < 0).sum())
     longest_first = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
@@ -369,7 +375,7 @@ def train(
     loaded, a checkpoint continued; randomness is a function of (seed, step, rank) alone. Raises
     FloatingPointError, with the step's figures and examples, when loss or gradient is not finite.
     """
-    finished, checkpoint = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
+    finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
     if finished.is_file():
         say(f"found {finished}, skipping")
         return load_adapter(model, folder)
@@ -378,7 +384,7 @@ def train(
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True)
     total = options.epochs * math.ceil(len(corpus) / options.batch_size)
-    first = load_checkpoint(checkpoint, parameters, optimizer)  # steps done: 0 without a checkpoint
+    first = load_checkpoint(state_file, parameters, optimizer)  # steps done: 0 without a checkpoint
     net = data_parallel(model.train())
     with StepLog(folder, first, total, options) as log:
         for step in range(first, total):
@@ -390,6 +396,7 @@ def train(
             seed_dropout(seed, step)
             optimizer.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
             sums, counts = step_gradient(net, corpus, signs, examples, lam, options, max_negative_loss)
+            # inf: the norm is measured only; it is the same on all ranks, as the gradient is
             norm = nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm or math.inf)
             measured = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # the one wait for a GPU
             rate = learning_rate_at(step, total, options.lr, options.warmup)
@@ -401,11 +408,11 @@ def train(
             seconds = time.perf_counter() - began
             log.add(figures | {"tokens/s": int(corpus.lengths[examples].sum()) / seconds})
             if rank == 0 and (step + 1) % options.save_every == 0 and step + 1 < total:
-                with whole_file(checkpoint) as file:
+                with whole_file(state_file) as file:
                     save_file(training_state(parameters, optimizer), file)
     if rank == 0:
         save_adapter(model, folder, options.model)
-        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+        shutil.rmtree(state_file.parent, ignore_errors=True)
     wait_for_all()
 
 
@@ -425,7 +432,7 @@ class StepLog:
     def __init__(self, folder: Path, first: int, total: int, options: "Options"):
         self.path, self.total, self.warned = folder / "metrics.jsonl", total, False
         self.lines: list[dict] = []
-        if learning_rate_at(total - 1, total, options.lr, options.warmup) == 0:
+        if total == 1 and options.warmup:
             say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
         if first:
             say(f"{folder}: continuing from step {first} of {total}")
@@ -446,6 +453,7 @@ class StepLog:
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.bar.close()  # before an error is printed
         if kind is KeyboardInterrupt:
+            # main shows this text
             raise KeyboardInterrupt(f"{self.path.parent} after step {len(self.lines)} of {self.total}")
 
     def add(self, figures: dict) -> None:
@@ -626,8 +634,8 @@ def measure(
 ) -> dict:
     """The figures of one model, also in folder/results.json: its tasks' results and its mean losses, in nats.
 
-    parts lists corpora with the tokens (N,) bool over which a loss of some name is averaged, None if there
-    are none of them; over up to 512 examples of each.
+    parts are (corpus, {name: mask of its tokens (N,) bool}); a mean is over at most 512 examples, None where
+    the mask is empty.
     """
     path = folder / "results.json"
     identity = {task.name: task.identity for task in documents}
@@ -694,7 +702,7 @@ def counted(flag: str, given: int | None, default: int, most: int, besides: str)
 def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
     """The rows of --eval-data, none without it. Raises ValueError if some are in D_ref or D_train."""
     if not options.eval_data:
-        return trained[0].part(0, 0)
+        return trained[0].part(0, 0)  # an empty corpus
     rows = unique_rows(read_rows(local_files(options.eval_data)), tokenizer.eos)
     held_out = build_corpus(rows, tokenizer, options.max_length)
     known = {tokens.tobytes() for corpus in trained for tokens in corpus.split()}
@@ -738,7 +746,8 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
 
 # ------------------------------------------------------------------------------------------- run folder
 
-# options that may change from command to command: what was made stays valid. Data go by their fingerprints.
+# options that may change from command to command: what was made stays valid. Model and rows may come from
+# elsewhere: open_run compares their fingerprints.
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
         "tasks", "data_dir", "limit", "eval_data", "device", "micro_tokens", "save_every", "overwrite",
         "export", "checkpoint_activations", "compile")  # fmt: skip
@@ -747,6 +756,7 @@ MEASURED = ("results.json", "samples.jsonl")
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
            "chat_template.jinja", "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors",
            "merged/chat_template.jinja")  # fmt: skip
+SCORED = ("scores.safetensors", "scores.part.safetensors")
 
 
 @contextmanager
@@ -761,22 +771,23 @@ def locked(out: Path) -> Iterator[None]:
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json.tmp").touch()
+        (out / "config.json.tmp").touch()  # a test; other ranks may see it in check_folder
         (out / "config.json.tmp").unlink()
     except OSError as error:
         raise OSError(f"--out {out} could not be written ({error})") from None
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"--out {out} is in use by another run: wait for it, or use another --out"
+            raise ValueError(message) from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"--out {out} is in use by another run: wait for it, or use another --out") from None
     finally:
         os.close(handle)
         with suppress(OSError):  # not empty: there is a run in it
             for path in made:
                 path.rmdir()
-SCORED = ("scores.safetensors", "scores.part.safetensors")
 
 
 def check_folder(out: Path) -> None:
@@ -830,40 +841,9 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     return out
 
 
-def publish(checkpoint: Path, tokenizer: Tokenizer, name: str, folder: Path, options: "Options") -> None:
-    """Make an adapter folder whole for others: a model card, the tokenizer, the template of its training.
-
-    With --export also RUN/METHOD/seed-S/merged, a checkpoint of its own: base model and adapter in one.
-    """
-    if rank_and_world()[0] == 0:
-        for file in filter(Path.is_file, (checkpoint / file for file in TEXT_FILES)):
-            write_text(file.read_text(encoding="utf-8"), folder / file.name)
-        write_text(tokenizer.chat_template, folder / "chat_template.jinja")
-        write_text(model_card(name, options), folder / "README.md")
-        if options.export and not (folder / "merged" / "config.json").is_file():
-            model = load_model(checkpoint, "cpu", DTYPES[options.dtype])
-            load_adapter(model, folder)
-            merge_lora(model)
-            write_text(tokenizer.chat_template, folder / "merged" / "chat_template.jinja")
-            save_model(model, folder / "merged")
-    wait_for_all()
-
-
-def model_card(name: str, options: "Options") -> str:
-    """The README.md of an adapter, as the Hub reads it."""
-    trained = {key: getattr(options, key) for key in VARIABLE if getattr(options, key) is not None}
-    settings = "\n".join(f"- {key}: {value}" for key, value in trained.items())
-    return (
-        f"---\nbase_model: {options.model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
-        "tags:\n- lora\n- forgetting\n- arxiv:2508.04329\n---\n\n"
-        f"# {name}\n\nA LoRA adapter for {options.model}, trained by the method `{name}` of Forgetting "
-        f"(arXiv 2508.04329) on {', '.join(options.data)}.\n\n{settings}\n"
-    )
-
-
 def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
     """The files that stages have left in a run folder; with keep_reference without theta' and the scores."""
-    patterns = [f"{folder}/{name}" for folder in ("*/seed-*",) for name in MEASURED + TRAINED]
+    patterns = [f"*/seed-*/{name}" for name in MEASURED + TRAINED]
     patterns += [f"{folder}/{name}" for folder in UNTRAINED for name in MEASURED]
     if not keep_reference:
         patterns += [f"reference/{name}" for name in TRAINED] + list(SCORED)
@@ -889,7 +869,8 @@ AT_LEAST_1, AT_LEAST_0 = within(int, 1), within(float, 0)
 ABOVE_0, BELOW_1 = within(float, 0, above=True), within(float, 0, 1, below=True)
 
 
-FLAG_GROUPS = {"model": "data", "methods": "method", "rank": "LoRA", "lr": "training",  # the first of each
+# the field that opens each group of --help, and the group's title
+FLAG_GROUPS = {"model": "data", "methods": "method", "rank": "LoRA", "lr": "training",
                "device": "memory and speed", "tasks": "evaluation", "out": "run"}
 
 
@@ -950,7 +931,7 @@ class Options:
         self.score_dtype = self.score_dtype or self.dtype
         if self.t_max < self.t_min:
             raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
-        highest = 1 - (0.7 if self.rho is None else self.rho)
+        highest = 1 - (METHODS["forgetting"].rho if self.rho is None else self.rho)
         if self.forget_rate is not None and self.forget_rate > highest + 1e-9:
             raise ValueError(f"forget rate {self.forget_rate} is not allowed: 0 to 1 - rho = {highest:.4g}")
 
@@ -998,10 +979,12 @@ def main() -> None:
             raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
         options.device = start_ranks(options.device)
         out = Path(options.out)
-        check_folder(out)
+        check_folder(out)  # before the lock makes the folder
         with locked(out):
             results = run(options)
-            load_tool("look").report_run(results, options)
+            if rank_and_world()[0] == 0:
+                load_tool("publish").publish_run(options)
+                load_tool("look").report_run(results, options)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"forgetting.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -63,12 +63,14 @@ def finished(setting) -> Path:
 def test_all_stages_on_every_architecture(setting, tmp_path, kind):
     """The paper's models in small, with the default targets; llama3 is the one the other tests use."""
     import forgetting
+    from eval import load_tool
 
     tiny.make_checkpoint(tmp_path / "m", kind, dialect=5, shards=2, dtype=torch.bfloat16)
     options = Options(model=str(tmp_path / "m"), data=[str(setting / "rows.jsonl")], out=str(tmp_path / "run"), n_reference=12,
                       n_train=24, batch_size=6, rank=4, lr=1e-2, epochs=3, lambda_schedule="constant", rho=0.7,
                       methods=["base", "ignoring", "forgetting"], tasks=["demo_mc"], data_dir=str(setting), export=True)  # fmt: skip
     results = {name: seeds[0] for name, seeds in forgetting.run(options).items()}
+    load_tool("publish").publish_run(options)
     assert results["forgetting"]["L_P"] < results["base"]["L_P"]
     assert results["forgetting"]["L_N"] > results["ignoring"]["L_N"] + 0.1
     assert (tmp_path / "run/forgetting/seed-0/merged/model.safetensors").is_file()
@@ -366,9 +368,9 @@ def test_unknown_flags_are_refused():
 
 
 def test_every_option_is_read_somewhere_and_the_defaults_are_the_papers():
-    source = (ROOT / "forgetting.py").read_text()
+    source = (ROOT / "forgetting.py").read_text() + (ROOT / "tests/tools/publish.py").read_text()
     for field in dataclasses.fields(Options):
-        named = rf'(?:options|changed|brief)\.{field.name}\b|vars\(options\)\["{field.name}"\]'
+        named = rf'(?:options|its_options|reference_options)\.{field.name}\b|vars\(options\)\["{field.name}"\]'
         assert re.search(named, source), field.name
     options = parse_options(["--model", "m", "--data", "d"])
     assert (options.rank, options.alpha, options.dropout, options.lr) == (64, 16.0, 0.1, 1e-4)
@@ -512,3 +514,19 @@ def test_an_adapter_folder_is_whole_for_others(finished):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "- t_max: 0.25" in card and "library_name: peft" in card
     assert (folder / "chat_template.jinja").read_text() == (finished / "full/seed-0/merged/chat_template.jinja").read_text()
+
+
+def test_a_model_card_of_ones_own_stays(finished, tmp_path, monkeypatch):
+    """publish.py by hand: what its owner wrote into README.md is not replaced; the merged checkpoint comes on request."""
+    folder = shutil.copytree(finished, tmp_path / "run") / "ignoring/seed-0"
+    (folder / "README.md").write_text("mine")
+    shutil.rmtree(folder / "merged")
+    done = run(tmp_path / "run", "--merged", script="tests/tools/publish.py")
+    assert done.returncode == 0 and (folder / "README.md").read_text() == "mine" and (folder / "merged/config.json").is_file()
+
+
+@pytest.mark.parametrize("name, unread", [("full:rho=0.5", "rho"), ("ignoring:t_max=1", "t_max"), ("full-P:forget_rate=0.1", "forget_rate")])
+def test_a_variant_by_an_option_its_method_does_not_read_is_refused(name, unread):
+    """It was trained under its own name, and was the plain method."""
+    with pytest.raises(ValueError, match=f"does not read {unread}"):
+        parse_options(["--model", "m", "--data", "d", "--methods", name])

@@ -120,8 +120,6 @@ def write_report(parts: list[str], results: dict, options: Options) -> None:
 
 def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
     """The end of a run: the table of all that is finished in its folder, on screen and in files, and report.html."""
-    if rank_and_world()[0] > 0:
-        return
     out = Path(options.out)
     results = finished(out, results)
     write_report([report(results, f"{options.model} on {', '.join(options.data)}")], results, options)
