@@ -229,8 +229,8 @@ METHODS = {
 }
 UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not train
 
-# options that stage 4 alone reads, lr and epochs where --reference-lr and --reference-epochs are given: where one
-# of them changes, theta' and the scores still serve
+# options that stage 4 alone reads (lr and epochs where those of the reference are given): where one of them
+# changes, theta' and the scores still serve
 STAGE_4 = ("rho", "forget_rate", "lambda_schedule", "t_min", "t_max", "lr", "epochs")
 # what a variant of a method may change: all that stage 4 reads
 VARIABLE = STAGE_4 + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")

@@ -90,3 +90,36 @@ def test_a_folder_without_scores_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         load_tool("look").main([str(tmp_path)])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_spike_in_a_long_log_is_drawn_and_named():
+    """Points were thinned before their range was taken: a spike among 1,000 steps was gone."""
+    drawn = load_tool("look").curve([(i, 99.0 if i == 501 else 1.0) for i in range(1000)], "x")
+    assert "1 to 99" in drawn and len(drawn) < 8000
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda rows: rows.pop(), "only 11 of 12 rows carry it"),
+    (lambda rows: rows[2].update(output="quite another text"), "the rows have changed since"),
+    (lambda rows: rows[1].pop("noise"), "only 11 of 12 rows carry it"),
+    (lambda rows: rows.clear(), "was not looked for"),
+])  # fmt: skip
+def test_noise_of_rows_that_changed_is_not_trusted(run_folder, change, reason):
+    rows = [json.loads(line) | {"noise": []} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
+    change(rows)
+    write_rows(rows, run_folder.parent / "rows.jsonl")
+    load_tool("look").main([str(run_folder)])
+    assert reason in (run_folder / "report.html").read_text()
+
+
+def test_no_control_character_and_no_change_of_direction_acts():
+    shown = load_tool("look").visible("a\x1b[31m\x9b2J\u202eb\u2066c\nd")
+    assert shown == "a\u2039U+001B\u203a[31m\u2039U+009B\u203a2J\u2039U+202E\u203ab\u2039U+2066\u203ac\nd"
+
+
+def test_a_log_that_was_cut_off_is_named(run_folder, capsys):
+    path = run_folder / "full/seed-0/metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(SystemExit):
+        load_tool("look").main([str(run_folder)])
+    assert "full/seed-0/metrics.jsonl: not a whole log" in capsys.readouterr().err

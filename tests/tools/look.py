@@ -7,7 +7,7 @@ Blue tokens are in P, orange ones in N, stronger the farther Q is from the thres
 forgetting.py and the demo call it at the end of a run. Order: tables, the run, drawings, tokens, page, command line.
 """
 
-import argparse, dataclasses, json, sys, types  # noqa: E401
+import argparse, dataclasses, json, sys, types, unicodedata  # noqa: E401
 from collections import Counter
 from functools import cached_property
 from html import escape
@@ -18,8 +18,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import Corpus, Tokenizer, read_object, read_rows, write_text  # noqa: E402
-from eval import TASKS, headlines, load_tool, metrics_of, rank_and_world, spread, table  # noqa: E402
+from data import Corpus, Tokenizer, read_object, read_rows, render, write_text  # noqa: E402
+from eval import TASKS, headlines, load_tool, metrics_of, rank_and_world, spread, table, within  # noqa: E402
 from forgetting import METHODS, UNTRAINED, Options, choose_signs, quality_scores, read_scores  # noqa: E402
 from model import checkpoint_folder  # noqa: E402
 
@@ -141,7 +141,7 @@ class Run:
             raise ValueError(f"{self.folder}: no scores.safetensors in it, so it is not the folder of a run that scored")
         read_scores(path)  # a file that was cut off is one line
         arrays = load_file(path)
-        if "tokens" not in arrays:
+        if not {"tokens", "sources"} <= arrays.keys():
             raise ValueError(f"{path} was made by an earlier version, without tokens: remove it and give the run again")
         self.config = read_object(self.folder / "config.json")
         self.base_loss = arrays["base_loss"]  # (N,)
@@ -149,7 +149,7 @@ class Run:
         self.response = np.isfinite(self.quality)  # (N,)
         sources = arrays["sources"].tobytes().decode().split("\n")
         self.corpus = Corpus(arrays["tokens"], self.response, arrays["offsets"], sources, dropped=0)
-        wanted = types.SimpleNamespace(rho=self.config["rho"], forget_rate=self.config["forget_rate"])
+        wanted = types.SimpleNamespace(rho=self.config.get("rho"), forget_rate=self.config.get("forget_rate"))
         self.signs = choose_signs(METHODS["forgetting"], self.quality, self.corpus, wanted, seed=0)  # (N,)
         self.threshold = float(self.quality[self.signs > 0].min())
         self.sums = np.add.reduceat(np.where(self.response, self.quality, 0), arrays["offsets"][:-1], dtype=np.float64)
@@ -166,15 +166,32 @@ class Run:
                 raise
             return Tokenizer(copies[0].parent)
 
-    @cached_property
+    @property
     def noise(self) -> np.ndarray | None:
         """(N,) int8, above 0 where a token is known to be noise; None where the rows do not say."""
+        return self.known_noise[0]
+
+    @cached_property
+    def known_noise(self) -> tuple[np.ndarray | None, str]:
+        """The noise, or None and, where the rows may have had some, why it is not shown."""
         files = sorted({source.rpartition(":")[0] for source in self.corpus.sources})
-        if not all(Path(file).is_file() for file in files):
-            return None
-        if not all("noise" in row for row in read_rows(files)):
-            return None
-        return load_tool("demo").known_noise(self.corpus, self.tokenizer)
+        if missing := [file for file in files if not Path(file).is_file()]:
+            return None, f"Known noise was not looked for: {missing[0]} is not there."
+        try:
+            rows = {row["_source"]: row for row in read_rows(files)}
+        except ValueError as error:
+            return None, f"Known noise was not looked for: {error}."
+        found = [rows.get(source, {}) for source in self.corpus.sources]
+        marked = sum("noise" in row for row in found)
+        if not marked:
+            return None, ""
+        if marked < len(found):
+            return None, f"Known noise is not shown: only {marked} of {len(found)} rows carry it."
+        texts = ["".join(text for text, _ in render(row, self.tokenizer.eos)) for row in found]
+        for (ids, _), tokens in zip(self.tokenizer.encode(texts), self.corpus.split()):
+            if ids[: len(tokens)] != tokens.tolist():
+                return None, "Known noise is not shown: the rows have changed since they were scored."
+        return load_tool("demo").known_noise(self.corpus, self.tokenizer), ""
 
     def text_of(self, token: int) -> str:
         """A token as a reader knows it: with its leading space, and its own name where it is half a character."""
@@ -193,8 +210,11 @@ class Run:
         """metrics.jsonl of every training, by its folder."""
         found = {}
         for path in sorted(self.folder.glob("**/metrics.jsonl")):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            found[str(path.parent.relative_to(self.folder))] = [json.loads(line) for line in lines]
+            try:
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            except ValueError as error:
+                raise ValueError(f"{path}: not a whole log ({error})") from None
+            found[str(path.parent.relative_to(self.folder))] = lines
         return found
 
     def shown(self, count: int, most_tokens: int = 80_000) -> list[int]:
@@ -219,9 +239,12 @@ def curve(points: list[tuple[float, float]], label: str) -> str:
     """A line through (step, value) as SVG, with its least and greatest value."""
     if not points:
         return ""
-    points = points[:: len(points) // 300 + 1]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    size = len(points) // 150 + 1
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    ends = [(min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])) for part in parts]  # a spike stays
+    points = [point for pair in ends for point in sorted(set(pair))]
     xs, ys = zip(*points)
-    low, high = min(ys), max(ys)
     wide, tall = max(xs) - min(xs) or 1, high - low or 1
     line = " ".join(f"{8 + 224 * (x - min(xs)) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
     return (f'<svg viewBox="0 0 240 100" role="img" aria-label="{escape(label)}"><text x="8" y="14">{escape(label)}</text>'
@@ -248,7 +271,7 @@ def histogram(run: Run, bins: int = 60) -> str:
         parts.append(f'<rect class="{side}" x="{at(left):.1f}" y="{125 - tall:.1f}" width="{480 / bins - 1:.1f}" height="{tall:.1f}"/>')
     for x, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
         parts.append(f'<line x1="{at(x):.1f}" x2="{at(x):.1f}" y1="5" y2="125"/><text x="{at(x) + 3:.1f}" y="{y}">{name}</text>')
-    parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}</text>')
+    parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, what lies outside (1 %) at the ends</text>')
     return f'<svg viewBox="0 0 500 145" role="img" aria-label="histogram of Q">{"".join(parts)}</svg>'
 
 
@@ -263,7 +286,7 @@ def scatter(run: Run, count: int = 2000) -> str:
     for loss, q, sign in zip(x, y, run.signs[places]):
         across, down = 10 + 480 * min(loss / wide, 1), 125 - 115 * min(max((q - low) / tall, 0), 1)
         dots.append(f'<circle class="{"opn"[sign]}" cx="{across:.0f}" cy="{down:.0f}" r="1.5"/>')
-    note = f"base loss 0 to {wide:.1f} nats to the right, Q {low:.2f} to {high:.2f} upwards"
+    note = f"base loss 0 to {wide:.1f} nats to the right, Q {low:.2f} to {high:.2f} upwards; {len(places):,} tokens"
     text = f'<text x="10" y="140" class="dim">{note}</text>'
     return f'<svg viewBox="0 0 500 145" role="img" aria-label="Q against base loss">{"".join(dots)}{text}</svg>'
 
@@ -271,9 +294,13 @@ def scatter(run: Run, count: int = 2000) -> str:
 # --------------------------------------------------------------------------------------------- tokens
 
 
+DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
 def visible(text: str) -> str:
-    """Text with its control characters shown, so that none of them acts."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text.replace("\x7f", "\u2421"))
+    """Text with control characters and changes of direction shown by name, so that none of them acts."""
+    acting = lambda c: unicodedata.category(c) == "Cc" and c not in "\n\t" or c in DIRECTIONS  # noqa: E731
+    return "".join(f"\u2039U+{ord(c):04X}\u203a" if acting(c) else c for c in text)
 
 
 SIDES = {1: "in P", -1: "in N", 0: "left out"}
@@ -293,7 +320,7 @@ def token_html(run: Run, place: int) -> str:
 
 def example_html(run: Run, example: int) -> str:
     """An example's response with its source, sum and mean of Q."""
-    source = run.corpus.sources[example]
+    source = visible(run.corpus.sources[example])
     tokens = "".join(token_html(run, place) for place in run.places(example))
     first = run.places(example)[0]
     begin = int(run.corpus.offsets[example])
@@ -318,7 +345,8 @@ def token_types(run: Run, count: int = 40) -> str:
         around = "".join(run.text_of(int(t)) for t in run.corpus.tokens[max(place - 8, 0) : place + 5])
         cells = (run.text_of(token), f"{sums[token] / seen[token]:.3f}", str(seen[token]), around)
         lines.append("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells) + "</tr>")
-    return f"<table><tr><th>token</th><th>mean Q</th><th>count</th><th>where</th></tr>{''.join(lines)}</table>"
+    head = "<tr><th>token</th><th>mean Q</th><th>count</th><th>where</th></tr>"
+    return f"<p>Of those seen at least {min(5, seen.max())} times.</p><table>{head}{''.join(lines)}</table>"
 
 
 def lowest_rows(run: Run, count: int = 20) -> str:
@@ -334,7 +362,7 @@ def lowest_rows(run: Run, count: int = 20) -> str:
 def print_tokens(run: Run, count: int) -> None:
     """The same rows for a terminal, in colours."""
     for example in run.shown(count):
-        print(f"\n\033[1m{run.corpus.sources[example]}\033[0m  sum {run.sums[example]:.2f}  mean {run.means[example]:.3f}")
+        print(f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  sum {run.sums[example]:.2f}  mean {run.means[example]:.3f}")
         for place in run.places(example):
             text = visible(run.text_of(int(run.corpus.tokens[place])))
             colour = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])]
@@ -382,7 +410,9 @@ def page(run: Run, count: int) -> str:
     if run.noise is not None:
         figures = load_tool("demo").detection(run.quality, run.signs < 0, run.corpus, run.noise)
         found = "<p>Known noise: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ".</p>"
-    files = Counter(source.rpartition(":")[0] for source in run.corpus.sources)
+    else:
+        found = f"<p>{escape(run.known_noise[1])}</p>"
+    files = Counter(visible(source).rpartition(":")[0] for source in run.corpus.sources)
     choices = "".join(f'<option value="{escape(name)}">{escape(name)} ({n:,})</option>' for name, n in files.items())
     quality, (n_p, n_n) = run.quality[run.response], ((run.signs > 0).sum(), (run.signs < 0).sum())
     trained = "".join(f'<h4>{escape(name)}</h4><div class="curves">{curves(lines)}</div>' for name, lines in run.logs().items())
@@ -417,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
-    parser.add_argument("--examples", type=int, default=200, help="how many rows to show [200]")
+    parser.add_argument("--examples", type=within(int, 1), default=200, help="how many rows to show [200]")
     parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
     arguments = parser.parse_args(argv)
     try:
