@@ -731,17 +731,19 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     vocabulary = read_config(checkpoint).vocab_size
     for corpus in corpora:
         check_ids(corpus.tokens, vocabulary, checkpoint)
-    flags = Path("/proc/cpuinfo")
-    if "cpu" == options.device and options.dtype == "bfloat16" and flags.is_file():
-        if "bf16" not in flags.read_text():
-            say("warning: this CPU computes bfloat16 without instructions for it, many times slower than "
-                "float32: --dtype float32")
+    if options.device == "cpu" and options.dtype == "bfloat16" and lacks_bfloat16(Path("/proc/cpuinfo")):
+        say("warning: this CPU has no instructions for bfloat16, float32 is many times faster: --dtype float32")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     if options.compile:
         model.compile_blocks()
     target_layers(model, tuple(options.targets))
     return model
+
+
+def lacks_bfloat16(cpuinfo: Path) -> bool:
+    """Whether Linux lists the processor's instructions, and none is for bfloat16."""
+    return cpuinfo.is_file() and "bf16" not in cpuinfo.read_text()
 
 
 # ------------------------------------------------------------------------------------------- run folder

@@ -601,6 +601,9 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     """
     if os.path.isdir(path_or_repo):
         return Path(path_or_repo)
+    if str(path_or_repo).endswith(".gguf"):
+        hint = "transformers converts it: from_pretrained(folder, gguf_file=NAME), then save_pretrained"
+        raise ValueError(f"{path_or_repo}: GGUF is not read ({hint})")
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")

@@ -530,3 +530,20 @@ def test_a_variant_by_an_option_its_method_does_not_read_is_refused(name, unread
     """It was trained under its own name, and was the plain method."""
     with pytest.raises(ValueError, match=f"does not read {unread}"):
         parse_options(["--model", "m", "--data", "d", "--methods", name])
+
+
+@pytest.mark.parametrize("flags, warned", [("avx2 fma", True), ("avx2 avx512_bf16", False)])
+def test_bfloat16_without_instructions_for_it_is_warned_about(setting, tmp_path, monkeypatch, capsys, flags, warned):
+    import forgetting
+
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    asked = forgetting.lacks_bfloat16
+    monkeypatch.setattr(forgetting, "lacks_bfloat16", lambda _: asked(tmp_path / "cpuinfo"))
+    said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "base",
+                      "--out", tmp_path / "run", "--dtype", "bfloat16")  # fmt: skip
+    assert ("no instructions for bfloat16" in said) == warned
+
+
+def test_gguf_is_named(setting, tmp_path, monkeypatch, capsys):
+    said = in_process(monkeypatch, capsys, "--model", "m.gguf", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", code=2)
+    assert "m.gguf: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
