@@ -732,7 +732,7 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     for corpus in corpora:
         check_ids(corpus.tokens, vocabulary, checkpoint)
     if options.device == "cpu" and options.dtype == "bfloat16" and lacks_bfloat16(Path("/proc/cpuinfo")):
-        say("warning: this CPU has no instructions for bfloat16, float32 is many times faster: --dtype float32")
+        say("warning: this CPU has no instructions for bfloat16: --dtype float32 is many times faster")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     if options.compile:
