@@ -13,7 +13,7 @@ tokens came from: to store what a batch yields, or fetch what it needs, is one l
 Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
 
-import hashlib, json, os, re  # noqa: E401
+import fcntl, hashlib, json, os, re  # noqa: E401
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,12 +85,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids."""
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
-
-    @property
-    def chat_template(self) -> str:
-        """render()'s template of conversations as jinja, for transformers' tokenizer.apply_chat_template."""
-        puts_bos = self.bos is not None and self.encode(["x"])[0][0][0] == self.bos_id
-        return ("{{ bos_token }}" if puts_bos else "") + CHAT_TEMPLATE
 
 
 def check_ids(ids: Any, vocab_size: int, where: object) -> None:
@@ -260,15 +254,6 @@ def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
     return pieces
 
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-
-
 # ---------------------------------------------------------------------------------------------- corpus
 
 
@@ -319,6 +304,38 @@ def unique_rows(rows: list[dict], eos: str) -> list[dict]:
     for row in rows:
         first.setdefault("\0".join(text for text, _ in render(row, eos)), row)
     return list(first.values())
+
+
+def split_rows(
+    rows: list[dict], reference: list[dict], eos: str, n_reference: int | None, n_train: int | None
+) -> tuple[list[dict], list[dict]]:
+    """Rows of D_ref and D_train: exact duplicates out, then disjoint draws, always the same.
+
+    D_ref is drawn from `rows` unless `reference` has rows. A number that is None is the paper's, 10,000 and
+    50,000, or, where there are fewer rows, a sixth of them and the rest. Raises ValueError where a number
+    cannot be had.
+    """
+    rows, reference = unique_rows(rows, eos), unique_rows(reference, eos)
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    if reference:
+        reference = _take(reference, "--n-reference", n_reference, len(reference))
+        rows = unique_rows(reference + rows, eos)[len(reference) :]
+    else:
+        usual = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
+        reference = _take(rows[:-1], "--n-reference", n_reference, usual)  # one is left at least
+        rows = rows[len(reference) :]
+    return reference, _take(rows, "--n-train", n_train, 50_000)
+
+
+def _take(rows: list[dict], flag: str, asked: int | None, usual: int) -> list[dict]:
+    """The first rows: as many as the flag asks for, or up to the usual number."""
+    if not rows:
+        raise ValueError("D_ref and D_train need a row each: none is left, exact duplicates taken out")
+    count = min(usual, len(rows)) if asked is None else asked
+    if not 1 <= count <= len(rows):
+        left = f"from 1 to {len(rows)} are there, exact duplicates and the other set taken out"
+        raise ValueError(f"{flag} {count}: {left}")
+    return rows[:count]
 
 
 def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
@@ -424,6 +441,30 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(OSError):  # on a read-only disk even this fails
             temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep it from other processes until the block ends. Raises ValueError if one has it.
+
+    The lock is on the folder itself and goes with the process; a folder that stayed empty goes, too.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "config.json.tmp").touch()  # a test
+        (folder / "config.json.tmp").unlink()
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another run: wait for it, or use another --out") from None
+    except OSError as error:
+        raise OSError(f"{folder} could not be written ({error})") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # not empty: there is a run in it
+            folder.rmdir()
 
 
 def read_object(path: Path) -> dict:

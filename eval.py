@@ -6,18 +6,24 @@
     python eval.py --model M --adapter RUN/full/seed-0 RUN/forgetting/seed-0 --prompt "Why is the sky blue?"
     torchrun --nproc_per_node=2 eval.py ...             # documents spread over ranks, the same results
 
-A task is a function from a data row to requests, and one from the answers to figures; TASKS lists them.
-Requests with one context share its computation: it runs once, and each continuation goes on from the cache.
-Order: requests, log-likelihoods and generation, tasks, evaluation, tables, ranks, command line.
-Shapes: T tokens of a pack; D width; V vocabulary; n tokens of continuations.
+A task is a function from a data row to requests, and one from the answers to figures; those of the paper are
+in tests/tools/benchmarks.py. Requests with one context share its computation: it runs once, and each
+continuation goes on from the cache. Losses of whole corpora, which Algorithm 1 is made of, are here, too.
+Order: requests, log-likelihoods and generation, losses of a corpus, tasks, evaluation, ranks, command line.
+Shapes: T tokens of a pack; N of a corpus; D width; V vocabulary; n tokens that are judged.
 """
 
-import argparse, datetime, functools, hashlib, importlib.util, json, math, os, random, re, string, sys
-from collections import Counter
-from dataclasses import dataclass
+import argparse, datetime, functools, hashlib, importlib.util, json, math, os, random, runpy, sys  # noqa: E401
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, NoReturn
+
+if __name__ == "__main__":  # a mistyped flag is answered at once: torch takes seconds to load
+    with suppress(FileNotFoundError):
+        check = Path(__file__).resolve().parent / "tests" / "tools" / "check_flags.py"
+        runpy.run_path(str(check), {"program": "eval.py"})
 
 import numpy as np
 import torch
@@ -25,9 +31,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Tokenizer, check_ids, read_rows, render, split_by_tokens, write_rows, write_text
-from lora import load_adapter, remove_lora
+from data import Corpus, Tokenizer, check_ids, pack, read_object, read_rows, shift, split_by_tokens
+from data import write_rows, write_text
+from lora import load_adapter
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, to_device
+from model import token_losses
 
 # --------------------------------------------------------------------------------------------- requests
 
@@ -209,6 +217,49 @@ def _generate_pack(
     return written
 
 
+# ------------------------------------------------------------------------------------ losses of a corpus
+
+
+@torch.inference_mode()
+def response_losses(
+    model: Transformer, corpus: Corpus, examples: np.ndarray, token_budget: int, bar: tqdm | None = None
+) -> np.ndarray:
+    """Equation 1 for the response tokens of some examples: losses (N,) float32 in nats, NaN elsewhere.
+
+    They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
+    spread over the ranks, the result is on all of them.
+    """
+    rank, world = rank_and_world()
+    head, device = model.lm_head.weight, model.lm_head.weight.device
+    losses = torch.zeros(len(corpus.tokens), device=device)  # (N,)
+    model.eval()
+    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
+    for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
+        judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
+        rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
+        hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
+        losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
+        if bar is not None:
+            bar.update(len(batch.tokens))
+    places = corpus.places(examples)
+    places = places[corpus.response[places]]
+    result = np.full(len(corpus.tokens), np.nan, np.float32)
+    result[places] = sum_over_ranks(losses).cpu().numpy()[places]
+    return result
+
+
+def mean_losses(
+    model: Transformer, corpus: Corpus, masks: dict[str, np.ndarray], token_budget: int, label: str = ""
+) -> dict[str, float | None]:
+    """The mean loss, in nats, on each mask of the tokens (N,), of at most 512 examples; None: no token."""
+    sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
+    total = int(corpus.lengths[sample].sum())
+    with progress(f"{label} loss on {' and '.join(masks)}", total, "token") as bar:
+        losses = response_losses(model, corpus, sample, token_budget, bar)
+    judged = {name: losses[mask & np.isfinite(losses)] for name, mask in masks.items()}
+    return {name: float(found.mean()) if len(found) else None for name, found in judged.items()}
+
+
 # ------------------------------------------------------------------------------------------------ tasks
 
 
@@ -233,240 +284,20 @@ class Task:
     lower_is_better: tuple[str, ...] = ()  # metrics
 
 
-def choice_task(
-    file: str, version: int, ask: Callable[[dict], tuple], normed: bool = False, delimiter: str = " ",
-    fewshot: bool = True, **rest: Any,
-) -> Task:
-    """Multiple choice: ask(row) gives context, choices, place of the right one; delimiter + choice is scored.
-
-    acc takes the greatest log-likelihood, acc_norm that per character of the choice; the first wins a tie.
-    """
-
-    def requests(row: dict, _: Tokenizer) -> list[Request]:
-        context, choices, gold = ask(row)
-        if not choices or not 0 <= gold < len(choices):
-            raise ValueError(f"{row['_source']}: {len(choices)} choices, the right one is number {gold}")
-        return [Request(row.get("_examples", "") + context, delimiter + choice) for choice in choices]
-
-    def score(row: dict, answers: list[Answer]) -> dict:
-        _, choices, gold = ask(row)
-        totals = [answer.loglikelihood for answer in answers]
-        by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
-        best = totals.index(max(totals))
-        metrics = {"acc": float(best == gold)}
-        if normed:
-            metrics["acc_norm"] = float(by_length.index(max(by_length)) == gold)
-        return {"prediction": best, "target": gold, "metrics": metrics}
-
-    def example(row: dict) -> str:
-        context, choices, gold = ask(row)
-        return f"{context}{delimiter}{choices[gold]}\n\n"
-
-    return Task(file, version, requests, score, example=example if fewshot else None, **rest)
-
-
-def exact_task(
-    file: str, version: int, ask: Callable[[dict], tuple[str, str]], delimiter: str = " ",
-    perplexity: bool = False, **rest: Any,
-) -> Task:
-    """The model must find every token of one target most probable (acc); on request its perplexity, too."""
-
-    def requests(row: dict, _: Tokenizer) -> list[Request]:
-        context, target = ask(row)
-        return [Request(row.get("_examples", "") + context, target)]
-
-    def score(row: dict, answers: list[Answer]) -> dict:
-        metrics = {"acc": float(answers[0].greedy)}
-        if perplexity:
-            metrics["perplexity"] = answers[0].loglikelihood  # summarise() makes it one
-        return {"prediction": answers[0].greedy, "target": ask(row)[1], "metrics": metrics}
-
-    def example(row: dict) -> str:
-        return delimiter.join(ask(row)) + "\n\n"
-
-    return Task(file, version, requests, score, example=example, **rest)
-
-
-def boolq(row: dict) -> tuple:
-    """BoolQ: yes or no after a passage that begins with its title."""
-    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"]
-
-
-def logiqa(row: dict) -> tuple:
-    """LogiQA: the options are listed with letters, and scored as texts."""
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row["options"]))
-    context = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:{listed}\nAnswer:"
-    return context, row["options"], "abcd".index(row["label"].strip())
-
-
-def arc_challenge(row: dict) -> tuple:
-    """ARC: three to five choices, whatever their labels."""
-    choices = row["choices"]
-    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
-
-
-def truthfulqa_mc1(row: dict) -> tuple:
-    """TruthfulQA: six fixed pairs in front; the first choice is the true one."""
-    return f"{row['_prompt']}\n\nQ: {row['question']}\nA:", row["mc1_targets"]["choices"], 0
-
-
-def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
-    """TruthfulQA mc2: every true and false answer."""
-    return [Request(truthfulqa_mc1(row)[0], " " + choice) for choice in row["mc2_targets"]["choices"]]
-
-
-def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
-    """The share of probability that true answers get."""
-    labels = row["mc2_targets"]["labels"]
-    best = max(answer.loglikelihood for answer in answers)  # taken off everywhere, so that not all underflow
-    probabilities = [math.exp(answer.loglikelihood - best) for answer in answers]
-    true = sum(p for p, label in zip(probabilities, labels) if label == 1)
-    metrics = {"acc": true / sum(probabilities)}
-    return {"prediction": probabilities.index(1.0), "target": labels, "metrics": metrics}
-
-
-def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
-    """The rows with the fixed pairs beside them."""
-    prompt = (folder / "truthfulqa_prompt.txt").read_text(encoding="utf-8")
-    return [row | {"_prompt": prompt} for row in rows]
-
-
-def lambada(row: dict) -> tuple[str, str]:
-    """LAMBADA: the last word, split at spaces alone."""
-    context, _, word = row["text"].rpartition(" ")
-    return context, " " + word
-
-
-def asdiv(row: dict) -> tuple[str, str]:
-    """ASDiv: the number alone, with no space in front."""
-    return f"{row['body']}\nQuestion:{row['question']}\nAnswer:", row["answer"].split(" (")[0]
-
-
-def arithmetic(row: dict) -> tuple[str, str]:
-    """Arithmetic: the GPT-3 rows, cleaned as the task does."""
-    context = row["context"].strip().replace("\n\n", "\n").replace("Q:", "Question:").replace("A:", "Answer:")
-    return context, row["completion"]
-
-
-def arithmetic_task(name: str) -> Task:
-    """One of the ten subtasks, whose rows are in one file."""
-
-    def own_rows(rows: list[dict], _: Path) -> list[dict]:
-        return [row for row in rows if row["subtask"] == name]
-
-    return exact_task("arithmetic.jsonl", 2, arithmetic, delimiter="", prepare=own_rows)
-
-
-def language_of(row: dict) -> str:
-    """TydiQA: the first part of a row's id."""
-    return row["id"].split("-")[0]
-
-
-def tydiqa_rows(rows: list[dict], folder: Path) -> list[dict]:
-    """Each row with its language's words and demonstration."""
-    words = json.loads((folder / "tydiqa_templates.json").read_text(encoding="utf-8"))["with_context"]
-    shots = {language_of(row): row for row in read_rows([str(folder / "tydiqa_1shot.jsonl")])}
-    return [row | {"_words": words[language_of(row)], "_shot": shots[language_of(row)]} for row in rows]
-
-
-def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
-    """One demonstration, then the question; passages are cut to 512 tokens (a bos among them stays)."""
-    words, shot = row["_words"], row["_shot"]
-
-    def question(of: dict) -> str:
-        ids = tokenizer.encode([of["context"]])[0][0]
-        passage = of["context"] if len(ids) <= 512 else tokenizer.decode(ids[:512], skip_special=False)
-        return f"{words['passage']} {passage}\n{words['question']} {of['question']}\n{words['answer']}"
-
-    prompt = f"{words['instruction']}\n\n{question(shot)} {shot['answers']['text'][0]}\n\n{question(row)}"
-    return [Request(prompt, max_new_tokens=50, stop="\n")]
-
-
-def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
-    """SQuAD's F1 and exact match, the best over the answers."""
-    reply, right = answers[0].text.strip(), row["answers"]["text"]
-    f1 = max(f1_score(reply, answer) for answer in right)
-    exact = float(any(words_of(reply) == words_of(answer) for answer in right))
-    return {"prediction": reply, "target": right, "metrics": {"f1": f1, "exact_match": exact}}
-
-
-def words_of(text: str) -> list[str]:
-    """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def f1_score(prediction: str, answer: str) -> float:
-    """Word overlap F1 of SQuAD, 0 to 1; 0 if nothing is shared."""
-    found, right = words_of(prediction), words_of(answer)
-    shared = sum((Counter(found) & Counter(right)).values())
-    return 2 * shared / (len(found) + len(right)) if shared else 0.0
-
-
-def demo_mc(row: dict) -> tuple:
-    """The demo's multiple choice."""
-    return row["prompt"] + row["head"], row["choices"], row["choices"].index(row["answer"])
-
-
-def demo_qa_requests(row: dict, _: Tokenizer) -> list[Request]:
-    """The demo's short answers."""
-    return [Request(row["prompt"], max_new_tokens=16)]
-
-
-def demo_qa_score(row: dict, answers: list[Answer]) -> dict:
-    """F1; and, for people never seen and a misconceived attribute, whether the popular error is given."""
-    reply = answers[0].text
-    metrics = {"f1": f1_score(reply, row["answer"])}
-    if row["group"] == "unseen, misconceived":
-        metrics["popular"] = float(row["popular"] in reply.split())
-    return {"prediction": reply, "target": row["answer"], "metrics": metrics}
-
-
-def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
-    """IFEval: the prompt as it stands."""
-    return [Request(row["prompt"], max_new_tokens=1280)]
-
-
-def ifeval_score(row: dict, answers: list[Answer]) -> dict:
-    """IFEval: which of the row's instructions the reply keeps; the checkers are a file of their own."""
-    return load_tool("ifeval").score(row, answers[0].text)
-
-
 # ------------------------------------------------------------------------------------------- evaluation
 
-SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5da 5ds".split()]
-TRUTHFULQA = {"prepare": truthfulqa_rows, "beside": ("truthfulqa_prompt.txt",)}
-TYDIQA_FILES = ("tydiqa_templates.json", "tydiqa_1shot.jsonl")
-TASKS = {
-    "truthfulqa_mc1": choice_task("truthfulqa.jsonl", 2, truthfulqa_mc1, fewshot=False, **TRUTHFULQA),
-    "truthfulqa_mc2": Task("truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score,
-                           **TRUTHFULQA),
-    "boolq": choice_task("boolq.jsonl", 2, boolq),
-    "logiqa": choice_task("logiqa.jsonl", 1, logiqa, normed=True),
-    "tydiqa": Task("tydiqa.jsonl", 1, tydiqa_requests, tydiqa_score, tydiqa_rows, group=language_of,
-                   beside=TYDIQA_FILES),
-    "asdiv": exact_task("asdiv.jsonl", 1, asdiv),
-    "arc_challenge": choice_task("arc_challenge.jsonl", 1, arc_challenge, normed=True),
-    "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True, lower_is_better=("perplexity",)),
-    "ifeval": Task("ifeval.jsonl", 4, ifeval_requests, ifeval_score),
-    "demo_mc": choice_task("demo_mc.jsonl", 1, demo_mc, delimiter=""),
-    "demo_qa": Task("demo_qa.jsonl", 1, demo_qa_requests, demo_qa_score, lower_is_better=("popular",)),
-    **{name: arithmetic_task(name) for name in SUBTASKS},
-}
-GROUPS = {
-    "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
-    "arithmetic": SUBTASKS,
-    "paper": ["truthfulqa_mc2", "boolq", "logiqa", "tydiqa", "asdiv"],
-    "paper-appendix": ["ifeval", "arc_challenge", "lambada", *SUBTASKS],
-}
+def known_tasks() -> dict[str, Task]:
+    """The tasks of tests/tools/benchmarks.py, by name."""
+    return load_tool("benchmarks").TASKS
 
 
 def expand_tasks(names: list[str]) -> list[str]:
     """Task names with the groups spelled out; ValueError for a name that is neither."""
-    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
+    tasks, groups = known_tasks(), load_tool("benchmarks").GROUPS
+    unknown = [name for name in names if name not in tasks and name not in groups]
     if unknown:
-        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*TASKS, *GROUPS])}")
-    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*tasks, *groups])}")
+    return list(dict.fromkeys(task for name in names for task in groups.get(name, [name])))
 
 
 @dataclass(frozen=True)
@@ -486,7 +317,8 @@ def prepare(
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
     for name in expand_tasks(tasks):
-        task, folder = TASKS[name], rows_folder(name, data_dir)
+        task = known_tasks()[name]
+        folder = rows_folder(name, task, data_dir)
         rows = task_rows(task, folder / task.file, limit, num_fewshot)
         requests = [requests_of(task, row, tokenizer) for row in rows]
         contents = [(folder / file).read_bytes() for file in (task.file, *task.beside)]
@@ -497,15 +329,14 @@ def prepare(
     return documents
 
 
-def rows_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
+def rows_folder(name: str, task: Task, data_dir: str | os.PathLike | None) -> Path:
     """Where a task's rows are: data_dir, or the cache of public ones, which a node's first rank fetches."""
     if data_dir is not None:
         return Path(data_dir)
     get_data = load_tool("get_data")
-    if TASKS[name].file not in get_data.BENCHMARKS:
+    if task.file not in get_data.BENCHMARKS:
         raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
-    files = (TASKS[name].file, *TASKS[name].beside)
-    return first_rank_first(functools.partial(get_data.fetch_benchmarks, files))
+    return first_rank_first(functools.partial(get_data.fetch_benchmarks, (task.file, *task.beside)))
 
 
 def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
@@ -565,7 +396,7 @@ def evaluate(
     results: dict[str, dict] = {}
     samples: list[dict] = []
     for prepared in documents:
-        name, task = prepared.name, TASKS[prepared.name]
+        name, task = prepared.name, known_tasks()[prepared.name]
         answers = answer_requests(model, tokenizer, prepared, batch_tokens)
         scored = []
         for row, requests, replies in zip(prepared.rows, prepared.requests, answers):
@@ -618,6 +449,27 @@ def answer_requests(
     return [answers[start:end] for start, end in zip([0, *ends], ends)]
 
 
+def measure(
+    model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
+    looked_at: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path,
+) -> dict:
+    """The figures of one model, also in folder/results.json: mean_losses of looked_at, and its tasks'."""
+    path = folder / "results.json"
+    identity = {task.name: task.identity for task in documents}
+    identity |= {"held-out": c.fingerprint() for c, masks in looked_at if "held-out" in masks and len(c)}
+    if path.is_file() and (found := read_object(path)).get("identity") == identity:
+        return found
+    results: dict[str, Any] = {"identity": identity}
+    for corpus, masks in looked_at:
+        results |= mean_losses(model, corpus, masks, token_budget, "/".join(folder.parts[-2:]))
+    results["tasks"], samples = evaluate(model, tokenizer, documents)
+    if rank_and_world()[0] == 0:
+        write_rows(samples, folder / "samples.jsonl")
+        write_text(json.dumps(results, indent=2) + "\n", path)
+    wait_for_all()
+    return results
+
+
 def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
     """Mean and standard error of every metric over the documents that have it; lists are pooled.
 
@@ -651,68 +503,6 @@ def summarise_groups(metrics: list[dict], groups: list[str]) -> dict:
         squares = sum(part[f"{key}_stderr"] ** 2 for part in parts.values())
         summary[f"{key}_stderr"] = math.sqrt(squares) / len(names)
     return summary | {"by_group": parts}
-
-
-# ----------------------------------------------------------------------------------------------- tables
-
-
-def metrics_of(result: dict) -> list[str]:
-    """The metrics of a task's result; the first stands for the task."""
-    return [key for key in result if f"{key}_stderr" in result]
-
-
-def headlines(results: dict[str, dict]) -> dict[str, float]:
-    """What stands for each task, in percent: its first metric; arithmetic is one, the mean of ten."""
-    percents = {}
-    for task, result in results.items():
-        for first in metrics_of(result)[:1]:  # none, if no document could be scored
-            percents[task] = 100 * result[first]
-    sums = [percents.pop(task) for task in SUBTASKS if task in percents]
-    return percents | ({"arithmetic": sum(sums) / len(sums)} if sums else {})
-
-
-def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
-    """mean +- sample standard deviation; the mean alone of a single value."""
-    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
-
-
-def table(header: list[str], rows: list[list[str]], width: int = 100) -> str:
-    """A Markdown table that also reads well on a screen.
-
-    Columns beyond `width` characters go into further tables below, which begin with the first column again.
-    """
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    blocks, room = [[0]], width - widths[0] - 4
-    for i in range(1, len(header)):
-        if widths[i] + 3 > room and len(blocks[-1]) > 1:
-            blocks.append([0])
-            room = width - widths[0] - 4
-        blocks[-1].append(i)
-        room -= widths[i] + 3
-    ruled = [header, ["-" * w for w in widths], *rows]
-    return "\n\n".join(
-        "\n".join("| " + " | ".join(cells[i].ljust(widths[i]) for i in block) + " |" for cells in ruled)
-        for block in blocks
-    )
-
-
-def show(results: dict[str, dict]) -> str:
-    """A table for the screen: every metric, and the average of what stands for the tasks."""
-    rows = []
-    for task, result in results.items():
-        for metric in metrics_of(result):
-            cells = [f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])]
-            rows.append([task, metric, *cells])
-        if "not_scored" in result:
-            what = "not scored (a checker's package is missing)"
-            rows.append([task, what, "", "", str(result["not_scored"])])
-        if "by_group" in result:
-            rows.append([task, f"unweighted mean over {', '.join(result['by_group'])}", "", "", ""])
-    percents = headlines(results).values()
-    average = sum(percents) / max(len(percents), 1)
-    rows.append(["average", "of the tasks' first metrics, percent", f"{average:.2f}", "", ""])
-    return table(["task", "metric", "value", "stderr", "n"], rows)
 
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -826,27 +616,52 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def within(
-    kind: type, low: float, high: float = math.inf, above: bool = False, below: bool = False
-) -> Callable[[str], Any]:
-    """An argparse type: a finite number from low to high; `above`: more than low, `below`: less than high."""
-    allowed = f"{'more than' if above else 'from'} {low:g}"
-    if high < math.inf:
-        allowed += f" {'to below' if below else 'to'} {high:g}"
-    allowed += ", a whole number" if kind is int else ", finite"
+def number(kind: type, allowed: str, fits: Callable[[float], bool]) -> Callable[[str], Any]:
+    """An argparse type: a finite number that fits; `allowed` says in words which do."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        large_enough = value > low if above else value >= low
-        small_enough = value < high if below or high == math.inf else value <= high
-        if not (large_enough and small_enough):  # nan is neither
+        if not (math.isfinite(value) and fits(value)):
             raise argparse.ArgumentTypeError(f"{text} is not allowed: {allowed}")
         return value
 
     return parse
+
+
+AT_LEAST_1 = number(int, "from 1, a whole number", lambda x: x >= 1)
+WHOLE = number(int, "from 0, a whole number", lambda x: x >= 0)
+AT_LEAST_0 = number(float, "from 0, finite", lambda x: x >= 0)
+ABOVE_0 = number(float, "more than 0, finite", lambda x: x > 0)
+BELOW_1 = number(float, "from 0 to below 1, finite", lambda x: 0 <= x < 1)
+UP_TO_1 = number(float, "from 0 to 1, finite", lambda x: 0 <= x <= 1)
+SHARE = number(float, "more than 0 to 1, finite", lambda x: 0 < x <= 1)
+
+
+def option(default: Any, text: str, **rest: Any) -> Any:
+    """A field of a dataclass of options with its line of --help; a default may be a function."""
+    place = "default_factory" if callable(default) else "default"
+    return field(**{place: default}, metadata={"help": text, **rest})
+
+
+def add_flags(parser: Parser, options: type, groups: dict[str, str], defaults: dict[str, Any]) -> Parser:
+    """A flag for each of the options; `groups`: the field that opens a group, and the group's title."""
+    group: Any = parser
+    for flag in fields(options):
+        settings = dict(flag.metadata)
+        default = flag.default_factory() if flag.default is MISSING else flag.default
+        default = defaults.get(flag.name, default)
+        text = settings.pop("help")
+        if isinstance(default, list):
+            settings["nargs"] = "+"
+        if flag.name in groups:
+            group = parser.add_argument_group(groups[flag.name])
+        if default not in (None, [], False) and "[" not in text:
+            text += f" [{' '.join(map(str, default)) if isinstance(default, list) else default}]"
+        group.add_argument(f"--{flag.name.replace('_', '-')}", default=default, help=text, **settings)
+    return parser
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -855,16 +670,16 @@ def parse_arguments() -> argparse.Namespace:
     add, dtype = parser.add_argument, "bfloat16" if torch.cuda.is_available() else "float32"
     add("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
     add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
-    add("--tasks", nargs="+", default=[], help=f"any of {', '.join([*TASKS, *GROUPS])}")
+    add("--tasks", nargs="+", default=[], help="of tests/tools/benchmarks.py; `paper`: its five")
     add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
     add("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
-    add("--limit", type=within(int, 1), help="only the first LIMIT documents of each task")
-    add("--num-fewshot", type=within(int, 0), default=0, help="worked examples a question [0]")
+    add("--limit", type=AT_LEAST_1, help="only the first LIMIT documents of each task")
+    add("--num-fewshot", type=WHOLE, default=0, help="worked examples a question [0]")
     add("--output", help="write the results here (.json)")
     add("--samples", help="write one line per document here (.jsonl)")
     add("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of the weights [{dtype}]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--batch-tokens", type=within(int, 1), default=4096, help="tokens of a packed forward pass [4096]")
+    add("--batch-tokens", type=AT_LEAST_1, default=4096, help="tokens of a packed forward pass [4096]")
     arguments = parser.parse_args()
     if bool(arguments.tasks) == (arguments.prompt is not None):
         raise ValueError("either --tasks or --prompt is needed")
@@ -879,30 +694,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
-    """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
-    asked = []
-    for prompt in prompts:
-        pieces = render({"instruction": prompt, "output": "-"}, tokenizer.eos)
-        asked.append("".join(text for text, is_response in pieces if not is_response))
-    ids = [ids for ids, _ in tokenizer.encode(asked)]
-    length = min(256, model.config.max_position_embeddings // 2)
-    answers = {"base": generate(model, tokenizer, ids, length)}
-    for adapter in adapters:
-        load_adapter(model, adapter)
-        answers[adapter] = generate(model, tokenizer, ids, length)
-        remove_lora(model)
-    for i, prompt in enumerate(prompts):
-        say(f"> {prompt}")
-        for name, replies in answers.items():
-            say(f"[{name}] {replies[i].strip()}")
-
-
 def write_results(results: dict[str, dict], samples: list[dict], arguments: argparse.Namespace) -> None:
     """Print the table, and write what --output and --samples ask for; rank 0 alone."""
     source = {"model": arguments.model, "adapter": (arguments.adapter or [None])[0], "dtype": arguments.dtype}
     results = {task: result | source for task, result in results.items()}
-    say(show(results))
+    say(load_tool("look").show(results))
     if arguments.limit is not None:
         say(f"only the first {arguments.limit} documents of each task (--limit)")
     if arguments.output and rank_and_world()[0] == 0:
@@ -923,7 +719,7 @@ def main() -> None:
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
             lines = sys.stdin.read().splitlines() if arguments.prompt == "-" else [arguments.prompt]
-            answer_prompts(model, tokenizer, lines, arguments.adapter)
+            load_tool("look").answer_prompts(model, tokenizer, lines, arguments.adapter)
         else:
             for adapter in arguments.adapter:
                 load_adapter(model, adapter)

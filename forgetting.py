@@ -15,32 +15,36 @@ Order: Algorithm 1, equations, methods, training, scoring, data, run folder, opt
 Shapes: N tokens of the corpus end to end; T of a pack, n of them weighted; E examples; D width; V vocabulary.
 """
 
-import dataclasses, fcntl, hashlib, importlib.metadata, json, math, os, shutil, sys, time  # noqa: E401
-from contextlib import contextmanager, nullcontext, suppress
+import dataclasses, hashlib, importlib.metadata, json, math, runpy, shutil, sys, time  # noqa: E401
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable
+
+if __name__ == "__main__":  # a mistyped flag is answered at once: torch takes seconds to load
+    with suppress(FileNotFoundError):
+        check = Path(__file__).resolve().parent / "tests" / "tools" / "check_flags.py"
+        runpy.run_path(str(check), {"program": "forgetting.py"})
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm  # comes with huggingface-hub
 
-from data import Corpus, Tokenizer, build_corpus, check_ids, pack, read_object, read_rows, shift, unique_rows
-from data import whole_file, write_rows, write_text
-from eval import Documents, Parser, evaluate, first_rank_first, load_tool, local_files, prepare, progress
-from eval import rank_and_world, say, start_ranks, sum_over_ranks, wait_for_all, within
-from lora import DEFAULT_TARGETS, add_lora, load_adapter, lora_disabled, lora_parameters, remove_lora
-from lora import save_adapter, target_layers
+from data import Corpus, Tokenizer, build_corpus, check_ids, locked, pack, read_object, read_rows, shift
+from data import split_rows, unique_rows, whole_file, write_rows, write_text
+from eval import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, UP_TO_1, WHOLE, Parser, add_flags
+from eval import first_rank_first, load_tool, local_files, mean_losses, measure, option, prepare, progress
+from eval import rank_and_world, response_losses, say, start_ranks, sum_over_ranks, wait_for_all
+from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
+from lora import remove_lora, save_adapter, save_checkpoint, target_layers
 from model import DTYPES, TEXT_FILES, Transformer, checkpoint_folder, head_chunks, load_model
-from model import model_fingerprint, read_config, to_device, token_losses
+from model import model_fingerprint, read_config, to_device
 
 Array = np.ndarray
 
@@ -48,7 +52,7 @@ Array = np.ndarray
 
 
 def run(options: "Options") -> dict[str, dict[int, dict]]:
-    """Algorithm 1 on one model and one pair of data sets: {method: {seed: figures}}, which report() shows.
+    """Algorithm 1 on one model and one pair of data sets: {method: {seed: figures}}, the rows of the table.
 
     Each stage leaves its result in the run folder; given again, the command finds it there and goes on.
     """
@@ -63,17 +67,18 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
 
     # 1. theta': every response token of D_ref has sign +1
     reference_options = dataclasses.replace(options, lr=options.reference_lr, epochs=options.reference_epochs)
-    train(model, d_ref, d_ref.response.astype(np.int8), out / "reference", reference_options, seed=0)
+    everything = Lesson(d_ref, d_ref.response.astype(np.int8))
+    train(model, everything, out / "reference", reference_options, seed=0)
 
     # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
 
-    # the yardstick of every row of the table: its losses L_P and L_N, on plain forgetting's P and N
+    # every row of the table has the losses on plain forgetting's P and N beside its tasks
     sides = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (N,)
-    describe_scores(base_loss, ref_loss, sides)
-    parts = [(d_train, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
-    measured = partial(measure, model, tokenizer, documents, parts, options)
+    say(load_tool("look").describe_scores(base_loss, ref_loss, sides))
+    looked_at = [(d_train, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
+    measured = partial(measure, model, tokenizer, documents, looked_at, options.micro_tokens)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
         results["reference"][0] = measured(out / "reference")
@@ -87,7 +92,8 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
         method, its_options = method_of(name, options)
         folder = out / name / f"seed-{seed}"
         signs = choose_signs(method, quality, d_train, its_options, seed)  # (N,) +1, -1 or 0
-        train(model, d_train, signs, folder, its_options, seed, method.max_negative_loss)
+        lesson = Lesson(d_train, signs, method.damping, base_loss)
+        train(model, lesson, folder, its_options, seed, held_out)
         results[name][seed] = measured(folder)
         remove_lora(model)
     return results
@@ -151,14 +157,14 @@ class _WeightedTokenLoss(torch.autograd.Function):
     """Loss and gradient in one sweep over the head: the logits of a chunk live only inside its turn."""
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, weights, max_negative_loss, losses):
+    def forward(ctx, hidden, head_weight, targets, weights, damping, base_losses, losses):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)  # (n, D)
         for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
             weight = weights[rows]  # (chunk,)
-            if max_negative_loss is not None:
-                # n_N stays what it was: the others do not get heavier
-                weight = weight.masked_fill((weight < 0) & (loss > max_negative_loss), 0)
+            if damping is not None:  # n_N stays what it was: the others do not get heavier
+                base = None if base_losses is None else base_losses[rows]
+                weight = torch.where(weight < 0, weight * damping(loss, base), weight)
             total += weight @ loss
             if losses is not None:
                 losses[rows] = loss
@@ -171,38 +177,54 @@ class _WeightedTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return ctx.saved_tensors[0] * upstream, None, None, None, None, None
+        return ctx.saved_tensors[0] * upstream, None, None, None, None, None, None
+
+
+Damping = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def weighted_token_loss(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor,
-    max_negative_loss: float | None = None, losses: Tensor | None = None,
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, damping: Damping | None = None,
+    base_losses: Tensor | None = None, losses: Tensor | None = None,
 ) -> Tensor:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
-    float32 from token_weights; a target of -100 counts nothing. max_negative_loss (nats) stops the ascent on
-    tokens that are less probable. If `losses` (n,) float32 is given, each token's loss is stored there. The
-    same, plainly:
+    float32 from token_weights; a target of -100 counts nothing. The same, plainly:
 
         logits = hidden @ head_weight.T                                    # (n, V)
         losses = F.cross_entropy(logits, targets, reduction="none")        # (n,)
         loss = losses[positive].mean() - lam * losses[negative].mean()
 
-    Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time. Raises ValueError for hidden
-    states of another shape, and for a head that is trained, too: its gradient is not computed.
+    Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time. A damping, such as `clipped`,
+    multiplies the negative weights; base_losses (n,) are what it may compare with; each token's loss is
+    stored in `losses` (n,) if that is given. Raises ValueError for hidden states of another shape, and for a
+    head that is trained, too: its gradient is not computed.
     """
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, (n, D) is needed: flatten(0, -2)")
     if head_weight.requires_grad:
         raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
-    weights = weights.masked_fill(targets < 0, 0)
-    return _WeightedTokenLoss.apply(
-        hidden, head_weight, targets.clamp_min(0), weights, max_negative_loss, losses
-    )
+    weights, targets = weights.masked_fill(targets < 0, 0), targets.clamp_min(0)
+    return _WeightedTokenLoss.apply(hidden, head_weight, targets, weights, damping, base_losses, losses)
 
 
 # ---------------------------------------------------------------------------------------------- methods
+
+RARE = -math.log(1e-3)  # the loss, in nats, of a token of probability 1e-3
+
+
+def clipped(losses: Tensor, base_losses: Tensor | None) -> Tensor:
+    """A damping: no ascent on a token that is less probable than 1e-3; (n,) nats -> (n,)."""
+    return (losses <= RARE).float()
+
+
+def npo(losses: Tensor, base_losses: Tensor) -> Tensor:
+    """A damping as in negative preference optimisation: 2 p / (p + p_theta), 1 at theta, to 0 as p falls.
+
+    The loss is -log p, so this is twice the sigmoid of how much loss the token had less under theta.
+    """
+    return 2 * torch.sigmoid(base_losses - losses)
 
 
 @dataclass(frozen=True)
@@ -213,7 +235,7 @@ class Method:
     unlearn: bool = False  # N gets sign -1 instead of 0
     by_sequence: bool = False  # partition sequences by their mean Q instead of tokens
     random: bool = False  # a control: the same share, drawn at random
-    max_negative_loss: float | None = None  # no ascent on a token less probable than exp(-this)
+    damping: Damping | None = None  # bounds the ascent
 
 
 METHODS = {
@@ -223,15 +245,16 @@ METHODS = {
     "full-P": Method(rho=0.7, random=True),  # as many tokens as forgetting keeps: is it the amount of data?
     "forgetting": Method(rho=0.7, unlearn=True),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True),  # is it *which* tokens are unlearned?
-    "forgetting-clipped": Method(rho=0.7, unlearn=True, max_negative_loss=-math.log(1e-3)),
+    "forgetting-clipped": Method(rho=0.7, unlearn=True, damping=clipped),
+    "forgetting-npo": Method(rho=0.7, unlearn=True, damping=npo),
     "ignoring-sequence": Method(rho=0.5, by_sequence=True),
     "forgetting-sequence": Method(rho=0.7, unlearn=True, by_sequence=True),
 }
 UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not train
 
-# options that stage 4 alone reads (lr and epochs where those of the reference are given): where one of them
-# changes, theta' and the scores still serve
-STAGE_4 = ("rho", "forget_rate", "lambda_schedule", "t_min", "t_max", "lr", "epochs")
+# what stage 4 alone reads (lr, epochs: where the reference has its own); a change keeps theta' and scores
+UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "balance", "watch_gradients")
+STAGE_4 = ("rho", *UNLEARNING, "lr", "epochs")
 # what a variant of a method may change: all that stage 4 reads
 VARIABLE = STAGE_4 + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")
 
@@ -241,22 +264,20 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
 
     Raises ValueError for an unknown method, an option that stage 4 does not read, and a value out of range.
     """
-    base, _, tail = name.partition(":")
+    base, colon, changes = name.partition(":")
     if base not in METHODS:
         known = ", ".join([*UNTRAINED, *METHODS])
         raise ValueError(f"unknown method {base}; known: {known}; a variant: forgetting:rho=0.5,t_max=1.0")
-    changes = tail.split(",") if ":" in name else []
-    keys = [change.partition("=")[0] for change in changes]
-    for key, change in zip(keys, changes):
-        if key not in VARIABLE or change.partition("=")[2] == "":
+    method, flags, keys = METHODS[base], [], []
+    for change in changes.split(",") if colon else []:
+        key, _, value = change.partition("=")
+        if key not in VARIABLE or not value:
             known = ", ".join(VARIABLE)
             raise ValueError(f"--methods {name}: {change!r} is not option=value; options: {known}")
-    method = METHODS[base]
-    unread = {"rho"} if method.rho == 1 else set()
-    unread |= set() if method.unlearn else {"forget_rate", "lambda_schedule", "t_min", "t_max"}
-    if idle := sorted(unread & set(keys)):
-        raise ValueError(f"--methods {name}: {base} does not read {', '.join(idle)}")
-    flags = [f"--{key.replace('_', '-')}={change.partition('=')[2]}" for key, change in zip(keys, changes)]
+        if key == "rho" and method.rho == 1 or key in UNLEARNING and not method.unlearn:
+            raise ValueError(f"--methods {name}: {base} does not read {key}")
+        keys.append(key)
+        flags.append(f"--{key.replace('_', '-')}={value}")
     given = make_parser(f"forgetting.py: --methods {name}").parse_args(flags)
     return method, dataclasses.replace(options, **{key: getattr(given, key) for key in keys})
 
@@ -273,22 +294,30 @@ def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Optio
         return signs
     rho = method.rho if options.rho is None else options.rho
     scores = quality[response]  # (response tokens,)
-    judged_tokens = None  # of each sequence, never 0: build_corpus keeps none without a response
     if method.by_sequence:
-        judged_tokens = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
+        # judged tokens of each sequence, never 0: build_corpus keeps none without a response
+        judged = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
         sums = np.add.reduceat(np.where(response, quality, 0), corpus.offsets[:-1], dtype=np.float64)
-        scores = sums / judged_tokens  # (E,)
+        scores = sums / judged  # (E,)
     if method.random:
         scores = np.random.default_rng([seed, 1]).random(len(scores))
     positive, negative = partition(scores, rho, options.forget_rate if method.unlearn else None)
-    sides = positive.astype(np.int8)
-    if method.unlearn:
-        sides -= negative.astype(np.int8)
-    signs[response] = sides if judged_tokens is None else np.repeat(sides, judged_tokens)
+    sides = positive.astype(np.int8) - (negative & method.unlearn).astype(np.int8)
+    signs[response] = np.repeat(sides, judged) if method.by_sequence else sides
     return signs
 
 
 # --------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a training is given: a corpus, and for each of its tokens what to do with it."""
+
+    corpus: Corpus
+    signs: Array  # (N,) int8: +1 learn, -1 unlearn, 0 leave out
+    damping: Damping | None = None
+    base_loss: Array | None = None  # (N,) float32 nats under theta, for a damping that compares
 
 
 def data_parallel(model: Transformer) -> nn.Module:
@@ -310,15 +339,15 @@ def data_parallel(model: Transformer) -> nn.Module:
 
 
 def step_gradient(
-    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, lam: float, options: "Options",
-    max_negative_loss: float | None = None,
+    net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options"
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Equation 8 over one optimiser step: its gradient, summed over micro-batches and ranks, is in .grad.
+    """Equation 8 over one optimiser step: afterwards .grad is its gradient, over micro-batches and ranks.
 
-    signs (N,) int8; examples are those of the whole step; each rank runs its share. Returns (3,) this rank's
-    part of the objective, of the losses on P and of those on N; and (n_P, n_N) of the whole step.
+    examples are those of the whole step; each rank runs its share. Returns (4,) this rank's part of the
+    objective, of the losses on P and of those on N, and how many of N are less probable than 1e-3; and
+    (n_P, n_N) of the whole step.
     """
-    rank, world = rank_and_world()
+    (rank, world), corpus, signs = rank_and_world(), lesson.corpus, lesson.signs
     head = getattr(net, "module", net).lm_head.weight  # (V, D); DDP keeps the model as its module
     chosen = signs[corpus.places(examples)]  # of the whole step, so that counting needs no communication
     counts = int((chosen > 0).sum()), int((chosen < 0).sum())
@@ -326,21 +355,27 @@ def step_gradient(
     mine = longest_first[rank::world]
     # with fewer examples than ranks some have none: DDP waits for every rank, so they run one with weight 0
     packs = list(pack(corpus, mine or longest_first[-1:], options.micro_tokens))
-    sums = torch.zeros(3, device=head.device)
+    sums = torch.zeros(4, device=head.device)
+    net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
     for i, batch in enumerate(packs):
         sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        rows, targets = (to_device(x, head.device) for x in shift(batch.tokens, weights != 0))  # (n,), n >= 0
-        weights = to_device(weights[weights != 0], head.device)  # (n,)
+        run = weights != 0  # (T,) bool, n of them; the head runs for no others
+        rows, targets = (to_device(x, head.device) for x in shift(batch.tokens, run))  # (n,), n >= 0
+        base = None  # (n,)
+        if lesson.base_loss is not None:
+            base = to_device(torch.from_numpy(lesson.base_loss[batch.places[run].numpy()]), head.device)
+        weights = to_device(weights[run], head.device)  # (n,)
         losses = torch.empty(len(rows), device=head.device)  # (n,)
         # one reduction a step, however many packs; DDP looks in the forward pass whether it is to reduce
         quiet = world > 1 and i + 1 < len(packs)
         with net.no_sync() if quiet else nullcontext():
             hidden = net(to_device(batch.tokens, head.device), batch.cu_seqlens)[rows]  # (n, D)
-            loss = weighted_token_loss(hidden, head, targets, weights, max_negative_loss, losses)
+            loss = weighted_token_loss(hidden, head, targets, weights, lesson.damping, base, losses)
             loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
         on_positive, on_negative = losses @ (weights > 0).float(), losses @ (weights < 0).float()
-        sums += torch.stack((loss.detach(), on_positive, on_negative))
+        rare = ((losses > RARE) & (weights < 0)).sum()
+        sums += torch.stack((loss.detach(), on_positive, on_negative, rare))
     return sums, counts
 
 
@@ -350,6 +385,22 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) ->
     if step < rising:
         return peak * step / rising
     return peak * (total_steps - step) / max(total_steps - rising, 1)
+
+
+def lambda_of(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
+    """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or `balanced`.
+
+    Balanced: the paper's, but at most --balance times |grad mean_P loss| / |grad mean_N loss|, as they were
+    at the last step of the log that --watch-gradients looked at.
+    """
+    if options.lambda_schedule == "constant":
+        return options.t_max
+    lam = lambda_at(step, total_steps, options.t_min, options.t_max)
+    watched = next((line for line in reversed(log) if line.get("grad_N")), None)
+    if options.lambda_schedule == "balanced" and watched is not None:
+        # grad_N was taken with lambda in it
+        lam = min(lam, options.balance * watched["grad_P"] * watched["lambda"] / watched["grad_N"])
+    return lam
 
 
 def examples_of(step: int, count: int, batch_size: int, seed: int) -> Array:
@@ -366,10 +417,10 @@ def seed_dropout(seed: int, step: int) -> None:
 
 
 def train(
-    model: Transformer, corpus: Corpus, signs: Array, folder: Path, options: "Options", seed: int,
-    max_negative_loss: float | None = None,
+    model: Transformer, lesson: Lesson, folder: Path, options: "Options", seed: int,
+    held_out: Corpus | None = None,
 ) -> None:
-    """Put an adapter on the model: towards tokens of sign +1, away from those of -1; signs (N,) int8.
+    """Put an adapter on the model: towards tokens of sign +1, away from those of -1.
 
     The one loop: the reference and every method are this with other signs. A finished adapter in `folder` is
     loaded, a checkpoint continued; randomness is a function of (seed, step, rank) alone. Raises
@@ -379,85 +430,99 @@ def train(
     if finished.is_file():
         say(f"found {finished}, skipping")
         return load_adapter(model, folder)
-    rank, draw = rank_and_world()[0], torch.Generator().manual_seed(seed)
-    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets), generator=draw)
-    parameters = lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True)
-    total = options.epochs * math.ceil(len(corpus) / options.batch_size)
-    first = load_checkpoint(state_file, parameters, optimizer)  # steps done: 0 without a checkpoint
-    net = data_parallel(model.train())
+    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets),
+             generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    parameters, rank = list(lora_parameters(model).values()), rank_and_world()[0]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    first = load_checkpoint(state_file, model, optimizer)  # steps done: 0 without a checkpoint
+    total = options.epochs * math.ceil(len(lesson.corpus) / options.batch_size)
+    net = data_parallel(model)
     with StepLog(folder, first, total, options) as log:
         for step in range(first, total):
             began = time.perf_counter()
-            examples = examples_of(step, len(corpus), options.batch_size, seed)
-            lam = options.t_max
-            if options.lambda_schedule == "linear":
-                lam = lambda_at(step, total, options.t_min, options.t_max)
-            seed_dropout(seed, step)
-            optimizer.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
-            sums, counts = step_gradient(net, corpus, signs, examples, lam, options, max_negative_loss)
-            # inf: the norm is measured only; it is the same on all ranks, as the gradient is
-            norm = nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm or math.inf)
-            measured = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # the one wait for a GPU
+            examples = examples_of(step, len(lesson.corpus), options.batch_size, seed)
+            lam = lambda_of(step, total, options, log.lines)
             rate = learning_rate_at(step, total, options.lr, options.warmup)
-            figures = step_figures(step, measured, counts, lam, rate)
+            watched = watch_gradients(net, lesson, examples, lam, options, seed, step)
+            seed_dropout(seed, step)
+            sums, counts = step_gradient(net.train(), lesson, examples, lam, options)
+            # inf: the norm is measured only; it is the same on all ranks, as the gradient is
+            norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
+            sums = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # the one wait for a GPU
+            figures = step_figures(step, sums, counts, lam, rate) | watched
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
                 raise FloatingPointError(f"{folder}: not finite: {figures}, examples {examples.tolist()}")
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            seconds = time.perf_counter() - began
-            log.add(figures | {"tokens/s": int(corpus.lengths[examples].sum()) / seconds})
+            if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
+                masks = {"held-out": held_out.response}
+                figures |= mean_losses(model, held_out, masks, options.micro_tokens)
+            tokens = int(lesson.corpus.lengths[examples].sum())
+            log.add(figures | {"tokens/s": tokens / (time.perf_counter() - began)})
             if rank == 0 and (step + 1) % options.save_every == 0 and step + 1 < total:
-                with whole_file(state_file) as file:
-                    save_file(training_state(parameters, optimizer), file)
+                save_checkpoint(state_file, model, optimizer)
     if rank == 0:
         save_adapter(model, folder, options.model)
         shutil.rmtree(state_file.parent, ignore_errors=True)
     wait_for_all()
 
 
-def step_figures(step: int, measured: list[float], counts: tuple[int, int], lam: float, rate: float) -> dict:
+def step_figures(step: int, sums: list[float], counts: tuple[int, int], lam: float, rate: float) -> dict:
     """A line of metrics.jsonl. L_P and L_N are means over the step's P and N, None where nothing was run."""
-    loss, on_positive, on_negative, norm = measured
-    n_positive, n_negative = counts
-    l_positive = on_positive / n_positive if n_positive else None
-    l_negative = on_negative / n_negative if n_negative and lam else None  # a token of weight 0 is not run
-    losses = {"loss": loss, "L_P": l_positive, "L_N": l_negative}
+    (loss, on_positive, on_negative, rare, norm), (n_positive, n_negative) = sums, counts
+    ran = n_negative if lam else 0  # a token of weight 0 is not run
+    losses = {"loss": loss, "L_P": on_positive / n_positive if n_positive else None}
+    losses |= {"L_N": on_negative / ran if ran else None, "rare_N": rare / ran if ran else None}
     return {"step": step} | losses | {"lambda": lam, "lr": rate, "grad_norm": norm}
 
 
+def watch_gradients(
+    net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options", seed: int, step: int
+) -> dict[str, float | None]:
+    """Every --watch-gradients steps: the norms of grad mean_P loss and lambda grad mean_N loss, their cosine.
+
+    Each is a pass of its own, with the masks of the step. Nothing of it stays: step_gradient clears .grad.
+    """
+    if not options.watch_gradients or step % options.watch_gradients:
+        return {}
+    gradients = []
+    for signs in (np.maximum(lesson.signs, 0), np.minimum(lesson.signs, 0)):
+        seed_dropout(seed, step)
+        step_gradient(net.train(), dataclasses.replace(lesson, signs=signs), examples, lam, options)
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
+    norms = [float(gradient.norm()) for gradient in gradients]
+    cosine = float(gradients[0] @ gradients[1]) / math.prod(norms) if all(norms) else None
+    return {"grad_P": norms[0], "grad_N": norms[1], "cosine": cosine}
+
+
 class StepLog:
-    """metrics.jsonl of a training, its bar, and a warning where lambda is too high; rank 0 writes."""
+    """metrics.jsonl of a training and its bar; rank 0 writes."""
 
     def __init__(self, folder: Path, first: int, total: int, options: "Options"):
-        self.path, self.total, self.warned = folder / "metrics.jsonl", total, False
-        self.lines: list[dict] = []
+        self.path, self.total = folder / "metrics.jsonl", total
         if total == 1 and options.warmup:
             say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
         if first:
             say(f"{folder}: continuing from step {first} of {total}")
+        # what was logged after the checkpoint comes again: cut it off
+        rows = read_rows([str(self.path)])[:first] if first and self.path.is_file() else []
+        self.lines = [{name: value for name, value in row.items() if name != "_source"} for row in rows]
+        wait_for_all()  # every rank has read it
+        if rank_and_world()[0] == 0:
+            write_rows(self.lines, self.path)
         self.bar = progress("/".join(folder.parts[-2:]), total, "step", first, keep=True)
-        if rank_and_world()[0] > 0:
-            return
-        try:  # what was logged after the checkpoint comes again: cut it off
-            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-            self.lines = [json.loads(line) for line in text.splitlines()[:first]]
-        except ValueError as error:
-            hint = "remove it, the run does not need it"
-            raise ValueError(f"{self.path}: not a whole log ({error}); {hint}") from None
-        write_rows(self.lines, self.path)
 
     def __enter__(self) -> "StepLog":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.bar.close()  # before an error is printed
-        if kind is KeyboardInterrupt:
-            # main shows this text
+        if kind is KeyboardInterrupt:  # main shows the text
             raise KeyboardInterrupt(f"{self.path.parent} after step {len(self.lines)} of {self.total}")
 
     def add(self, figures: dict) -> None:
         """Log one step. Raises OSError naming the file."""
+        self.lines.append(figures)
         if rank_and_world()[0] > 0:
             return
         short = {"loss": "loss", "L_P": "P", "L_N": "N", "lambda": "lam", "tokens/s": "tok/s"}
@@ -465,96 +530,14 @@ class StepLog:
         shown = [f"{short[name]} {figures[name]:.3g}" for name in names if figures[name] is not None]
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
-        self.lines.append(figures)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:
-            reason = f"could not be written, what was there before still is ({error})"
-            raise OSError(f"{self.path}: {reason}") from None
-        if not self.warned and len(self.lines) % 10 == 0 and forgetting_hurts(self.lines):
-            self.warned = True
-            say(f"warning: {self.path.parent}, step {figures['step']}: L_P is above its start, and L_N too: "
-                f"lambda {figures['lambda']:.3g} unlearns more than it teaches; a lower --t-max or --lr, or "
-                "forgetting-clipped")
-
-
-def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
-    """Whether L_P and L_N both rose, as means over the first and the last `window` steps that have both."""
-    both = [(line["L_P"], line["L_N"]) for line in log if None not in (line["L_P"], line["L_N"])]
-    if len(both) < 2 * window:
-        return False
-    start, now = np.mean(both[:window], axis=0), np.mean(both[-window:], axis=0)
-    return bool((now > start).all())
-
-
-def training_state(parameters: dict, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a training goes on from, by name: the adapter, AdamW's two moments and its count of steps."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        if not state:  # what AdamW begins with at its first step
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors[name] = parameter.detach()
-        tensors |= {f"{name}.{key}": state[key].detach() for key in ("step", "exp_avg", "exp_avg_sq")}
-    return tensors
-
-
-def load_checkpoint(path: Path, parameters: dict, optimizer: torch.optim.Optimizer) -> int:
-    """Put the training_state of a file in place, if there is one; the number of steps done."""
-    if not path.is_file():
-        return 0
-    try:
-        saved = load_file(path)
-        for name, tensor in training_state(parameters, optimizer).items():
-            tensor.copy_(saved[name])
-        return int(saved[f"{next(iter(parameters))}.step"])
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it") from None
+            raise OSError(f"{self.path}: could not be written ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------- scoring
-
-
-@torch.inference_mode()
-def response_losses(
-    model: Transformer, corpus: Corpus, examples: Array, token_budget: int, bar: tqdm, with_base: bool = True
-) -> tuple[Array, Array]:
-    """Losses (N,) float32 of the examples' response tokens under theta, and under theta', its adapter on.
-
-    NaN elsewhere. One pass over the data runs both on each packed batch, with one copy of the weights. The
-    batches are spread over the ranks, the result is on all of them. Without with_base the first is all NaN.
-    """
-    rank, world = rank_and_world()
-    head, device = model.lm_head.weight, model.lm_head.weight.device
-    model.eval()
-    ref_losses = torch.zeros(len(corpus.tokens), device=device)  # (N,)
-    base_losses = torch.zeros(len(corpus.tokens), device=device)  # (N,)
-    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
-    for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
-        judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-        rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
-        tokens = to_device(batch.tokens, device)  # (T,)
-        places = to_device(batch.places[judged], device)  # (n,)
-        hidden = model(tokens, batch.cu_seqlens)[rows]  # (n, D)
-        if with_base:
-            with lora_disabled(model):
-                base_hidden = model(tokens, batch.cu_seqlens)[rows]  # (n, D)
-            # one call for both, so that the head is read once
-            both = token_losses(torch.cat((hidden, base_hidden)), head, targets.repeat(2))  # (2n,)
-            ref_losses[places], base_losses[places] = both.split(len(rows))
-        else:
-            ref_losses[places] = token_losses(hidden, head, targets)
-        bar.update(len(tokens))
-    sum_over_ranks(ref_losses), sum_over_ranks(base_losses)
-    judged = np.zeros(len(corpus.tokens), bool)
-    judged[corpus.places(examples)] = True
-    judged &= corpus.response
-    nothing = np.float32(np.nan)
-    ref = np.where(judged, ref_losses.cpu().numpy(), nothing)
-    base = np.where(judged & with_base, base_losses.cpu().numpy(), nothing)
-    return base, ref
 
 
 def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
@@ -563,37 +546,35 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     They are written every --save-every x --batch-size examples, beside the tokens and where their examples
     came from; a run that was stopped goes on there.
     """
-    path, part = out / "scores.safetensors", out / "scores.part.safetensors"
-    rank, _ = rank_and_world()
+    path, count = out / "scores.safetensors", len(corpus)
+    (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
     if path.is_file():
-        say(f"found {path}, skipping")
-        return read_scores(path)[:2]
-    base_loss, ref_loss = np.full((2, len(corpus.tokens)), np.nan, np.float32)
-    done = 0  # examples
-    if part.is_file():
-        base_loss, ref_loss, done = read_scores(part)
-        say(f"{part}: continuing from example {done:,} of {len(corpus):,}")
-    if options.score_dtype != options.dtype:
+        base_loss, ref_loss, done = read_scores(path)
+        going_on = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
+        say(f"found {path}, {going_on}")
+    if done < count and options.score_dtype != options.dtype:
         model = load_model(model.folder, options.device, DTYPES[options.score_dtype])
         load_adapter(model, out / "reference")
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
-    at_once = options.save_every * options.batch_size
-    with progress(f"{out.name}/scores", len(corpus.tokens), "token", int(corpus.offsets[done])) as bar:
-        for first in range(done, len(corpus), at_once):
-            last = min(first + at_once, len(corpus))
-            examples = corpus.part(first, last)
-            tokens = slice(corpus.offsets[first], corpus.offsets[last])
-            everything = np.arange(len(examples))
-            losses = response_losses(model, examples, everything, options.micro_tokens, bar)
-            base_loss[tokens], ref_loss[tokens] = losses
-            if rank == 0:
-                with whole_file(path if last == len(corpus) else part) as file:
-                    metadata = {"done": str(last)}
-                    save_arrays(arrays | {"base_loss": base_loss, "ref_loss": ref_loss}, file, metadata)
-    if rank == 0:
-        part.unlink(missing_ok=True)
+    at_once, work = options.save_every * options.batch_size, 2 * corpus.offsets  # two passes over each token
+    with progress(f"{out.name}/scores", int(work[-1]), "token", int(work[done])) as bar:
+        for first in range(done, count, at_once):
+            last = min(first + at_once, count)
+            some, tokens = corpus.part(first, last), slice(corpus.offsets[first], corpus.offsets[last])
+            scored = some, np.arange(len(some)), options.micro_tokens, bar
+            ref_loss[tokens] = response_losses(model, *scored)
+            with lora_disabled(model):
+                base_loss[tokens] = response_losses(model, *scored)
+            if rank_and_world()[0] == 0:
+                with whole_file(path) as file:
+                    losses = {"base_loss": base_loss, "ref_loss": ref_loss}
+                    save_arrays(arrays | losses, file, {"done": str(last)})
     wait_for_all()
+    quality = quality_scores(base_loss, ref_loss)
+    if np.nanmin(quality) == (same := np.nanmax(quality)):
+        mend = "more --n-reference, --reference-epochs or --reference-lr"
+        raise ValueError(f"the reference learned nothing: Q is {same:g} for every token; {mend}")
     return base_loss, ref_loss
 
 
@@ -608,95 +589,18 @@ def read_scores(path: Path) -> tuple[Array, Array, int]:
         raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
 
 
-def describe_scores(base_loss: Array, ref_loss: Array, sides: Array) -> None:
-    """Say what Q looks like and where it was cut. Raises ValueError where the reference learned nothing."""
-    judged = np.isfinite(base_loss)
-    quality, sides = quality_scores(base_loss, ref_loss)[judged], sides[judged]  # (n,) each
-    if quality.min() == quality.max():
-        mend = "more --n-reference, --reference-epochs or --reference-lr"
-        raise ValueError(f"the reference learned nothing: Q is {quality[0]:g} for every token; {mend}")
-    low, middle, high = (quantile(quality, share) for share in (0.05, 0.5, 0.95))
-    kept, unlearned = quality[sides > 0], quality[sides < 0]
-    say(f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
-        f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}\n"
-        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'")
-    if len(unlearned) == 0 or len(kept) == 0:
-        say("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
-        return
-    share = (unlearned > 0).mean()
-    say(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N; {share:.0%} of N "
-        "with Q > 0")
-
-
-def measure(
-    model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-    parts: list[tuple[Corpus, dict[str, Array]]], options: "Options", folder: Path,
-) -> dict:
-    """The figures of one model, also in folder/results.json: its tasks' results and its mean losses, in nats.
-
-    parts are (corpus, {name: mask of its tokens (N,) bool}); a mean is over at most 512 examples, None where
-    the mask is empty.
-    """
-    path = folder / "results.json"
-    identity = {task.name: task.identity for task in documents}
-    identity |= {"held-out": c.fingerprint() for c, masks in parts if "held-out" in masks and len(c)}
-    if path.is_file() and (found := read_object(path)).get("identity") == identity:
-        return found
-    results: dict[str, Any] = {"identity": identity}
-    for corpus, masks in parts:
-        sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
-        label = f"{'/'.join(folder.parts[-2:])} loss on {' and '.join(masks)}"
-        with progress(label, int(corpus.lengths[sample].sum()), "token") as bar:
-            _, losses = response_losses(model, corpus, sample, options.micro_tokens, bar, with_base=False)
-        for name, mask in masks.items():
-            on_part = losses[mask & np.isfinite(losses)]
-            results[name] = float(on_part.mean()) if len(on_part) else None
-    results["tasks"], samples = evaluate(model, tokenizer, documents)
-    if rank_and_world()[0] == 0:
-        write_rows(samples, folder / "samples.jsonl")
-        write_text(json.dumps(results, indent=2) + "\n", path)
-    wait_for_all()
-    return results
-
-
 # ------------------------------------------------------------------------------------------------- data
 
 
 def select_data(options: "Options", tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """D_ref and D_train: exact duplicates out, then disjoint draws, the same for every seed and method."""
-    named = " ".join(options.data)
-    rows = unique_rows(read_rows(local_files(options.data)), tokenizer.eos)
-    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    if options.reference_data:
-        reference = unique_rows(read_rows(local_files(options.reference_data)), tokenizer.eos)
-        count = counted("--n-reference", options.n_reference, len(reference), len(reference), "given apart")
-        reference = reference[:count]
-        shuffled = unique_rows(reference + shuffled, tokenizer.eos)[len(reference) :]
-    else:
-        if len(rows) < 2:
-            raise ValueError(f"{named}: one distinct row cannot be split into D_ref and D_train: at least 2")
-        default = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
-        besides = "at least 1 more must be left"
-        count = counted("--n-reference", options.n_reference, default, len(rows) - 1, besides)
-        reference, shuffled = shuffled[:count], shuffled[count:]
-    if not shuffled:
-        raise ValueError(f"{named}: no row is left for D_train, all {len(rows)} are in --reference-data")
-    besides = f"{len(reference)} more are D_ref"
-    count = counted("--n-train", options.n_train, min(50_000, len(shuffled)), len(shuffled), besides)
-    d_ref = build_corpus(reference, tokenizer, options.max_length)
-    d_train = build_corpus(shuffled[:count], tokenizer, options.max_length)
+    """D_ref and D_train, the same for every seed and method."""
+    rows, reference = (read_rows(local_files(files)) for files in (options.data, options.reference_data))
+    chosen = split_rows(rows, reference, tokenizer.eos, options.n_reference, options.n_train)
+    d_ref, d_train = (build_corpus(part, tokenizer, options.max_length) for part in chosen)
     for name, corpus in (("D_ref", d_ref), ("D_train", d_train)):
         say(f"{name} {len(corpus):,} examples, {len(corpus.tokens):,} tokens, {corpus.response.sum():,} of "
             f"them response; {corpus.dropped} rows dropped: no response within {options.max_length} tokens")
     return d_ref, d_train
-
-
-def counted(flag: str, given: int | None, default: int, most: int, besides: str) -> int:
-    """A number of examples: the default if none is given. Raises ValueError if there are not as many."""
-    count = default if given is None else given
-    if not 1 <= count <= most:
-        raise ValueError(f"{flag} {count}: from 1 to {most} are there, exact duplicates taken out; {besides}")
-    return count
 
 
 def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
@@ -717,20 +621,17 @@ def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
 
     The rate begins at 0 and ends near it: in fewer steps a reference learns nothing, and all Q are equal.
     """
-    if options.reference_epochs is not None:
-        return options
     steps = math.ceil(n_reference / options.batch_size)
-    epochs = max(options.epochs, math.ceil(8 / steps))
-    if epochs > options.epochs:
+    epochs = options.reference_epochs or max(options.epochs, math.ceil(8 / steps))
+    if epochs > options.epochs and options.reference_epochs is None:
         say(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
     return dataclasses.replace(options, reference_epochs=epochs)
 
 
 def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transformer:
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
-    vocabulary = read_config(checkpoint).vocab_size
     for corpus in corpora:
-        check_ids(corpus.tokens, vocabulary, checkpoint)
+        check_ids(corpus.tokens, read_config(checkpoint).vocab_size, checkpoint)
     if options.device == "cpu" and options.dtype == "bfloat16" and lacks_bfloat16(Path("/proc/cpuinfo")):
         say("warning: this CPU has no instructions for bfloat16: --dtype float32 is many times faster")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
@@ -751,52 +652,20 @@ def lacks_bfloat16(cpuinfo: Path) -> bool:
 # options that may change from command to command: what was made stays valid. Model and rows may come from
 # elsewhere: open_run compares their fingerprints.
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
-        "tasks", "data_dir", "limit", "eval_data", "device", "micro_tokens", "save_every", "overwrite",
-        "export", "checkpoint_activations", "compile")  # fmt: skip
+        "tasks", "data_dir", "limit", "eval_data", "eval_every", "device", "micro_tokens", "save_every",
+        "overwrite", "export", "checkpoint_activations", "compile")  # fmt: skip
 # every name that a run writes below its folder; nothing else is ever deleted
 MEASURED = ("results.json", "samples.jsonl")
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
            "chat_template.jinja", "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors",
            "merged/chat_template.jinja")  # fmt: skip
-SCORED = ("scores.safetensors", "scores.part.safetensors")
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make the run folder, and keep it from other runs until the block ends. Raises ValueError if one has it.
-
-    The lock is on the folder itself and goes with the process; a folder that stayed empty goes, too.
-    """
-    if rank_and_world()[0] > 0:
-        yield
-        return
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json.tmp").touch()  # a test; other ranks may see it in check_folder
-        (out / "config.json.tmp").unlink()
-    except OSError as error:
-        raise OSError(f"--out {out} could not be written ({error})") from None
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"--out {out} is in use by another run: wait for it, or use another --out"
-            raise ValueError(message) from None
-        yield
-    finally:
-        os.close(handle)
-        with suppress(OSError):  # not empty: there is a run in it
-            for path in made:
-                path.rmdir()
 
 
 def check_folder(out: Path) -> None:
     """Raise ValueError for an --out that has files in it and is not of a run: a user's files are safe."""
+    config = out / "config.json"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: a folder is needed")
-    config = out / "config.json"
     if config.is_file():
         if not {"versions", "inputs"} <= read_object(config).keys():
             raise ValueError(f"{out}: its config.json is not of a run: use another --out")
@@ -810,24 +679,23 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     What was made from other inputs is a ValueError that names them, or, with --overwrite, removed: all of it,
     or, where only options of stage 4 differ, all but theta' and the scores.
     """
-    out = Path(options.out)
+    out, (rank, ranks) = Path(options.out), rank_and_world()
     check_folder(out)
+    if (out / "scores.safetensors").is_file():
+        read_scores(out / "scores.safetensors")  # one that was cut off is found before anything is written
     inputs = {"model": model_fingerprint(checkpoint)}
     inputs |= {"reference data": d_ref.fingerprint(), "training data": d_train.fingerprint()}
     inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
-    for scores in filter(Path.is_file, (out / name for name in SCORED)):
-        read_scores(scores)  # one that was cut off is found here, before anything is written
     config = out / "config.json"
     there = read_object(config) if config.is_file() else {"inputs": inputs}
-    before = there["inputs"]
+    before, made = there["inputs"], made_in(out)
     differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
-    if differing and made_in(out) and not options.overwrite:
+    if differing and made and not options.overwrite:
         pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
         raise ValueError(f"{out} was made with other {'; '.join(pairs)}: use another --out, or --overwrite")
-    rank, ranks = rank_and_world()
     packing = {"micro_tokens": options.micro_tokens, "ranks": ranks}
     changed = {name: there[name] for name, value in packing.items() if there.get(name, value) != value}
-    if changed and options.dropout and made_in(out):
+    if changed and options.dropout and made:
         say(f"warning: {out} was made with other {changed} (now {packing}): dropout masks depend on them")
     wait_for_all()  # every rank has looked before rank 0 changes anything
     if rank == 0:
@@ -848,32 +716,18 @@ def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
     patterns = [f"*/seed-*/{name}" for name in MEASURED + TRAINED]
     patterns += [f"{folder}/{name}" for folder in UNTRAINED for name in MEASURED]
     if not keep_reference:
-        patterns += [f"reference/{name}" for name in TRAINED] + list(SCORED)
+        patterns += [f"reference/{name}" for name in TRAINED] + ["scores.safetensors"]
     return [path for pattern in patterns for path in out.glob(pattern)]
 
 
 # ---------------------------------------------------------------------------------------------- options
 
 
-def option(default: Any, text: str, **rest: Any) -> Any:
-    """A field of Options with its line of --help; a function as default is called for each Options."""
-    place = "default_factory" if callable(default) else "default"
-    return dataclasses.field(**{place: default}, metadata={"help": text, **rest})
-
-
-def words(default: str, text: str, **rest: Any) -> Any:
-    """A field of Options that takes one or more values, such as names of files."""
-    return option(default.split, text, nargs="+", **rest)
-
-
 on_cuda = torch.cuda.is_available  # asked when Options are made, not when this file is imported
-AT_LEAST_1, AT_LEAST_0 = within(int, 1), within(float, 0)
-ABOVE_0, BELOW_1 = within(float, 0, above=True), within(float, 0, 1, below=True)
-
 
 # the field that opens each group of --help, and the group's title
 FLAG_GROUPS = {"model": "data", "methods": "method", "rank": "LoRA", "lr": "training",
-               "device": "memory and speed", "tasks": "evaluation", "out": "run"}
+               "device": "memory and speed", "tasks": "evaluation", "out": "run"}  # fmt: skip
 
 
 @dataclass
@@ -881,46 +735,45 @@ class Options:
     """The command line; the defaults are the paper's recipe."""
 
     model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision")
-    data: list[str] = words("", "training rows: .jsonl or .json files, sets by name (flan_v2, dolly, oasst1, "
-                            "alpaca, wizardlm), hf://datasets/owner/name/file.jsonl[@revision]; :count rows")
-    reference_data: list[str] = words("", "rows of D_ref; without it D_ref is drawn from --data")
+    data: list[str] = option(list, "training rows: .jsonl or .json files, sets by name (flan_v2, dolly, "
+                             "oasst1, alpaca, wizardlm), hf://datasets/owner/name/file.jsonl; :count rows")
+    reference_data: list[str] = option(list, "rows of D_ref; without it D_ref is drawn from --data")
     n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", type=int)
     max_length: int = option(2048, "tokens an example is cut to", type=AT_LEAST_1)
-    methods: list[str] = words("base reference full ignoring forgetting", "rows of the table; a variant has "
-                               "options of its stage 4 changed, as forgetting:rho=0.5,t_max=1.0")
-    seeds: list[int] = option(lambda: [0], "one training per method and seed", nargs="+", type=within(int, 0))
-    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]",
-                               type=within(float, 0, 1, above=True))
-    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", type=within(float, 0, 1))
-    lambda_schedule: str = option("linear", "as the paper, or always t-max", choices=["linear", "constant"])
+    methods: list[str] = option("base reference full ignoring forgetting".split, "rows of the table; "
+                                "a variant has options of stage 4 changed: forgetting:rho=0.5,t_max=1.0")
+    seeds: list[int] = option(lambda: [0], "one training per method and seed", type=WHOLE)
+    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", type=SHARE)
+    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", type=UP_TO_1)
+    lambda_schedule: str = option("linear", "as the paper; always t-max; or linear, held back by --balance",
+                                  choices=["linear", "constant", "balanced"])
     t_min: float = option(1e-5, "lambda has slope t-max - t-min (paper: 1e-5; 3B, 8B: 1e-4)", type=AT_LEAST_0)
     t_max: float = option(0.25, "lambda nears t-max - t-min at the end of training", type=AT_LEAST_0)
+    balance: float = option(0.5, "balanced: most lambda |grad L_N| / |grad L_P|", type=ABOVE_0)
+    watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", type=WHOLE)
     rank: int = option(64, "LoRA rank", type=AT_LEAST_1)
     alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank", type=ABOVE_0)
     dropout: float = option(0.1, "LoRA dropout", type=BELOW_1)
-    targets: list[str] = words(" ".join(DEFAULT_TARGETS), "layers with an adapter; of these, those there are")
+    targets: list[str] = option(lambda: list(DEFAULT_TARGETS), "layers with an adapter, if they are there")
     lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)", type=ABOVE_0)
     warmup: float = option(0.03, "share of the steps in which the rate rises; then it falls", type=BELOW_1)
     batch_size: int = option(24, "sequences a step, over all ranks", type=AT_LEAST_1)
     epochs: int = option(1, "passes over D_train", type=AT_LEAST_1)
     reference_lr: float | None = option(None, "peak rate of the reference [--lr]", type=ABOVE_0)
-    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, or what makes 8 steps]",
-                                          type=AT_LEAST_1)
+    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", type=AT_LEAST_1)
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", type=AT_LEAST_0)
     device: str = option(lambda: "cuda" if on_cuda() else "cpu", "cpu or cuda")
     dtype: str = option(lambda: "bfloat16" if on_cuda() else "float32", "of the frozen weights",
                         choices=["bfloat16", "float32"])  # float16 gradients would underflow
     score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", choices=sorted(DTYPES))
-    micro_tokens: int = option(lambda: 8192 if on_cuda() else 4096, "tokens of one packed forward pass; with "
-                               "dropout 0 the result is the same", type=AT_LEAST_1)
-    checkpoint_activations: bool = option(False, "less memory in training: blocks run a second time in the "
-                                          "backward pass", action="store_true")
-    compile: bool = option(False, "torch.compile the blocks, on a GPU (no GPU has tried it)",
-                           action="store_true")
-    tasks: list[str] = words("", "tasks of eval.py for the table")
+    micro_tokens: int = option(lambda: 8192 if on_cuda() else 4096, "tokens of one pass", type=AT_LEAST_1)
+    checkpoint_activations: bool = option(False, "less memory: blocks run twice", action="store_true")
+    compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)", action="store_true")
+    tasks: list[str] = option(list, "tasks of eval.py for the table")
     data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]")
-    eval_data: list[str] = words("", "rows held out: their response loss and perplexity, in the table")
+    eval_data: list[str] = option(list, "rows held out: their response loss and perplexity, in the table")
+    eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", type=WHOLE)
     limit: int | None = option(None, "only the first LIMIT documents of each task", type=AT_LEAST_1)
     out: str = option("runs/latest", "run folder, continued by the same command")
     save_every: int = option(100, "steps between checkpoints", type=AT_LEAST_1)
@@ -931,6 +784,8 @@ class Options:
         """Options that follow others unless given, and ValueError for those that do not go together."""
         self.reference_lr = self.reference_lr or self.lr
         self.score_dtype = self.score_dtype or self.dtype
+        if self.lambda_schedule == "balanced" and not self.watch_gradients:
+            raise ValueError("--lambda-schedule balanced needs --watch-gradients, whose figures it follows")
         if self.t_max < self.t_min:
             raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
         highest = 1 - (METHODS["forgetting"].rho if self.rho is None else self.rho)
@@ -940,20 +795,7 @@ class Options:
 
 def make_parser(prog: str | None = None, **defaults: Any) -> Parser:
     """A flag for every field of Options; `defaults` stand in for some of theirs."""
-    parser = Parser(prog=prog, description=__doc__)
-    group = parser
-    for field in dataclasses.fields(Options):
-        settings = dict(field.metadata)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        default = defaults.get(field.name, default)
-        text = settings.pop("help")
-        if field.name in FLAG_GROUPS:
-            group = parser.add_argument_group(FLAG_GROUPS[field.name])
-        if default not in (None, [], False) and "[" not in text:
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            text += f" [{shown}]"
-        group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
-    return parser
+    return add_flags(Parser(prog=prog, description=__doc__), Options, FLAG_GROUPS, defaults)
 
 
 def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
@@ -982,7 +824,7 @@ def main() -> None:
         options.device = start_ranks(options.device)
         out = Path(options.out)
         check_folder(out)  # before the lock makes the folder
-        with locked(out):
+        with locked(out) if rank_and_world()[0] == 0 else nullcontext():
             results = run(options)
             if rank_and_world()[0] == 0:
                 load_tool("publish").publish_run(options)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the linear layers of any torch model: add, switch off, merge; PEFT's files.
+"""Low-rank adapters on the linear layers of any torch model: add, switch off, merge, save, load.
 
     add_lora(model, r=64, alpha=16)                 # in place; only the adapter is trainable afterwards
     with lora_disabled(model):                      # the untouched base model, bit for bit
@@ -300,6 +300,40 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError(f"{path}: does not fit this model: {min(wrong)}{more}")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training goes on from, by name: the adapter, AdamW's two moments and its count of steps."""
+    tensors = {}
+    for name, parameter in lora_parameters(model).items():
+        state = optimizer.state[parameter]
+        if not state:  # what AdamW begins with at its first step
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors[name] = parameter.detach()
+        tensors |= {f"{name}.{key}": state[key].detach() for key in ("step", "exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the training_state, whole or not at all."""
+    _write_whole(path, partial(save_file, training_state(model, optimizer)))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put the training_state of a file in place, if there is one; the number of steps done."""
+    if not path.is_file():
+        return 0
+    try:
+        saved = load_file(path)
+        for name, tensor in training_state(model, optimizer).items():
+            tensor.copy_(saved[name])
+        return int(saved[f"{next(iter(lora_parameters(model)))}.step"])
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it") from None
 
 
 def _read_json(path: Path) -> dict:

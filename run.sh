@@ -26,9 +26,13 @@ if [ "${1:-}" = test ]; then
     exec python -m pytest -q "$root/tests" "$@"
 fi
 export THP_MEM_ALLOC_ENABLE=1 # large buffers in huge pages: 5 to 10 % faster on a CPU
+python "$root/tests/tools/check_flags.py" forgetting.py "$@"
 gpus=0
-if command -v nvidia-smi >/dev/null; then # torch takes seconds to load: asked only where there may be a GPU
-    gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+if command -v nvidia-smi >/dev/null; then # not asked of torch, which takes seconds to load
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    fi
 fi
 if [ "$gpus" -gt 1 ]; then
     exec torchrun --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"

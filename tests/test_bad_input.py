@@ -181,13 +181,13 @@ CASES = [
     rows_case("nothing said", lines({"messages": [{"role": "user", "content": "x"}]}), "bad.jsonl:1: no assistant message"),
     flag_case("--max-length 1", "all 5 rows were dropped: no response token within --max-length 1"),
     # how many of them
-    flag_case("--n-reference 30", "--n-reference 30: from 1 to 29 are there", "at least 1 more must be left"),
-    flag_case("--n-reference 10 --n-train 21", "--n-train 21: from 1 to 20 are there", "10 more are D_ref"),
+    flag_case("--n-reference 30", "--n-reference 30: from 1 to 29 are there", "the other set taken out"),
+    flag_case("--n-reference 10 --n-train 21", "--n-train 21: from 1 to 20 are there", "the other set taken out"),
     flag_case("--n-train 0", "--n-train 0: from 1 to 25 are there"),
     flag_case("--data {rows}:31", "rows.jsonl: 31 rows asked for, 1 to 30 are there"),
     flag_case("--data {rows}:0", "rows.jsonl: 0 rows asked for, 1 to 30 are there"),
-    flag_case("--data {rows}:1", "rows.jsonl:1: one distinct row cannot be split into D_ref and D_train"),
-    flag_case("--reference-data {rows} --n-reference 30", "no row is left for D_train", "--reference-data"),
+    flag_case("--data {rows}:1", "D_ref and D_train need a row each: none is left"),
+    flag_case("--reference-data {rows} --n-reference 30", "D_ref and D_train need a row each: none is left"),
     # flags
     flag_case("--rho 0", "argument --rho: 0 is not allowed"),
     flag_case("--rho nan", "argument --rho: nan is not allowed"),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_a_run_folder_is_complete(finished):
     assert scores["base_loss"].shape == scores["ref_loss"].shape == (scores["offsets"][-1],) and len(scores["offsets"]) == 25
     lines = [json.loads(line) for line in (finished / "forgetting/seed-1/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["lambda"] == pytest.approx((0.25 - 1e-5) / 2)
-    assert set(lines[0]) == {"step", "loss", "L_P", "L_N", "lambda", "lr", "grad_norm", "tokens/s"}
+    assert set(lines[0]) == {"step", "loss", "L_P", "L_N", "rare_N", "lambda", "lr", "grad_norm", "tokens/s"}
     for name in ("config.json", "results.json", "results.md", "reference/adapter_model.safetensors", "base/results.json",
                  "full/seed-0/adapter_config.json", "full/seed-0/merged/config.json", "full/seed-0/README.md",
                  "full/seed-0/tokenizer.json", "full/seed-0/chat_template.jinja", "full/seed-0/merged/chat_template.jinja"):  # fmt: skip
@@ -460,7 +461,7 @@ def test_the_table_keeps_what_is_finished(setting, tmp_path, monkeypatch, capsys
 
 def test_two_runs_in_one_folder(setting, tmp_path, monkeypatch, capsys):
     """The second is told so, and touches nothing; the lock goes with the block."""
-    from forgetting import locked
+    from data import locked
 
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path / "run", "--methods", "base"]
     with locked(tmp_path / "run"):
@@ -547,3 +548,39 @@ def test_bfloat16_without_instructions_for_it_is_warned_about(setting, tmp_path,
 def test_gguf_is_named(setting, tmp_path, monkeypatch, capsys):
     said = in_process(monkeypatch, capsys, "--model", "m.gguf", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", code=2)
     assert "m.gguf: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", ["forgetting.py", "eval.py", "run.sh"])
+def test_a_typo_is_answered_before_torch_is_loaded(program):
+    """It took 6 to 8 seconds: torch was imported twice before anything was parsed."""
+    began = time.perf_counter()
+    command = ["bash", str(ROOT / program)] if program == "run.sh" else [sys.executable, str(ROOT / program)]
+    done = subprocess.run([*command, "--modle", "m"], capture_output=True, text=True)
+    said = f"{program.replace('run.sh', 'forgetting.py')}: unrecognized arguments: --modle (--help lists the flags)\n"
+    assert done.returncode == 2 and done.stderr == said and time.perf_counter() - began < 1
+
+
+def test_every_flag_is_known_to_the_quick_check():
+    """What the parsers accept, check_flags lets pass."""
+    from forgetting import make_parser
+    from tools.check_flags import known_flags
+
+    flags = {flag for action in make_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert flags | {"--world", "--svg"} <= known_flags("forgetting.py") and "--samples" in known_flags("eval.py")
+
+
+def test_held_out_loss_while_training(setting, tmp_path, monkeypatch, capsys):
+    """Every --eval-every steps a line of metrics.jsonl has it; the last is that of the table, and the training is the same."""
+    held = [{"instruction": f"Tell me {i}", "output": "the quick brown fox"} for i in range(100, 104)]
+    write_rows(held, tmp_path / "held.jsonl")
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "full", "--dropout", 0.1,
+              "--eval-data", tmp_path / "held.jsonl"]  # fmt: skip
+    in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--eval-every", 2)
+    in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b")
+    lines = [json.loads(line) for line in (tmp_path / "a/full/seed-0/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held-out" in line] == list(range(1, len(lines), 2))
+    if len(lines) % 2 == 0:
+        last = json.loads((tmp_path / "a/full/seed-0/results.json").read_text())["held-out"]
+        assert lines[-1]["held-out"] == pytest.approx(last, rel=1e-5)
+    adapters = [(tmp_path / run / "full/seed-0/adapter_model.safetensors").read_bytes() for run in "ab"]
+    assert adapters[0] == adapters[1]

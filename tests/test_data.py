@@ -9,6 +9,7 @@ import torch
 
 import data
 from data import Tokenizer, build_corpus, pack, read_rows, render, shift, unique_rows
+from tools.publish import chat_template
 
 STYLES = tuple(tiny.SPECIAL)
 ROWS = {  # layout: (row, its responses in order)
@@ -212,7 +213,7 @@ def test_the_chat_template_is_what_is_trained_on(tmp_path, kind):
     tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path, kind))
     roles = ["system", "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": f"text {i} of {role}"} for i, role in enumerate(roles)]
-    template = jinja2.Environment().from_string(tokenizer.chat_template)
+    template = jinja2.Environment().from_string(chat_template(tokenizer))
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     pieces = [text for text, _ in render({"messages": messages}, tokenizer.eos)]
     shown = template.render(messages=messages, **names)

@@ -9,6 +9,7 @@ from test_data import position_corpus
 
 from data import Corpus
 from forgetting import (
+    clipped,
     METHODS,
     Method,
     Options,
@@ -91,7 +92,7 @@ def test_clipping_stops_the_ascent_on_improbable_tokens_only():
     weights = token_weights(positive, negative, 0.25)
     oracle = (weights.double() * losses)[~(negative & (losses > limit))].sum()  # the mean stays one over all of N
     hidden.requires_grad_()
-    loss = weighted_token_loss(hidden, head, targets, weights, max_negative_loss=limit)
+    loss = weighted_token_loss(hidden, head, targets, weights, damping=clipped)
     loss.backward()
     assert abs(loss.item() - oracle.item()) < 1e-5
     assert (hidden.grad[negative & (losses > limit)] == 0).all()

@@ -7,8 +7,9 @@ import tiny
 import torch
 
 from data import Tokenizer, write_rows
-from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
+from eval import encode_pair, evaluate, generate, loglikelihoods, prepare, summarise
 from model import load_model
+from tools.benchmarks import f1_score
 
 
 @pytest.fixture(scope="module", params=tiny.KINDS)

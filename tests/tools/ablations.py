@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import forgetting  # noqa: E402
 from data import read_rows, write_rows, write_text  # noqa: E402
-from eval import headlines, load_tool, spread, table  # noqa: E402
+from eval import load_tool  # noqa: E402
 
-demo = load_tool("demo")
+demo, look = load_tool("demo"), load_tool("look")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dic
         mixed_references(world)
         for panel in ablation.panels:
             for method, by_seed in forgetting.run(demo.panel_options(options, panel, seed, methods)).items():
-                percents = headlines(by_seed[seed]["tasks"]).values()
+                percents = look.headlines(by_seed[seed]["tasks"]).values()
                 found[panel][method].append(sum(percents) / len(percents))
     return found
 
@@ -93,12 +93,12 @@ def write_up(name: str, ablation: Ablation, found: dict, head: str) -> None:
     """tests/ablations/NAME.md and NAME.svg."""
     parts = [f"# {ablation.title}\n\n{head}"]
     for panel in ablation.panels:
-        rows = [[ablation.baseline, spread(found[panel][ablation.baseline]), "", ""]]
+        rows = [[ablation.baseline, look.spread(found[panel][ablation.baseline]), "", ""]]
         for variant, values in differences(found[panel], ablation).items():
             low, high = interval(values)
             cells = f"{np.mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", f"{sum(v > 0 for v in values)}/{len(values)}"
-            rows.append([variant, spread(found[panel][variant]), *cells])
-        parts.append(f"Reference: {panel}\n\n" + table(["method", "average, %", f"minus {ablation.baseline}", "better"], rows))
+            rows.append([variant, look.spread(found[panel][variant]), *cells])
+        parts.append(f"Reference: {panel}\n\n" + look.table(["method", "average, %", f"minus {ablation.baseline}", "better"], rows))
     folder = ROOT / "tests" / "ablations"
     write_text("\n\n".join(parts) + "\n", folder / f"{name}.md")
     write_text(draw(ablation, {panel: differences(found[panel], ablation) for panel in ablation.panels}), folder / f"{name}.svg")

@@ -43,12 +43,11 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     sys.path.insert(0, str(HERE.parent.parent))
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     import forgetting
     from data import Corpus, Tokenizer
-    from eval import evaluate, prepare
-    from lora import add_lora, lora_parameters
+    from eval import evaluate, prepare, response_losses
+    from lora import add_lora, lora_disabled, lora_parameters
     from model import DTYPES, load_model
 
     model = load_model(task["model"], task["device"], DTYPES[task["dtype"]])
@@ -67,15 +66,20 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     if job == "score":
         for name, parameter in parameters.items():
             parameter.data.normal_(0, 0.02)
-        bar = tqdm(disable=True)
-        return lambda examples: forgetting.response_losses(model, corpus, np.array(examples), options.micro_tokens, bar)
+
+        def score(examples: list[int]) -> None:
+            response_losses(model, corpus, np.array(examples), options.micro_tokens)
+            with lora_disabled(model):
+                response_losses(model, corpus, np.array(examples), options.micro_tokens)
+
+        return score
     places = np.arange(len(response))  # about 30 % of the response tokens are unlearned, as in the recipe
     signs = np.where(response, np.where(places * 7 % 10 < 3, -1, 1), 0).astype(np.int8)
 
     def step(examples: list[int]) -> None:
         model.train()
         optimizer.zero_grad(set_to_none=False)
-        forgetting.step_gradient(model, corpus, signs, np.array(examples), 0.1, options)
+        forgetting.step_gradient(model, forgetting.Lesson(corpus, signs), np.array(examples), 0.1, options)
         optimizer.step()
 
     return step

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import forgetting  # noqa: E402
 from data import Corpus, Tokenizer, covers, read_rows, render, write_rows, write_text  # noqa: E402
-from eval import load_tool, rank_and_world, spread, start_ranks, table, wait_for_all  # noqa: E402
+from eval import load_tool, measure, prepare, rank_and_world, start_ranks, wait_for_all  # noqa: E402
+from model import DTYPES, load_model  # noqa: E402
 
 NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # of a row's field noise: [[start, end, kind], ...]
 
@@ -280,9 +281,28 @@ def scored(options: forgetting.Options) -> tuple[Corpus, np.ndarray, np.ndarray,
     return corpus, quality, signs, known_noise(corpus, tokenizer)
 
 
+def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
+    """The figures of a training that knows the noise, beside a finished run: noisy tokens are N, all others P.
+
+    `name` is its row; "oracle:lr=0.001" has another rate. An example of how the pieces of forgetting.py go together.
+    """
+    tokenizer = Tokenizer(options.model)
+    documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
+    d_ref, _ = forgetting.select_data(options, tokenizer)
+    corpus, _, sides, noise = scored(options)
+    held_out = forgetting.read_held_out(options, tokenizer, d_ref, corpus)
+    _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
+    model = load_model(options.model, options.device, DTYPES[options.dtype])
+    signs = np.where(corpus.response, np.where(noise > 0, -1, 1), 0).astype(np.int8)  # (N,)
+    folder = Path(options.out) / name / f"seed-{seed}"
+    forgetting.train(model, forgetting.Lesson(corpus, signs), folder, options, seed)
+    parts = [(corpus, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
+    return measure(model, tokenizer, documents, parts, options.micro_tokens, folder)
+
+
 def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
     """Both panels on every seed: {panel: {method: {seed: figures}}}, and {panel: {figure of detection: [by seed]}}."""
-    results = {panel: {method: {} for method in options.methods} for panel in PANELS}
+    results = {panel: {method: {} for method in [*options.methods, "oracle"]} for panel in PANELS}
     found: dict[str, dict[str, list]] = {panel: {} for panel in PANELS}
     for seed in options.seeds:
         for panel in PANELS:
@@ -290,8 +310,11 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
             here = panel_options(options, panel, seed, methods)
             for method, by_seed in forgetting.run(here).items():
                 results[panel][method][seed] = next(iter(by_seed.values()))
-            for method in set(options.methods) - set(methods):  # of the first panel, whose P and N are not this one's
-                results[panel][method][seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
+            if panel == "clean":
+                results[panel]["oracle"][seed] = oracle(here, "oracle", seed)
+            for method, by_seed in results[panel].items():  # P and N of the first panel are not this one's
+                if seed not in by_seed:
+                    by_seed[seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
             corpus, quality, signs, noise = scored(here)
             for name, value in detection(quality, signs < 0, corpus, noise).items():
                 found[panel].setdefault(name, []).append(value)
@@ -301,7 +324,8 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
 def detection_table(found: dict[str, list]) -> str:
     """How well a low Q finds the known noise."""
     line = "Does a low Q find the known noise? (AUC 0.5: chance; the precision of a random N is the noise share.)"
-    return line + "\n\n" + table(list(found), [[spread(values, 2) for values in found.values()]])
+    look = load_tool("look")
+    return line + "\n\n" + look.table(list(found), [[look.spread(values, 2) for values in found.values()]])
 
 
 # ----------------------------------------------------------------------------------------------- the picture

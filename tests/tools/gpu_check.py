@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from data import Corpus, Tokenizer  # noqa: E402
-from eval import generate, loglikelihoods, table  # noqa: E402
-from forgetting import Options, partition, response_losses, step_gradient  # noqa: E402
-from lora import add_lora, keep_mask, lora_parameters, remove_lora  # noqa: E402
+from eval import generate, load_tool, loglikelihoods, response_losses  # noqa: E402
+from forgetting import Lesson, Options, partition, step_gradient  # noqa: E402
+from lora import add_lora, keep_mask, lora_disabled, lora_parameters, remove_lora  # noqa: E402
 from model import DTYPES, load_model, token_losses  # noqa: E402
 
 KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
@@ -50,7 +50,7 @@ def adapted(folder: Path, device: str, dtype: str):
 def gradient(model, corpus: Corpus) -> torch.Tensor:
     """Equation 8's gradient over the whole corpus, on the CPU in float32; and the losses, end to end."""
     signs = np.where(corpus.response, np.where(np.arange(len(corpus.tokens)) % 3 == 0, -1, 1), 0).astype(np.int8)
-    sums, _ = step_gradient(model, corpus, signs, np.arange(len(corpus)), 0.2, Options(micro_tokens=200))
+    sums, _ = step_gradient(model, Lesson(corpus, signs), np.arange(len(corpus)), 0.2, Options(micro_tokens=200))
     return torch.cat([*(p.grad.flatten() for p in lora_parameters(model).values()), sums / corpus.response.sum()]).cpu()
 
 
@@ -96,17 +96,17 @@ def check_pieces(device: str, folder: Path) -> list[Row]:
     corpus, sides = random_corpus(90, [60] * 40), []
     for place, dtype in (("cpu", "float32"), (device, "bfloat16")):
         with torch.inference_mode():
-            losses = response_losses(adapted(folder / "llama3", place, dtype), corpus, np.arange(40), 500, Silent())
+            losses = both_losses(adapted(folder / "llama3", place, dtype), corpus, np.arange(40), 500)
         sides.append(partition((losses[0] - losses[1])[corpus.response], 0.7)[0])
     rows.append(("tokens on the other side in bfloat16", float((sides[0] != sides[1]).mean()), 0.05))
     return rows
 
 
-class Silent:
-    """A bar that nobody looks at."""
-
-    def update(self, _: int) -> None:
-        pass
+def both_losses(model, corpus: Corpus, examples: np.ndarray, token_budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (N,) under theta and under theta'."""
+    with lora_disabled(model):
+        base = response_losses(model, corpus, examples, token_budget)
+    return base, response_losses(model, corpus, examples, token_budget)
 
 
 def check_ranks(folder: Path) -> list[Row]:
@@ -153,8 +153,8 @@ def measure_speed(name: str, device: str, peak_tflops: float) -> list[list[str]]
         options = Options(micro_tokens=8192)
         signs = np.where(corpus.response, 1, 0).astype(np.int8)
         everything = np.arange(len(corpus))
-        train = lambda: step_gradient(model.train(), corpus, signs, everything, 0.1, options)  # noqa: E731
-        score = lambda: response_losses(model, corpus, everything, 8192, Silent())  # noqa: E731
+        train = lambda: step_gradient(model.train(), Lesson(corpus, signs), everything, 0.1, options)  # noqa: E731
+        score = lambda: both_losses(model, corpus, everything, 8192)  # noqa: E731
         for job, work, passes in (("training", train, 4), ("scoring", score, 4)):
             torch.cuda.reset_peak_memory_stats()
             before, seconds = torch.cuda.memory_allocated(), timed(work, device)
@@ -182,10 +182,10 @@ def main() -> None:
         rows = check_models(arguments.device, folder) + check_pieces(arguments.device, folder) + check_ranks(folder)
     wrong = [name for name, difference, allowed in rows if not difference <= allowed]
     lines = [[n, f"{d:.2g}", f"{allowed:.2g}", "" if d <= allowed else "DIFFERS"] for n, d, allowed in rows]
-    print(table(["comparison", "difference", "allowed", ""], lines, width=140))
+    print(load_tool("look").table(["comparison", "difference", "allowed", ""], lines, width=140))
     if arguments.model and arguments.device == "cuda":
         speed = measure_speed(arguments.model, "cuda", arguments.peak_tflops)
-        print("\n" + table(["job", "", "tokens/s", "MFU", "peak above weights"], speed))
+        print("\n" + load_tool("look").table(["job", "", "tokens/s", "MFU", "peak above weights"], speed))
     print(f"\n{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
     sys.exit(1 if wrong else 0)
 

@@ -19,11 +19,71 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Corpus, Tokenizer, read_object, read_rows, render, write_text  # noqa: E402
-from eval import TASKS, headlines, load_tool, metrics_of, rank_and_world, spread, table, within  # noqa: E402
+from eval import AT_LEAST_1, generate, known_tasks, load_tool, rank_and_world, say  # noqa: E402
 from forgetting import METHODS, UNTRAINED, Options, choose_signs, quality_scores, read_scores  # noqa: E402
-from model import checkpoint_folder  # noqa: E402
+from lora import load_adapter, remove_lora  # noqa: E402
+from model import Transformer, checkpoint_folder  # noqa: E402
 
 # --------------------------------------------------------------------------------------------- tables
+
+
+def metrics_of(result: dict) -> list[str]:
+    """The metrics of a task's result; the first stands for the task."""
+    return [key for key in result if f"{key}_stderr" in result]
+
+
+def headlines(results: dict[str, dict]) -> dict[str, float]:
+    """What stands for each task, in percent: its first metric; arithmetic is one, the mean of ten."""
+    percents = {}
+    for task, result in results.items():
+        for first in metrics_of(result)[:1]:  # none, if no document could be scored
+            percents[task] = 100 * result[first]
+    sums = [percents.pop(task) for task in load_tool("benchmarks").SUBTASKS if task in percents]
+    return percents | ({"arithmetic": sum(sums) / len(sums)} if sums else {})
+
+
+def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
+    """mean +- sample standard deviation; the mean alone of a single value."""
+    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
+
+
+def table(header: list[str], rows: list[list[str]], width: int = 100) -> str:
+    """A Markdown table that also reads well on a screen.
+
+    Columns beyond `width` characters go into further tables below, which begin with the first column again.
+    """
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    blocks, room = [[0]], width - widths[0] - 4
+    for i in range(1, len(header)):
+        if widths[i] + 3 > room and len(blocks[-1]) > 1:
+            blocks.append([0])
+            room = width - widths[0] - 4
+        blocks[-1].append(i)
+        room -= widths[i] + 3
+    ruled = [header, ["-" * w for w in widths], *rows]
+    return "\n\n".join(
+        "\n".join("| " + " | ".join(cells[i].ljust(widths[i]) for i in block) + " |" for cells in ruled)
+        for block in blocks
+    )
+
+
+def show(results: dict[str, dict]) -> str:
+    """A table for the screen: every metric, and the average of what stands for the tasks."""
+    rows = []
+    for task, result in results.items():
+        for metric in metrics_of(result):
+            cells = [f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])]
+            rows.append([task, metric, *cells])
+        if "not_scored" in result:
+            what = "not scored (a checker's package is missing)"
+            rows.append([task, what, "", "", str(result["not_scored"])])
+        if "by_group" in result:
+            rows.append([task, f"unweighted mean over {', '.join(result['by_group'])}", "", "", ""])
+    percents = headlines(results).values()
+    average = sum(percents) / max(len(percents), 1)
+    rows.append(["average", "of the tasks' first metrics, percent", f"{average:.2f}", "", ""])
+    return table(["task", "metric", "value", "stderr", "n"], rows)
 
 
 LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
@@ -82,7 +142,7 @@ def report(results: dict[str, dict[int, dict]], title: str) -> str:
 
 def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) -> list[list[str]]:
     """Lines of the table of differences: each method against full, and against ignoring."""
-    rows = []
+    rows, tasks = [], known_tasks()
     for baseline, method in product(("full", "ignoring"), rows_by_method):
         if method in (baseline, "full", *UNTRAINED):
             continue
@@ -94,7 +154,7 @@ def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) ->
         for name in names:
             differences = [ours[seed][name] - theirs[seed][name] for seed in shared]
             task, _, metric = name.partition(" ")
-            fewer = task == "held-out" or task in TASKS and metric in TASKS[task].lower_is_better
+            fewer = task == "held-out" or task in tasks and metric in tasks[task].lower_is_better
             better = [d < 0 if fewer else d > 0 for d in differences]
             digits = 3 if name in LOSSES else 1
             cells.append(f"{spread(differences, digits, '+')} ({sum(better)}/{len(shared)})")
@@ -118,15 +178,45 @@ def write_report(parts: list[str], results: dict, options: Options) -> None:
     print(f"\n{text}\nwritten to {out / 'results.md'}")
 
 
+def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
+    """Whether L_P and L_N both rose, as means over the first and the last `window` steps that have both."""
+    both = [(line["L_P"], line["L_N"]) for line in log if None not in (line["L_P"], line["L_N"])]
+    if len(both) < 2 * window:
+        return False
+    start, now = np.mean(both[:window], axis=0), np.mean(both[-window:], axis=0)
+    return bool((now > start).all())
+
+
 def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
     """The end of a run: the table of all that is finished in its folder, on screen and in files, and report.html."""
     out = Path(options.out)
     results = finished(out, results)
     write_report([report(results, f"{options.model} on {', '.join(options.data)}")], results, options)
-    write_page(Run(out))
+    run = Run(out)
+    for name, log in run.logs().items():
+        if forgetting_hurts(log):
+            print(f"warning: {out / name}: L_P is above its start, and L_N too: lambda up to {log[-1]['lambda']:.3g} unlearns "
+                  "more than it teaches; a lower --t-max or --lr, or forgetting-clipped")  # fmt: skip
+    write_page(run)
 
 
 # ---------------------------------------------------------------------------------------------- the run
+
+
+def describe_scores(base_loss: np.ndarray, ref_loss: np.ndarray, sides: np.ndarray) -> str:
+    """What Q looks like and where it was cut, in three lines; all (N,), NaN where nothing is judged."""
+    judged = np.isfinite(base_loss)
+    quality, sides = quality_scores(base_loss, ref_loss)[judged], sides[judged]  # (n,) each
+    low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
+    lines = [f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
+             f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
+             f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'"]  # fmt: skip
+    kept, unlearned = quality[sides > 0], quality[sides < 0]
+    last = "warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1"
+    if len(unlearned):
+        counts = f"{len(kept):,} tokens in P, {len(unlearned):,} in N"
+        last = f"threshold {kept.min():.3f}: {counts}; {(unlearned > 0).mean():.0%} of N with Q > 0"
+    return "\n".join([*lines, last])
 
 
 @dataclasses.dataclass
@@ -439,6 +529,28 @@ def write_page(run: Run, count: int = 200, path: Path | None = None) -> None:
     print(f"its tokens: {path}")
 
 
+# --------------------------------------------------------------------------------------- side by side
+
+
+def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
+    """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
+    asked = []
+    for prompt in prompts:
+        pieces = render({"instruction": prompt, "output": "-"}, tokenizer.eos)
+        asked.append("".join(text for text, is_response in pieces if not is_response))
+    ids = [ids for ids, _ in tokenizer.encode(asked)]
+    length = min(256, model.config.max_position_embeddings // 2)
+    answers = {"base": generate(model, tokenizer, ids, length)}
+    for adapter in adapters:
+        load_adapter(model, adapter)
+        answers[adapter] = generate(model, tokenizer, ids, length)
+        remove_lora(model)
+    for i, prompt in enumerate(prompts):
+        say(f"> {prompt}")
+        for name, replies in answers.items():
+            say(f"[{name}] {replies[i].strip()}")
+
+
 # -------------------------------------------------------------------------------------- command line
 
 
@@ -447,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
-    parser.add_argument("--examples", type=within(int, 1), default=200, help="how many rows to show [200]")
+    parser.add_argument("--examples", type=AT_LEAST_1, default=200, help="how many rows to show [200]")
     parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
     arguments = parser.parse_args(argv)
     try:

@@ -15,6 +15,21 @@ from lora import load_adapter, merge_lora  # noqa: E402
 from model import DTYPES, TEXT_FILES, checkpoint_folder, load_model, save_model  # noqa: E402
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def chat_template(tokenizer: Tokenizer) -> str:
+    """render()'s template of conversations as jinja, for transformers' tokenizer.apply_chat_template."""
+    puts_bos = tokenizer.bos is not None and tokenizer.encode(["x"])[0][0][0] == tokenizer.bos_id
+    return ("{{ bos_token }}" if puts_bos else "") + CHAT_TEMPLATE
+
+
 def publish_run(options: Options) -> None:
     """Publish every trained adapter of options.out; with options.export a merged checkpoint of each, too."""
     checkpoint = checkpoint_folder(options.model)
@@ -29,14 +44,14 @@ def publish(folder: Path, checkpoint: Path, tokenizer: Tokenizer, name: str, opt
     """One adapter folder; a model card that is there already is its owner's, and stays."""
     for file in filter(Path.is_file, (checkpoint / file for file in TEXT_FILES)):
         write_text(file.read_text(encoding="utf-8"), folder / file.name)
-    write_text(tokenizer.chat_template, folder / "chat_template.jinja")
+    write_text(chat_template(tokenizer), folder / "chat_template.jinja")
     if not (folder / "README.md").is_file():
         write_text(model_card(name, options), folder / "README.md")
     if options.export and not (folder / "merged" / "config.json").is_file():
         model = load_model(checkpoint, "cpu", DTYPES[options.dtype])
         load_adapter(model, folder)
         merge_lora(model)
-        write_text(tokenizer.chat_template, folder / "merged" / "chat_template.jinja")
+        write_text(chat_template(tokenizer), folder / "merged" / "chat_template.jinja")
         save_model(model, folder / "merged")
 
 
