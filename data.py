@@ -124,7 +124,8 @@ def read_rows(files: Iterable[str]) -> list[dict]:
             what = "a folder, not a file" if os.path.isdir(path) else "no such file"
             raise ValueError(f"{path}: {what} (public sets by name: python tests/tools/get_data.py --help)")
         if (kind := Path(path).suffix.lower()) in CONVERTERS:
-            raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {CONVERTERS[kind]}")
+            convert = f"pandas.read_{CONVERTERS[kind]}.to_json('rows.jsonl', orient='records', lines=True)"
+            raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {convert}")
         read = list(_parse(Path(path)))
         if count and not 1 <= int(count) <= len(read):
             raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
@@ -132,11 +133,7 @@ def read_rows(files: Iterable[str]) -> list[dict]:
     return rows
 
 
-CONVERTERS = {
-    ".csv": "pandas.read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True)",
-    ".tsv": "pandas.read_csv(FILE, sep='\\t').to_json('rows.jsonl', orient='records', lines=True)",
-    ".parquet": "pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)",
-}
+CONVERTERS = {".csv": "csv(FILE)", ".tsv": "csv(FILE, sep='\\t')", ".parquet": "parquet(FILE)"}
 
 
 def _parse(path: Path) -> Iterator[dict]:
@@ -306,9 +303,8 @@ def unique_rows(rows: list[dict], eos: str) -> list[dict]:
     return list(first.values())
 
 
-def split_rows(
-    rows: list[dict], reference: list[dict], eos: str, n_reference: int | None, n_train: int | None
-) -> tuple[list[dict], list[dict]]:
+def split_rows(rows: list[dict], reference: list[dict], eos: str, n_reference: int | None,
+               n_train: int | None) -> tuple[list[dict], list[dict]]:
     """Rows of D_ref and D_train: exact duplicates out, then disjoint draws, always the same.
 
     D_ref is drawn from `rows` unless `reference` has rows. A number that is None is the paper's, 10,000 and
@@ -443,12 +439,25 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for a run folder that has files in it and is not of a run: a user's files are safe."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: a folder is needed")
+    config = folder / "config.json"
+    if config.is_file():
+        if not {"versions", "inputs"} <= read_object(config).keys():
+            raise ValueError(f"{folder}: its config.json is not of a run: use another --out")
+    elif folder.is_dir() and any(path.name != "config.json.tmp" for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not of a run: use another --out")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep it from other processes until the block ends. Raises ValueError if one has it.
+    """Make a run folder, and keep it from other runs until the block ends. Raises ValueError if one has it.
 
     The lock is on the folder itself and goes with the process; a folder that stayed empty goes, too.
     """
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -470,12 +479,9 @@ def locked(folder: Path) -> Iterator[None]:
 def read_object(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError naming the file for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
-    return content
+        return json.loads(path.read_text(encoding="utf-8-sig")) | {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON, or no object in it ({error})") from None
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:

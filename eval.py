@@ -13,8 +13,9 @@ Order: requests, log-likelihoods and generation, losses of a corpus, tasks, eval
 Shapes: T tokens of a pack; N of a corpus; D width; V vocabulary; n tokens that are judged.
 """
 
-import argparse, datetime, functools, hashlib, importlib.util, json, math, os, random, runpy, sys  # noqa: E401
+import argparse, datetime, hashlib, importlib.util, json, math, os, random, runpy, sys  # noqa: E401
 from contextlib import suppress
+from functools import cache, partial
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -89,10 +90,8 @@ def check_length(model: Transformer, continuation: list[int]) -> None:
 
 
 @torch.inference_mode()
-def loglikelihoods(
-    model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096,
-    bar: tqdm | None = None,
-) -> list[Answer]:
+def loglikelihoods(model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096,
+                   bar: tqdm | None = None) -> list[Answer]:
     """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
     An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
@@ -125,7 +124,7 @@ def _score_pack(model: Transformer, contexts: list, counts: list[int], continuat
     The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on. All
     indices are made on the CPU, so that a GPU never has to be waited for.
     """
-    on_device = functools.partial(to_device, device=model.lm_head.weight.device)
+    on_device = partial(to_device, device=model.lm_head.weight.device)
     lengths = [len(ids) for ids in continuations]
     cache = Cache(model, sum(map(len, contexts)) + sum(lengths) - len(lengths))
     hidden, rows = _run(model, cache, contexts, None)
@@ -163,10 +162,8 @@ def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] |
 
 
 @torch.inference_mode()
-def generate(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-    stop: str | None = None, batch_tokens: int = 4096, bar: tqdm | None = None,
-) -> list[str]:
+def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
+             stop: str | None = None, batch_tokens: int = 4096, bar: tqdm | None = None) -> list[str]:
     """Greedy continuations of token lists, up to an eos, `stop` or max_new_tokens, without special tokens.
 
     Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
@@ -189,9 +186,8 @@ def generate(
     return [text.split(stop)[0] if stop else text for text in texts]
 
 
-def _generate_pack(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
-) -> list[list[int]]:
+def _generate_pack(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
+                   stop: str | None) -> list[list[int]]:
     """The new token ids of each prompt."""
     cache, head = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts)), model.lm_head.weight
     written: list[list[int]] = [[] for _ in prompts]
@@ -221,9 +217,8 @@ def _generate_pack(
 
 
 @torch.inference_mode()
-def response_losses(
-    model: Transformer, corpus: Corpus, examples: np.ndarray, token_budget: int, bar: tqdm | None = None
-) -> np.ndarray:
+def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, token_budget: int,
+                    bar: tqdm | None = None) -> np.ndarray:
     """Equation 1 for the response tokens of some examples: losses (N,) float32 in nats, NaN elsewhere.
 
     They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
@@ -248,9 +243,8 @@ def response_losses(
     return result
 
 
-def mean_losses(
-    model: Transformer, corpus: Corpus, masks: dict[str, np.ndarray], token_budget: int, label: str = ""
-) -> dict[str, float | None]:
+def mean_losses(model: Transformer, corpus: Corpus, masks: dict[str, np.ndarray], token_budget: int,
+                label: str = "") -> dict[str, float | None]:
     """The mean loss, in nats, on each mask of the tokens (N,), of at most 512 examples; None: no token."""
     sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
     total = int(corpus.lengths[sample].sum())
@@ -286,14 +280,9 @@ class Task:
 
 # ------------------------------------------------------------------------------------------- evaluation
 
-def known_tasks() -> dict[str, Task]:
-    """The tasks of tests/tools/benchmarks.py, by name."""
-    return load_tool("benchmarks").TASKS
-
-
 def expand_tasks(names: list[str]) -> list[str]:
     """Task names with the groups spelled out; ValueError for a name that is neither."""
-    tasks, groups = known_tasks(), load_tool("benchmarks").GROUPS
+    tasks, groups = load_tool("benchmarks").TASKS, load_tool("benchmarks").GROUPS
     unknown = [name for name in names if name not in tasks and name not in groups]
     if unknown:
         raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*tasks, *groups])}")
@@ -305,19 +294,18 @@ class Documents:
     """A task's rows with their requests, made once and put to any number of models."""
 
     name: str
+    task: Task
     rows: list[dict]
     requests: list[list[Request]]
     identity: dict  # what results depend on besides the model: version, sha256 of rows, limit, num_fewshot
 
 
-def prepare(
-    tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None, limit: int | None = None,
-    num_fewshot: int = 0,
-) -> list[Documents]:
+def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None,
+            limit: int | None = None, num_fewshot: int = 0) -> list[Documents]:
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
     for name in expand_tasks(tasks):
-        task = known_tasks()[name]
+        task = load_tool("benchmarks").TASKS[name]
         folder = rows_folder(name, task, data_dir)
         rows = task_rows(task, folder / task.file, limit, num_fewshot)
         requests = [requests_of(task, row, tokenizer) for row in rows]
@@ -325,7 +313,7 @@ def prepare(
         digests = [hashlib.sha256(content).hexdigest() for content in contents]
         identity = {"version": task.version, "data_sha256": digests[0], "beside_sha256": digests[1:],
                     "limit": limit, "num_fewshot": num_fewshot}
-        documents.append(Documents(name, rows, requests, identity))
+        documents.append(Documents(name, task, rows, requests, identity))
     return documents
 
 
@@ -336,7 +324,7 @@ def rows_folder(name: str, task: Task, data_dir: str | os.PathLike | None) -> Pa
     get_data = load_tool("get_data")
     if task.file not in get_data.BENCHMARKS:
         raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
-    return first_rank_first(functools.partial(get_data.fetch_benchmarks, (task.file, *task.beside)))
+    return first_rank_first(partial(get_data.fetch_benchmarks, (task.file, *task.beside)))
 
 
 def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
@@ -384,9 +372,8 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
     return requests
 
 
-def evaluate(
-    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], batch_tokens: int = 4096
-) -> tuple[dict[str, dict], list[dict]]:
+def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
+             batch_tokens: int = 4096) -> tuple[dict[str, dict], list[dict]]:
     """Put prepared tasks to a model; (results, samples).
 
     results[task] has each metric's mean over the documents that have it, its standard error (sample standard
@@ -396,7 +383,7 @@ def evaluate(
     results: dict[str, dict] = {}
     samples: list[dict] = []
     for prepared in documents:
-        name, task = prepared.name, known_tasks()[prepared.name]
+        name, task = prepared.name, prepared.task
         answers = answer_requests(model, tokenizer, prepared, batch_tokens)
         scored = []
         for row, requests, replies in zip(prepared.rows, prepared.requests, answers):
@@ -415,9 +402,8 @@ def evaluate(
     return results, samples
 
 
-def answer_requests(
-    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
-) -> list[list[Answer]]:
+def answer_requests(model: Transformer, tokenizer: Tokenizer, documents: Documents,
+                    batch_tokens: int) -> list[list[Answer]]:
     """The answers to a task's requests, document by document, under one progress bar."""
     requests = [request for group in documents.requests for request in group]
     sources = [row["_source"] for row, group in zip(documents.rows, documents.requests) for _ in group]
@@ -449,11 +435,9 @@ def answer_requests(
     return [answers[start:end] for start, end in zip([0, *ends], ends)]
 
 
-def measure(
-    model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-    looked_at: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path,
-) -> dict:
-    """The figures of one model, also in folder/results.json: mean_losses of looked_at, and its tasks'."""
+def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
+            looked_at: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path) -> dict:
+    """The figures of one model, also in folder/results.json: its tasks' results, mean_losses of looked_at."""
     path = folder / "results.json"
     identity = {task.name: task.identity for task in documents}
     identity |= {"held-out": c.fingerprint() for c, masks in looked_at if "held-out" in masks and len(c)}
@@ -575,7 +559,7 @@ def say(text: str) -> None:
 # ----------------------------------------------------------------------------------------- command line
 
 
-@functools.cache
+@cache
 def load_tool(name: str) -> ModuleType:
     """A program of tests/tools/ as a module: get_data knows public rows' homes, ifeval scores, demo runs."""
     path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
@@ -600,7 +584,7 @@ def local_files(entries: list[str]) -> list[str]:
         if not os.path.exists(name) and (name.startswith("hf://") or "/" not in name):
             get_data = load_tool("get_data")
             if get_data.is_public(name):
-                name = str(first_rank_first(functools.partial(get_data.fetch_rows, name)))
+                name = str(first_rank_first(partial(get_data.fetch_rows, name)))
         found.append(name + colon + count)
     return found
 
@@ -712,7 +696,7 @@ def main() -> None:
     try:
         arguments = parse_arguments()
         device = start_ranks(arguments.device)
-        folder = first_rank_first(functools.partial(checkpoint_folder, arguments.model))
+        folder = first_rank_first(partial(checkpoint_folder, arguments.model))
         tokenizer = Tokenizer(folder)
         which = (arguments.data_dir, arguments.limit, arguments.num_fewshot)
         documents = prepare(arguments.tasks, tokenizer, *which)

@@ -36,15 +36,15 @@ from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Corpus, Tokenizer, build_corpus, check_ids, locked, pack, read_object, read_rows, shift
-from data import split_rows, unique_rows, whole_file, write_rows, write_text
+from data import Corpus, Tokenizer, build_corpus, check_folder, check_ids, locked, pack, read_object
+from data import read_rows, shift, split_rows, unique_rows, whole_file, write_rows, write_text
 from eval import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, UP_TO_1, WHOLE, Parser, add_flags
 from eval import first_rank_first, load_tool, local_files, mean_losses, measure, option, prepare, progress
 from eval import rank_and_world, response_losses, say, start_ranks, sum_over_ranks, wait_for_all
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
-from model import DTYPES, TEXT_FILES, Transformer, checkpoint_folder, head_chunks, load_model
-from model import model_fingerprint, read_config, to_device
+from model import DTYPES, TEXT_FILES, Transformer, WeightedTokenLoss, checkpoint_folder, lacks_bfloat16
+from model import load_model, model_fingerprint, read_config, to_device
 
 Array = np.ndarray
 
@@ -153,40 +153,12 @@ def token_weights(positive: Tensor, negative: Tensor, lam: float, counts: tuple 
     return positive / max(n_positive, 1) - negative * (lam / max(n_negative, 1))
 
 
-class _WeightedTokenLoss(torch.autograd.Function):
-    """Loss and gradient in one sweep over the head: the logits of a chunk live only inside its turn."""
-
-    @staticmethod
-    def forward(ctx, hidden, head_weight, targets, weights, damping, base_losses, losses):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden)  # (n, D)
-        for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
-            weight = weights[rows]  # (chunk,)
-            if damping is not None:  # n_N stays what it was: the others do not get heavier
-                base = None if base_losses is None else base_losses[rows]
-                weight = torch.where(weight < 0, weight * damping(loss, base), weight)
-            total += weight @ loss
-            if losses is not None:
-                losses[rows] = loss
-            # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
-            dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
-            dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
-            grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
-        ctx.save_for_backward(grad)  # all that backward needs
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0] * upstream, None, None, None, None, None, None
-
-
 Damping = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def weighted_token_loss(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, damping: Damping | None = None,
-    base_losses: Tensor | None = None, losses: Tensor | None = None,
-) -> Tensor:
+def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor,
+                        damping: Damping | None = None, base_losses: Tensor | None = None,
+                        losses: Tensor | None = None) -> Tensor:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
@@ -206,7 +178,7 @@ def weighted_token_loss(
     if head_weight.requires_grad:
         raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
     weights, targets = weights.masked_fill(targets < 0, 0), targets.clamp_min(0)
-    return _WeightedTokenLoss.apply(hidden, head_weight, targets, weights, damping, base_losses, losses)
+    return WeightedTokenLoss.apply(hidden, head_weight, targets, weights, damping, base_losses, losses)
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -338,9 +310,8 @@ def data_parallel(model: Transformer) -> nn.Module:
     return net
 
 
-def step_gradient(
-    net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options"
-) -> tuple[Tensor, tuple[int, int]]:
+def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
+                  options: "Options") -> tuple[Tensor, tuple[int, int]]:
     """Equation 8 over one optimiser step: afterwards .grad is its gradient, over micro-batches and ranks.
 
     examples are those of the whole step; each rank runs its share. Returns (4,) this rank's part of the
@@ -416,10 +387,8 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def train(
-    model: Transformer, lesson: Lesson, folder: Path, options: "Options", seed: int,
-    held_out: Corpus | None = None,
-) -> None:
+def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", seed: int,
+          held_out: Corpus | None = None) -> None:
     """Put an adapter on the model: towards tokens of sign +1, away from those of -1.
 
     The one loop: the reference and every method are this with other signs. A finished adapter in `folder` is
@@ -436,8 +405,10 @@ def train(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     first = load_checkpoint(state_file, model, optimizer)  # steps done: 0 without a checkpoint
     total = options.epochs * math.ceil(len(lesson.corpus) / options.batch_size)
+    if total == 1 and options.warmup:
+        say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
     net = data_parallel(model)
-    with StepLog(folder, first, total, options) as log:
+    with StepLog(folder, first, total) as log:
         for step in range(first, total):
             began = time.perf_counter()
             examples = examples_of(step, len(lesson.corpus), options.batch_size, seed)
@@ -455,8 +426,7 @@ def train(
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
-                masks = {"held-out": held_out.response}
-                figures |= mean_losses(model, held_out, masks, options.micro_tokens)
+                figures |= mean_losses(model, held_out, {"held-out": held_out.response}, options.micro_tokens)
             tokens = int(lesson.corpus.lengths[examples].sum())
             log.add(figures | {"tokens/s": tokens / (time.perf_counter() - began)})
             if rank == 0 and (step + 1) % options.save_every == 0 and step + 1 < total:
@@ -476,9 +446,8 @@ def step_figures(step: int, sums: list[float], counts: tuple[int, int], lam: flo
     return {"step": step} | losses | {"lambda": lam, "lr": rate, "grad_norm": norm}
 
 
-def watch_gradients(
-    net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options", seed: int, step: int
-) -> dict[str, float | None]:
+def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options",
+                    seed: int, step: int) -> dict[str, float | None]:
     """Every --watch-gradients steps: the norms of grad mean_P loss and lambda grad mean_N loss, their cosine.
 
     Each is a pass of its own, with the masks of the step. Nothing of it stays: step_gradient clears .grad.
@@ -498,10 +467,8 @@ def watch_gradients(
 class StepLog:
     """metrics.jsonl of a training and its bar; rank 0 writes."""
 
-    def __init__(self, folder: Path, first: int, total: int, options: "Options"):
+    def __init__(self, folder: Path, first: int, total: int):
         self.path, self.total = folder / "metrics.jsonl", total
-        if total == 1 and options.warmup:
-            say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
         if first:
             say(f"{folder}: continuing from step {first} of {total}")
         # what was logged after the checkpoint comes again: cut it off
@@ -518,7 +485,7 @@ class StepLog:
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.bar.close()  # before an error is printed
         if kind is KeyboardInterrupt:  # main shows the text
-            raise KeyboardInterrupt(f"{self.path.parent} after step {len(self.lines)} of {self.total}")
+            raise KeyboardInterrupt(f"at {self.path.parent} after step {len(self.lines)} of {self.total}")
 
     def add(self, figures: dict) -> None:
         """Log one step. Raises OSError naming the file."""
@@ -642,11 +609,6 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     return model
 
 
-def lacks_bfloat16(cpuinfo: Path) -> bool:
-    """Whether Linux lists the processor's instructions, and none is for bfloat16."""
-    return cpuinfo.is_file() and "bf16" not in cpuinfo.read_text()
-
-
 # ------------------------------------------------------------------------------------------- run folder
 
 # options that may change from command to command: what was made stays valid. Model and rows may come from
@@ -659,18 +621,6 @@ MEASURED = ("results.json", "samples.jsonl")
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
            "chat_template.jinja", "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors",
            "merged/chat_template.jinja")  # fmt: skip
-
-
-def check_folder(out: Path) -> None:
-    """Raise ValueError for an --out that has files in it and is not of a run: a user's files are safe."""
-    config = out / "config.json"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: a folder is needed")
-    if config.is_file():
-        if not {"versions", "inputs"} <= read_object(config).keys():
-            raise ValueError(f"{out}: its config.json is not of a run: use another --out")
-    elif out.is_dir() and any(path.name != "config.json.tmp" for path in out.iterdir()):
-        raise ValueError(f"{out} holds files that are not of a run: use another --out")
 
 
 def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpus) -> Path:
@@ -735,19 +685,17 @@ class Options:
     """The command line; the defaults are the paper's recipe."""
 
     model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision")
-    data: list[str] = option(list, "training rows: .jsonl or .json files, sets by name (flan_v2, dolly, "
-                             "oasst1, alpaca, wizardlm), hf://datasets/owner/name/file.jsonl; :count rows")
+    data: list[str] = option(list, "rows: .jsonl or .json files, public sets, hf://datasets/...; each :count")
     reference_data: list[str] = option(list, "rows of D_ref; without it D_ref is drawn from --data")
     n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", type=int)
     max_length: int = option(2048, "tokens an example is cut to", type=AT_LEAST_1)
     methods: list[str] = option("base reference full ignoring forgetting".split, "rows of the table; "
-                                "a variant has options of stage 4 changed: forgetting:rho=0.5,t_max=1.0")
+                                "variants of stage 4 as forgetting:rho=0.5,t_max=1.0")
     seeds: list[int] = option(lambda: [0], "one training per method and seed", type=WHOLE)
     rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", type=SHARE)
     forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", type=UP_TO_1)
-    lambda_schedule: str = option("linear", "as the paper; always t-max; or linear, held back by --balance",
-                                  choices=["linear", "constant", "balanced"])
+    lambda_schedule: str = option("linear", "of lambda", choices=["linear", "constant", "balanced"])
     t_min: float = option(1e-5, "lambda has slope t-max - t-min (paper: 1e-5; 3B, 8B: 1e-4)", type=AT_LEAST_0)
     t_max: float = option(0.25, "lambda nears t-max - t-min at the end of training", type=AT_LEAST_0)
     balance: float = option(0.5, "balanced: most lambda |grad L_N| / |grad L_P|", type=ABOVE_0)
@@ -822,11 +770,10 @@ def main() -> None:
         if options.model is None or not options.data:
             raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
         options.device = start_ranks(options.device)
-        out = Path(options.out)
-        check_folder(out)  # before the lock makes the folder
-        with locked(out) if rank_and_world()[0] == 0 else nullcontext():
+        rank = rank_and_world()[0]
+        with locked(Path(options.out)) if rank == 0 else nullcontext():
             results = run(options)
-            if rank_and_world()[0] == 0:
+            if rank == 0:
                 load_tool("publish").publish_run(options)
                 load_tool("look").report_run(results, options)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
@@ -834,9 +781,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         if rank_and_world()[0] == 0:
-            where = f"stopped at {stop}" if str(stop) else "stopped"
-            hint = "the same command goes on from the last checkpoint"
-            print(f"\nforgetting.py: {where}; {hint}", file=sys.stderr)
+            where = f"stopped {stop}".strip()
+            print(f"\nforgetting.py: {where}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -245,7 +245,10 @@ def read_adapter_config(path: Path) -> dict:
 
     Raises ValueError naming what this file does not compute.
     """
-    raw = _read_json(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig")) | {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON, or no object in it ({error})") from None
     inits = (True, False, "gaussian", "orthogonal", "eva")  # the others changed the base weights as well
     allowed = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": inits}
     unused = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias",
@@ -334,17 +337,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         return int(saved[f"{next(iter(lora_parameters(model)))}.step"])
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it") from None
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError naming the file for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
-    return content
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -23,9 +23,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Callable, Iterator
@@ -66,10 +64,10 @@ class Config:
     rope: dict | None  # rope_type, rope_theta and what the type needs; None: positions are learned
     windows: tuple[int | None, ...]  # by layer: tokens that a query sees, itself included; None: all before
     score_scale: float  # of the attention scores: 1/sqrt(K), but 1 in GPT-Neo
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
     raw: dict
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
 
 
 def llama_config(raw: dict) -> Config:
@@ -141,10 +139,9 @@ def gpt_neo_config(raw: dict) -> Config:
         rope=None,
         windows=tuple(raw["window_size"] if kind == "local" else None for kind in kinds),
         score_scale=1.0,
-        qkv_bias=False,
+        raw=raw,
         out_bias=True,
         mlp_bias=True,
-        raw=raw,
     )
 
 
@@ -225,6 +222,11 @@ def flash_runs_on(x: Tensor) -> bool:
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def lacks_bfloat16(cpuinfo: Path) -> bool:
+    """Whether Linux lists the processor's instructions, and none is for bfloat16."""
+    return cpuinfo.is_file() and "bf16" not in cpuinfo.read_text()
 
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scale: float, window: int | None) -> Tensor:
@@ -582,12 +584,39 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
     """Equation 1: the loss of each token, -log p(y_t | x, y_<t), in nats; (n,) float32, without a gradient.
 
     hidden (n, D) holds the state *before* each token (data.shift makes the pairing), head_weight (V, D) the
-    output head, targets (n,) the tokens. forgetting.weighted_token_loss is its trainable twin.
+    output head, targets (n,) the tokens. WeightedTokenLoss is the trainable twin.
     """
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for rows, _, loss in head_chunks(hidden, head_weight, targets):
         losses[rows] = loss
     return losses
+
+
+class WeightedTokenLoss(torch.autograd.Function):
+    """Sum of w_t loss_t and its gradient in one sweep over the head: see forgetting.weighted_token_loss."""
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, targets, weights, damping, base_losses, losses):
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden)  # (n, D)
+        for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
+            weight = weights[rows]  # (chunk,)
+            if damping is not None:  # n_N stays what it was: the others do not get heavier
+                base = None if base_losses is None else base_losses[rows]
+                weight = torch.where(weight < 0, weight * damping(loss, base), weight)
+            total += weight @ loss
+            if losses is not None:
+                losses[rows] = loss
+            # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
+            dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
+            dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
+            grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
+        ctx.save_for_backward(grad)  # all that backward needs
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream, None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- checkpoint folders
@@ -701,10 +730,11 @@ def _check_tensor(name: str, tensor: Tensor, expected: Tensor | None) -> None:
 def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int = 5 * 10**9) -> None:
     """Write a folder that transformers loads: safetensors in shards, tokenizer files, config.json as it was.
 
-    config.json comes last: where it is, the checkpoint is whole.
+    config.json goes first and comes last: where it is, the checkpoint is whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     sizes = [0]
     for name, parameter in model.named_parameters():
@@ -717,7 +747,7 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, shard in zip(files, shards):
-        _write_whole(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
+        save_file(shard, folder / file, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     index.unlink(missing_ok=True)  # of an earlier save
     if len(shards) > 1:
@@ -729,31 +759,15 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
             shutil.copyfile(model.folder / file, folder / file)
     dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
     dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config = json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n"
-    _write_whole(folder / "config.json", lambda temporary: temporary.write_text(config))
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n")
+    os.replace(temporary, folder / "config.json")
 
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError naming the file for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
-    return content
+        return json.loads(path.read_text(encoding="utf-8-sig")) | {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON, or no object in it ({error})") from None
 
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary name), then rename it: a crash leaves the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # on a read-only disk even this fails
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None

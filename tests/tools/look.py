@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Corpus, Tokenizer, read_object, read_rows, render, write_text  # noqa: E402
-from eval import AT_LEAST_1, generate, known_tasks, load_tool, rank_and_world, say  # noqa: E402
+from eval import AT_LEAST_1, generate, load_tool, rank_and_world, say  # noqa: E402
 from forgetting import METHODS, UNTRAINED, Options, choose_signs, quality_scores, read_scores  # noqa: E402
 from lora import load_adapter, remove_lora  # noqa: E402
 from model import Transformer, checkpoint_folder  # noqa: E402
@@ -142,7 +142,7 @@ def report(results: dict[str, dict[int, dict]], title: str) -> str:
 
 def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) -> list[list[str]]:
     """Lines of the table of differences: each method against full, and against ignoring."""
-    rows, tasks = [], known_tasks()
+    rows, tasks = [], load_tool("benchmarks").TASKS
     for baseline, method in product(("full", "ignoring"), rows_by_method):
         if method in (baseline, "full", *UNTRAINED):
             continue
