@@ -35,6 +35,6 @@ if command -v nvidia-smi >/dev/null; then # not asked of torch, which takes seco
     fi
 fi
 if [ "$gpus" -gt 1 ]; then
-    exec torchrun --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
+    exec python "$root/tests/tools/launch.py" --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
 fi
 exec python "$root/forgetting.py" "$@"

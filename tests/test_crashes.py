@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -182,3 +183,22 @@ def test_checkpointed_activations_change_memory_not_the_gradient(tmp_path):
             gradients.append(gradient_of(model, corpus, signs, 10_000))
         held.append(sum(saved.values()))
     assert torch.equal(*gradients) and held[1] < held[0]
+
+
+def test_an_interrupt_of_several_ranks_is_one_line(tmp_path):
+    """Ctrl-C reaches torchrun and both ranks: rank 0 says where it stopped, exit code 130, and the same command goes on."""
+    tiny.make_checkpoint(tmp_path / "model", "llama3")
+    rows = [{"instruction": f"Tell me {i}", "output": f"the quick brown fox {i % 7}"} for i in range(60)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    launcher = [str(ROOT / "tests/tools/launch.py"), "--standalone", "--nproc_per_node=2", str(ROOT / "forgetting.py")]
+    flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"), "--rank", "4"]
+    command = [sys.executable, *launcher, *flags, "--epochs", "3000", "--save-every", "10"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+                               env=environment())  # fmt: skip
+    log, began = tmp_path / "run/reference/metrics.jsonl", time.perf_counter()
+    while not (log.is_file() and log.read_text().count("\n") > 12) and time.perf_counter() - began < 90:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = [line for line in process.communicate(timeout=60)[1].splitlines() if line and "% of" not in line]
+    assert process.returncode == 130 and len(said) == 1, said
+    assert said[0].startswith(f"forgetting.py: stopped at {tmp_path}/run/reference after step ")

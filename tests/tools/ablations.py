@@ -34,6 +34,8 @@ class Ablation:
 
 
 NOISE_LEVELS = (0, 25, 50, 75, 100)
+SIZES = (75, 150, 300, 600)
+SHARES = (0, 25, 50)
 ABLATIONS = {
     "rho": Ablation("the share of tokens kept", "full", [f"forgetting:rho=0.{i}" for i in (3, 4, 5, 6, 7, 8, 9)]),
     "forget_rate": Ablation("the share unlearned, of the 0.3 left out", "ignoring:rho=0.7",
@@ -41,7 +43,8 @@ ABLATIONS = {
     "t_max": Ablation("the strength of forgetting", "ignoring:rho=0.7",
                       [f"forgetting:t_max={value}" for value in (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)]),
     "schedule": Ablation("how lambda goes", "ignoring:rho=0.7",
-                         ["forgetting", "forgetting:lambda_schedule=constant", "forgetting-clipped"]),
+                         ["forgetting", "forgetting:lambda_schedule=constant",
+                          "forgetting:lambda_schedule=balanced,watch_gradients=5", "forgetting-clipped", "forgetting-npo"]),
     "controls": Ablation("is it the amount of data, or which tokens?", "full",
                          ["full-P", "ignoring:rho=0.7", "forgetting-random", "forgetting"]),
     "level": Ablation("tokens or whole sequences", "full",
@@ -50,16 +53,27 @@ ABLATIONS = {
                      [f"{method}:lr={rate}" for rate in (0.001, 0.003, 0.01) for method in ("full", "ignoring", "forgetting")]),
     "noise": Ablation("the reference's noise, from none to the training set's", "full", ["ignoring", "forgetting"],
                       tuple(f"mix-{level}" for level in NOISE_LEVELS)),
+    "reference_size": Ablation("rows of a clean D_ref, of 600", "full", ["ignoring", "forgetting"],
+                               tuple(f"clean-{size}" for size in SIZES)),
+    "duplicates": Ablation("percent of a same-noise D_ref that are rows of D_train, too", "full", ["ignoring", "forgetting"],
+                           tuple(f"twice-{share}" for share in SHARES)),
 }  # fmt: skip
 
 
-def mixed_references(world: Path) -> None:
-    """Reference sets of which a share is noisy: rows of the noisy set first, then of the clean one."""
-    clean, noisy = (read_rows([str(world / f"reference-{name}.jsonl")]) for name in ("clean", "same"))
-    for level in NOISE_LEVELS:
-        count = len(clean) * level // 100
-        rows = [{k: v for k, v in row.items() if k != "_source"} for row in noisy[:count] + clean[count:]]
-        write_rows(rows, world / f"reference-mix-{level}.jsonl")
+def other_references(world: Path) -> None:
+    """Reference sets of which a share is noisy; of other sizes; with rows of the training set in them.
+
+    A row of the training set gets a space behind its question: exact duplicates would be taken out of one of the sets.
+    """
+    names = ("reference-clean", "reference-same", "train")
+    files = (read_rows([str(world / f"{name}.jsonl")]) for name in names)
+    clean, noisy, train = ([{k: v for k, v in row.items() if k != "_source"} for row in rows] for rows in files)
+    again = [row | {"instruction": row["instruction"] + " "} for row in train]
+    sets = {f"mix-{level}": noisy[: len(clean) * level // 100] + clean[len(clean) * level // 100 :] for level in NOISE_LEVELS}
+    sets |= {f"clean-{size}": clean[:size] for size in SIZES}
+    sets |= {f"twice-{share}": again[: len(noisy) * share // 100] + noisy[len(noisy) * share // 100 :] for share in SHARES}
+    for name, rows in sets.items():
+        write_rows(rows, world / f"reference-{name}.jsonl")
 
 
 def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dict[str, list[float]]]:
@@ -68,7 +82,7 @@ def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dic
     found: dict[str, dict[str, list[float]]] = {panel: {method: [] for method in methods} for panel in ablation.panels}
     for seed in options.seeds:
         world = Path(options.out) / f"world-{seed}"
-        mixed_references(world)
+        other_references(world)
         for panel in ablation.panels:
             for method, by_seed in forgetting.run(demo.panel_options(options, panel, seed, methods)).items():
                 percents = look.headlines(by_seed[seed]["tasks"]).values()
