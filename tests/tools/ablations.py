@@ -97,25 +97,47 @@ def interval(differences: list[float], draws: int = 10_000) -> tuple[float, floa
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
-def differences(found: dict[str, list[float]], ablation: Ablation) -> dict[str, list[float]]:
-    """Each variant minus the baseline, seed by seed."""
-    base = found[ablation.baseline]
-    return {name: [a - b for a, b in zip(found[name], base)] for name in ablation.variants}
+def differences(found: dict[str, list[float]], baseline: str) -> dict[str, list[float]]:
+    """Every other row minus the baseline, seed by seed."""
+    return {name: [a - b for a, b in zip(values, found[baseline])] for name, values in found.items() if name != baseline}
+
+
+def comparison(found: dict[str, list[float]], baseline: str) -> str:
+    """A table: averages, and differences to the baseline with their intervals."""
+    rows = [[baseline, look.spread(found[baseline]), "", ""]]
+    for name, values in differences(found, baseline).items():
+        low, high = interval(values)
+        cells = f"{np.mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", f"{sum(v > 0 for v in values)}/{len(values)}"
+        rows.append([name, look.spread(found[name]), *cells])
+    return look.table(["method", "average, %", f"minus {baseline}", "better"], rows)
+
+
+def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Where variants are learning rates: each method's figures, by seed, at the rate that is best on the other seeds."""
+    by_method: dict[str, list[list[float]]] = {}
+    for name, values in found.items():
+        if ":lr=" in name:
+            by_method.setdefault(name.partition(":")[0], []).append(values)
+    best = {}
+    for method, by_rate in by_method.items():
+        figures = np.array(by_rate)  # (rates, seeds)
+        others = figures.sum(axis=1, keepdims=True) - figures
+        best[method] = figures[others.argmax(axis=0), np.arange(figures.shape[1])].tolist()
+    return best
 
 
 def write_up(name: str, ablation: Ablation, found: dict, head: str) -> None:
     """tests/ablations/NAME.md and NAME.svg."""
     parts = [f"# {ablation.title}\n\n{head}"]
     for panel in ablation.panels:
-        rows = [[ablation.baseline, look.spread(found[panel][ablation.baseline]), "", ""]]
-        for variant, values in differences(found[panel], ablation).items():
-            low, high = interval(values)
-            cells = f"{np.mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", f"{sum(v > 0 for v in values)}/{len(values)}"
-            rows.append([variant, look.spread(found[panel][variant]), *cells])
-        parts.append(f"Reference: {panel}\n\n" + look.table(["method", "average, %", f"minus {ablation.baseline}", "better"], rows))
+        parts.append(f"Reference: {panel}\n\n" + comparison(found[panel], ablation.baseline))
+        if best := at_best_rates(found[panel]):
+            title = "each method at its best rate, chosen for every seed on the others"
+            parts.append(f"Reference: {panel}, {title}\n\n" + comparison(best, "full"))
     folder = ROOT / "tests" / "ablations"
     write_text("\n\n".join(parts) + "\n", folder / f"{name}.md")
-    write_text(draw(ablation, {panel: differences(found[panel], ablation) for panel in ablation.panels}), folder / f"{name}.svg")
+    by_panel = {panel: differences(found[panel], ablation.baseline) for panel in ablation.panels}
+    write_text(draw(ablation, by_panel), folder / f"{name}.svg")
 
 
 def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]]) -> str:
