@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -273,12 +272,8 @@ def panel_options(options: forgetting.Options, panel: str, seed: int, methods: l
 
 def scored(options: forgetting.Options) -> tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]:
     """D_train of a finished run, its Q (N,), forgetting's signs (N,) and the known noise (N,)."""
-    tokenizer = Tokenizer(options.model)
-    _, corpus = forgetting.select_data(options, tokenizer)
-    losses = load_file(Path(options.out) / "scores.safetensors")
-    quality = forgetting.quality_scores(losses["base_loss"], losses["ref_loss"])
-    signs = forgetting.choose_signs(forgetting.METHODS["forgetting"], quality, corpus, options, seed=0)
-    return corpus, quality, signs, known_noise(corpus, tokenizer)
+    run = load_tool("look").Run(Path(options.out))
+    return run.corpus, run.quality, run.signs, run.noise
 
 
 def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
@@ -288,9 +283,8 @@ def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
     """
     tokenizer = Tokenizer(options.model)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
-    d_ref, _ = forgetting.select_data(options, tokenizer)
     corpus, _, sides, noise = scored(options)
-    held_out = forgetting.read_held_out(options, tokenizer, d_ref, corpus)
+    held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
     signs = np.where(corpus.response, np.where(noise > 0, -1, 1), 0).astype(np.int8)  # (N,)
