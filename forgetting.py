@@ -638,7 +638,8 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
     config = out / "config.json"
     there = read_object(config) if config.is_file() else {"inputs": inputs}
-    before, made = there["inputs"], made_in(out)
+    younger = {name: value for name, value in vars(Options()).items() if name not in FREE}  # than the run
+    before, made = younger | there["inputs"], made_in(out)
     differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
     if differing and made and not options.overwrite:
         pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]

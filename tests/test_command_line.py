@@ -584,3 +584,15 @@ def test_held_out_loss_while_training(setting, tmp_path, monkeypatch, capsys):
         assert lines[-1]["held-out"] == pytest.approx(last, rel=1e-5)
     adapters = [(tmp_path / run / "full/seed-0/adapter_model.safetensors").read_bytes() for run in "ab"]
     assert adapters[0] == adapters[1]
+
+
+def test_a_run_of_an_earlier_version_goes_on(setting, tmp_path, monkeypatch, capsys):
+    """An option that its config.json does not know had its default; another value is refused by name."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "full", "--out", tmp_path]
+    in_process(monkeypatch, capsys, *common)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["inputs"]["balance"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "skipping" in in_process(monkeypatch, capsys, *common)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "was made with other balance (there 0.5, now 0.7)" in in_process(monkeypatch, capsys, *common, "--balance", 0.7, code=2)
