@@ -227,6 +227,7 @@ def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, to
     rank, world = rank_and_world()
     head, device = model.lm_head.weight, model.lm_head.weight.device
     losses = torch.zeros(len(corpus.tokens), device=device)  # (N,)
+    was_training = model.training
     model.eval()
     mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
     for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
@@ -236,6 +237,7 @@ def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, to
         losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
         if bar is not None:
             bar.update(len(batch.tokens))
+    model.train(was_training)
     places = corpus.places(examples)
     places = places[corpus.response[places]]
     result = np.full(len(corpus.tokens), np.nan, np.float32)

@@ -318,7 +318,8 @@ def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     objective, of the losses on P and of those on N, and how many of N are less probable than 1e-3; and
     (n_P, n_N) of the whole step.
     """
-    (rank, world), corpus, signs = rank_and_world(), lesson.corpus, lesson.signs
+    rank, world = rank_and_world()
+    corpus, signs = lesson.corpus, lesson.signs
     head = getattr(net, "module", net).lm_head.weight  # (V, D); DDP keeps the model as its module
     chosen = signs[corpus.places(examples)]  # of the whole step, so that counting needs no communication
     counts = int((chosen > 0).sum()), int((chosen < 0).sum())
@@ -331,12 +332,12 @@ def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     for i, batch in enumerate(packs):
         sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        run = weights != 0  # (T,) bool, n of them; the head runs for no others
-        rows, targets = (to_device(x, head.device) for x in shift(batch.tokens, run))  # (n,), n >= 0
+        weighted = weights != 0  # (T,) bool, true for n tokens: the head runs for no others
+        rows, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,), n >= 0
         base = None  # (n,)
         if lesson.base_loss is not None:
-            base = to_device(torch.from_numpy(lesson.base_loss[batch.places[run].numpy()]), head.device)
-        weights = to_device(weights[run], head.device)  # (n,)
+            base = to_device(torch.from_numpy(lesson.base_loss[batch.places[weighted].numpy()]), head.device)
+        weights = to_device(weights[weighted], head.device)  # (n,)
         losses = torch.empty(len(rows), device=head.device)  # (n,)
         # one reduction a step, however many packs; DDP looks in the forward pass whether it is to reduce
         quiet = world > 1 and i + 1 < len(packs)
@@ -407,7 +408,7 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     total = options.epochs * math.ceil(len(lesson.corpus) / options.batch_size)
     if total == 1 and options.warmup:
         say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
-    net = data_parallel(model)
+    net = data_parallel(model.train())
     with StepLog(folder, first, total) as log:
         for step in range(first, total):
             began = time.perf_counter()
@@ -416,7 +417,7 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
             rate = learning_rate_at(step, total, options.lr, options.warmup)
             watched = watch_gradients(net, lesson, examples, lam, options, seed, step)
             seed_dropout(seed, step)
-            sums, counts = step_gradient(net.train(), lesson, examples, lam, options)
+            sums, counts = step_gradient(net, lesson, examples, lam, options)
             # inf: the norm is measured only; it is the same on all ranks, as the gradient is
             norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
             sums = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # the one wait for a GPU
@@ -452,12 +453,13 @@ def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
 
     Each is a pass of its own, with the masks of the step. Nothing of it stays: step_gradient clears .grad.
     """
-    if not options.watch_gradients or step % options.watch_gradients:
+    every = options.watch_gradients
+    if not every or step % every or not (lesson.signs < 0).any():
         return {}
     gradients = []
     for signs in (np.maximum(lesson.signs, 0), np.minimum(lesson.signs, 0)):
         seed_dropout(seed, step)
-        step_gradient(net.train(), dataclasses.replace(lesson, signs=signs), examples, lam, options)
+        step_gradient(net, dataclasses.replace(lesson, signs=signs), examples, lam, options)
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
     norms = [float(gradient.norm()) for gradient in gradients]
     cosine = float(gradients[0] @ gradients[1]) / math.prod(norms) if all(norms) else None
@@ -517,22 +519,22 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
     if path.is_file():
         base_loss, ref_loss, done = read_scores(path)
-        going_on = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
-        say(f"found {path}, {going_on}")
+        what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
+        say(f"found {path}, {what_next}")
     if done < count and options.score_dtype != options.dtype:
         model = load_model(model.folder, options.device, DTYPES[options.score_dtype])
         load_adapter(model, out / "reference")
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
-    at_once, work = options.save_every * options.batch_size, 2 * corpus.offsets  # two passes over each token
+    part_size, work = options.save_every * options.batch_size, 2 * corpus.offsets  # two passes over a token
     with progress(f"{out.name}/scores", int(work[-1]), "token", int(work[done])) as bar:
-        for first in range(done, count, at_once):
-            last = min(first + at_once, count)
-            some, tokens = corpus.part(first, last), slice(corpus.offsets[first], corpus.offsets[last])
-            scored = some, np.arange(len(some)), options.micro_tokens, bar
-            ref_loss[tokens] = response_losses(model, *scored)
+        for first in range(done, count, part_size):
+            last = min(first + part_size, count)
+            tokens = slice(corpus.offsets[first], corpus.offsets[last])
+            part = corpus.part(first, last), np.arange(last - first)
+            ref_loss[tokens] = response_losses(model, *part, options.micro_tokens, bar)
             with lora_disabled(model):
-                base_loss[tokens] = response_losses(model, *scored)
+                base_loss[tokens] = response_losses(model, *part, options.micro_tokens, bar)
             if rank_and_world()[0] == 0:
                 with whole_file(path) as file:
                     losses = {"base_loss": base_loss, "ref_loss": ref_loss}

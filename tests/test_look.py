@@ -123,3 +123,13 @@ def test_a_log_that_was_cut_off_is_named(run_folder, capsys):
     with pytest.raises(SystemExit):
         load_tool("look").main([str(run_folder)])
     assert "full/seed-0/metrics.jsonl: not a whole log" in capsys.readouterr().err
+
+
+def test_scores_of_a_stopped_run_are_named(run_folder, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(run_folder / "scores.safetensors")
+    save_file(arrays, run_folder / "scores.safetensors", {"done": "3"})
+    with pytest.raises(SystemExit):
+        load_tool("look").main([str(run_folder)])
+    assert f"covers 3 of {len(arrays['offsets']) - 1} examples: give the run's command again" in capsys.readouterr().err

@@ -229,10 +229,12 @@ class Run:
         path = self.folder / "scores.safetensors"
         if not path.is_file():
             raise ValueError(f"{self.folder}: no scores.safetensors in it, so it is not the folder of a run that scored")
-        read_scores(path)  # a file that was cut off is one line
+        done = read_scores(path)[2]  # a file that was cut off is one line
         arrays = load_file(path)
         if not {"tokens", "sources"} <= arrays.keys():
             raise ValueError(f"{path} was made by an earlier version, without tokens: remove it and give the run again")
+        if done < len(arrays["offsets"]) - 1:
+            raise ValueError(f"{path} covers {done} of {len(arrays['offsets']) - 1} examples: give the run's command again")
         self.config = read_object(self.folder / "config.json")
         self.base_loss = arrays["base_loss"]  # (N,)
         self.quality = quality_scores(arrays["base_loss"], arrays["ref_loss"])  # (N,), NaN where nothing is judged
