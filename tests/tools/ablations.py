@@ -151,7 +151,8 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]]) -> str
     for i, (panel, variant) in enumerate(rows):
         y, color, mean = 44 + 18 * i, colors[ablation.panels.index(panel)], np.mean(by_panel[panel][variant])
         left, right = spans[panel, variant]
-        parts.append(f'<text x="10" y="{y + 4}">{escape(variant)}</text><text x="265" y="{y + 4}" fill="{color}">{panel}</text>'
+        label = variant.replace("lambda_schedule=", "").partition(",watch")[0]  # what fits
+        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="265" y="{y + 4}" fill="{color}">{panel}</text>'
                      f'<line x1="{at(left):.1f}" x2="{at(right):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
                      f'<circle cx="{at(mean):.1f}" cy="{y}" r="4" fill="{color}"/>')  # fmt: skip
     bottom = 44 + 18 * len(rows)
