@@ -59,7 +59,7 @@ def naive_gradient(model, corpus, signs, lam=LAM) -> torch.Tensor:
         for place, sign in enumerate(signs[start + 1 : end]):
             if sign:
                 sums[int(sign < 0)] = sums[int(sign < 0)] + losses[place]
-    loss = sums[0] / counts[0] - lam * sums[1] / counts[1]
+    loss = sums[0] / counts[0] - lam * sums[1] / max(counts[1], 1)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(lora_parameters(model).values()))])
 
 
