@@ -344,8 +344,8 @@ def curve(points: list[tuple[float, float]], label: str) -> str:
 
 
 def curves(lines: list[dict]) -> str:
-    """L_P, L_N, lambda and the gradient's norm of one training."""
-    names = ("L_P", "L_N", "lambda", "grad_norm")
+    """L_P, L_N, lambda and the gradient's norm of one training, and what else was watched."""
+    names = ("L_P", "L_N", "lambda", "grad_norm", "held-out", "grad_P", "grad_N", "cosine")
     return "".join(curve([(x["step"], x[name]) for x in lines if x.get(name) is not None], name) for name in names)
 
 
