@@ -386,7 +386,7 @@ def test_the_demo_runs_both_panels(demo_model, tmp_path):
     done = run("--out", tmp_path, "--seeds", 5, "--methods", "base", "full", "ignoring", "forgetting", "--rank", 8)
     clean, same = done.stdout.split("## Reference trained on rows as noisy")
     for panel in (clean, same):
-        for method in ("base", "full", "ignoring", "forgetting"):
+        for method in ("base", "full", "ignoring", "forgetting", "oracle"):
             assert f"| {method} " in panel
         assert "AUC wrong" in panel and "demo_qa popular" in panel
     row = lambda text, name: next(line for line in text.splitlines() if line.startswith(f"| {name} "))
