@@ -10,7 +10,7 @@ A corpus is flat: the tokens of all examples end to end, `offsets` saying where 
 and signs are arrays of the same length, indexed by the token they judge, and a batch carries the places its
 tokens came from: to store what a batch yields, or fetch what it needs, is one line whatever the packing.
 
-Shapes: N tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
+Shapes: C tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
 
 import fcntl, hashlib, json, os, re  # noqa: E401
@@ -101,6 +101,7 @@ def keep_offsets(content: Any) -> Any:
         return [keep_offsets(part) for part in content]
     if not isinstance(content, dict):
         return content
+    # those two are huge, and no setting is in them
     kept = {key: keep_offsets(part) for key, part in content.items() if key not in ("vocab", "merges")}
     if "trim_offsets" in kept:
         kept["trim_offsets"] = False
@@ -258,8 +259,8 @@ def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
 class Corpus:
     """Tokenised examples, end to end. A token is judged (scored, trained on) where `response` is true."""
 
-    tokens: np.ndarray  # (N,) int32
-    response: np.ndarray  # (N,) bool; never the first token of an example, which nothing predicts
+    tokens: np.ndarray  # (C,) int32
+    response: np.ndarray  # (C,) bool; never the first token of an example, which nothing predicts
     offsets: np.ndarray  # (E+1,) int64
     sources: list[str]  # (E,) file:line of each example
     dropped: int  # rows that max_length left without a response token
@@ -342,23 +343,23 @@ def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048)
     across the border.
     """
     tokens, response, lengths, sources = [], [], [], []
-    for start in range(0, len(rows), 1000):
-        part = rows[start : start + 1000]
+    for first in range(0, len(rows), 1000):
+        part = rows[first : first + 1000]
         pieces = [render(row, tokenizer.eos) for row in part]
         encoded = tokenizer.encode(["".join(text for text, _ in p) for p in pieces])
         for row, row_pieces, (ids, spans) in zip(part, pieces, encoded):
-            ends = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
-            mask = np.zeros(len(ends), bool)
-            at = 0
+            kept = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
+            mask = np.zeros(len(kept), bool)
+            start = 0
             for text, is_response in row_pieces:
                 if is_response:
-                    mask |= covers(ends, at, at + len(text))
-                at += len(text)
+                    mask |= covers(kept, start, start + len(text))
+                start += len(text)
             mask[:1] = False  # nothing predicts the first token
             if mask.any():
                 tokens.append(np.array(ids[:max_length], np.int32))
                 response.append(mask)
-                lengths.append(len(ends))
+                lengths.append(len(kept))
                 sources.append(row.get("_source", ""))
     if not lengths:
         reason = f"no response token within --max-length {max_length}"
@@ -386,7 +387,10 @@ class Batch:
 
 
 def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group 0..n-1, longest first, into packs of at most token_budget tokens (or one sequence)."""
+    """Places in `lengths`, longest first, in groups of at most token_budget tokens, or one longer sequence.
+
+    Neighbours then have like lengths, and those of equal lengths are attended together.
+    """
     packs: list[list[int]] = []
     room = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -13,7 +13,7 @@ Order: requests, log-likelihoods and generation, losses of a corpus, tasks, eval
 Shapes: T tokens of a pack; N of a corpus; D width; V vocabulary; n tokens that are judged.
 """
 
-import argparse, datetime, hashlib, importlib.util, json, math, os, random, runpy, sys  # noqa: E401
+import argparse, datetime, hashlib, importlib.util, json, math, os, runpy, sys  # noqa: E401
 from contextlib import suppress
 from functools import cache, partial
 from dataclasses import MISSING, dataclass, field, fields
@@ -71,7 +71,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     if not stripped:
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         ids = tokenizer.encode([continuation], special=False)[0][0]
-        return [first], ids[1:] if ids[0] == first else ids
+        ids = ids[1:] if ids[:1] == [first] else ids
+        if not ids:
+            raise ValueError("context and continuation are both empty")
+        return [first], ids
     (whole, _), (context_ids, _) = tokenizer.encode([stripped + continuation, stripped])
     if len(whole) <= len(context_ids):
         raise ValueError(f"continuation {continuation!r} adds no token to its context")
@@ -129,14 +132,16 @@ def _score_pack(model: Transformer, contexts: list, counts: list[int], continuat
     cache = Cache(model, sum(map(len, contexts)) + sum(lengths) - len(lengths))
     hidden, rows = _run(model, cache, contexts, None)
     context_of = np.repeat(np.arange(len(contexts)), counts)  # (continuations,)
-    last = hidden[on_device(torch.tensor([int(r[-1]) for r in rows]))]  # (contexts, D)
+    ends = torch.tensor([len(ids) for ids in contexts]).cumsum(0) - 1
+    last = hidden[on_device(ends)]  # (contexts, D)
 
     # the state before a continuation's first token is its context's last; all but the last token of each
     # continuation run on from there, and give the states before the others
     targets = torch.tensor([token for ids in continuations for token in ids])  # (n,)
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (n,) whose target it is
-    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # (continuations,)
-    later = torch.ones(len(targets), dtype=torch.bool).index_fill_(0, first, False).nonzero().squeeze(1)
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (n,) whose continuation's
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # (continuations,) place of its first target
+    is_later = torch.ones(len(targets), dtype=torch.bool).index_fill_(0, first, False)  # (n,)
+    later = is_later.nonzero().squeeze(1)  # places of all other targets
     states = hidden.new_empty(len(targets), hidden.shape[1])  # (n, D)
     states[on_device(first)] = last[on_device(torch.from_numpy(context_of))]
     longer = [i for i, length in enumerate(lengths) if length > 1]
@@ -219,14 +224,14 @@ def _generate_pack(model: Transformer, tokenizer: Tokenizer, prompts: list[list[
 @torch.inference_mode()
 def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, token_budget: int,
                     bar: tqdm | None = None) -> np.ndarray:
-    """Equation 1 for the response tokens of some examples: losses (N,) float32 in nats, NaN elsewhere.
+    """Equation 1 for the response tokens of some examples: losses (C,) float32 in nats, NaN elsewhere.
 
     They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
     spread over the ranks, the result is on all of them.
     """
     rank, world = rank_and_world()
     head, device = model.lm_head.weight, model.lm_head.weight.device
-    losses = torch.zeros(len(corpus.tokens), device=device)  # (N,)
+    losses = torch.zeros(len(corpus.tokens), device=device)  # (C,)
     was_training = model.training
     model.eval()
     mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
@@ -247,7 +252,7 @@ def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, to
 
 def mean_losses(model: Transformer, corpus: Corpus, masks: dict[str, np.ndarray], token_budget: int,
                 label: str = "") -> dict[str, float | None]:
-    """The mean loss, in nats, on each mask of the tokens (N,), of at most 512 examples; None: no token."""
+    """The mean loss, in nats, on each mask of the tokens (C,), of at most 512 examples; None: no token."""
     sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
     total = int(corpus.lengths[sample].sum())
     with progress(f"{label} loss on {' and '.join(masks)}", total, "token") as bar:
@@ -282,14 +287,6 @@ class Task:
 
 # ------------------------------------------------------------------------------------------- evaluation
 
-def expand_tasks(names: list[str]) -> list[str]:
-    """Task names with the groups spelled out; ValueError for a name that is neither."""
-    tasks, groups = load_tool("benchmarks").TASKS, load_tool("benchmarks").GROUPS
-    unknown = [name for name in names if name not in tasks and name not in groups]
-    if unknown:
-        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*tasks, *groups])}")
-    return list(dict.fromkeys(task for name in names for task in groups.get(name, [name])))
-
 
 @dataclass(frozen=True)
 class Documents:
@@ -306,10 +303,11 @@ def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike 
             limit: int | None = None, num_fewshot: int = 0) -> list[Documents]:
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
-    for name in expand_tasks(tasks):
-        task = load_tool("benchmarks").TASKS[name]
+    benchmarks = load_tool("benchmarks")
+    for name in benchmarks.expand_tasks(tasks):
+        task = benchmarks.TASKS[name]
         folder = rows_folder(name, task, data_dir)
-        rows = task_rows(task, folder / task.file, limit, num_fewshot)
+        rows = benchmarks.task_rows(task, folder / task.file, limit, num_fewshot)
         requests = [requests_of(task, row, tokenizer) for row in rows]
         contents = [(folder / file).read_bytes() for file in (task.file, *task.beside)]
         digests = [hashlib.sha256(content).hexdigest() for content in contents]
@@ -327,36 +325,6 @@ def rows_folder(name: str, task: Task, data_dir: str | os.PathLike | None) -> Pa
     if task.file not in get_data.BENCHMARKS:
         raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
     return first_rank_first(partial(get_data.fetch_benchmarks, (task.file, *task.beside)))
-
-
-def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
-    """The documents of a task, with num_fewshot worked examples each where the task takes any.
-
-    They come from NAME_train.jsonl if it lies beside, else from the evaluated rows, never the row itself:
-    drawn as lm-evaluation-harness draws them, by one generator that goes on from row to row.
-    """
-    rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
-    try:
-        pool = rows = task.prepare(rows, path.parent)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: what belongs beside its rows is missing or malformed ({error})") from None
-    rows = rows[:limit]
-    if not rows:
-        raise ValueError(f"{path}: no document to evaluate")
-    if not num_fewshot or task.example is None:
-        return rows
-    train = path.with_name(f"{path.stem}_train.jsonl")
-    if train.is_file():
-        pool = read_rows([str(train)])
-    spare = int(not train.is_file())  # one more is drawn where the row itself may be among them
-    if len(pool) < num_fewshot + spare:
-        raise ValueError(f"{path}: {num_fewshot} examples asked for, {len(pool) - spare} are there")
-    rng = random.Random(1234)
-    with_examples = []
-    for row in rows:
-        drawn = [other for other in rng.sample(pool, num_fewshot + spare) if other is not row][:num_fewshot]
-        with_examples.append(row | {"_examples": "".join(map(task.example, drawn))})
-    return with_examples
 
 
 def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
@@ -438,15 +406,15 @@ def answer_requests(model: Transformer, tokenizer: Tokenizer, documents: Documen
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-            looked_at: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path) -> dict:
-    """The figures of one model, also in folder/results.json: its tasks' results, mean_losses of looked_at."""
+            masks_of: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path) -> dict:
+    """The figures of one model, also in folder/results.json: its tasks, and mean_losses by table_masks."""
     path = folder / "results.json"
     identity = {task.name: task.identity for task in documents}
-    identity |= {"held-out": c.fingerprint() for c, masks in looked_at if "held-out" in masks and len(c)}
+    identity |= {"held-out": c.fingerprint() for c, masks in table_masks if "held-out" in masks and len(c)}
     if path.is_file() and (found := read_object(path)).get("identity") == identity:
         return found
     results: dict[str, Any] = {"identity": identity}
-    for corpus, masks in looked_at:
+    for corpus, masks in table_masks:
         results |= mean_losses(model, corpus, masks, token_budget, "/".join(folder.parts[-2:]))
     results["tasks"], samples = evaluate(model, tokenizer, documents)
     if rank_and_world()[0] == 0:
@@ -552,6 +520,12 @@ def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = Fals
                 leave=keep, disable=rank_and_world()[0] > 0, **often)
 
 
+def warn_if_slow(device: str, dtype: str, listed: Path = Path("/proc/cpuinfo")) -> None:
+    """Say that bfloat16 is slow here, where Linux lists the CPU's instructions and none is for it."""
+    if device == "cpu" and dtype == "bfloat16" and listed.is_file() and "bf16" not in listed.read_text():
+        say("warning: this CPU has no instructions for bfloat16: --dtype float32 is many times faster")
+
+
 def say(text: str) -> None:
     """Print on rank 0."""
     if rank_and_world()[0] == 0:
@@ -566,7 +540,7 @@ def load_tool(name: str) -> ModuleType:
     """A program of tests/tools/ as a module: get_data knows public rows' homes, ifeval scores, demo runs."""
     path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
     if not path.is_file():
-        raise ValueError(f"{path} is not there: only local rows and models can be used without it")
+        raise ValueError(f"{path} is not there: the program needs its tools, only its functions do without")
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
     spec.loader.exec_module(module)
@@ -671,7 +645,7 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError("either --tasks or --prompt is needed")
     if arguments.tasks and len(arguments.adapter) > 1:
         raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
-    expand_tasks(arguments.tasks)
+    load_tool("benchmarks").expand_tasks(arguments.tasks)
     for path in filter(None, (arguments.output, arguments.samples)):
         below_a_file = any(parent.is_file() for parent in Path(path).absolute().parents)
         if below_a_file or Path(path).is_dir():
@@ -702,6 +676,7 @@ def main() -> None:
         tokenizer = Tokenizer(folder)
         which = (arguments.data_dir, arguments.limit, arguments.num_fewshot)
         documents = prepare(arguments.tasks, tokenizer, *which)
+        warn_if_slow(device, arguments.dtype)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
             lines = sys.stdin.read().splitlines() if arguments.prompt == "-" else [arguments.prompt]

@@ -11,22 +11,23 @@
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
-Order: Algorithm 1, equations, methods, training, scoring, data, run folder, options, main.
-Shapes: N tokens of the corpus end to end; T of a pack, n of them weighted; E examples; D width; V vocabulary.
+Order: Algorithm 1, equations, methods (stage 3), training (1 and 4), scoring (2), data, run folder, options.
+Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack, n of them
+weighted; E examples; D width; V vocabulary.
 """
 
 import dataclasses, hashlib, importlib.metadata, json, math, runpy, shutil, sys, time  # noqa: E401
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Callable
 
-if __name__ == "__main__":  # a mistyped flag is answered at once: torch takes seconds to load
+if __name__ == "__main__":  # a mistyped flag ends the program here, before torch's seconds of loading
     with suppress(FileNotFoundError):
-        check = Path(__file__).resolve().parent / "tests" / "tools" / "check_flags.py"
-        runpy.run_path(str(check), {"program": "forgetting.py"})
+        checker = Path(__file__).resolve().parent / "tests" / "tools" / "check_flags.py"
+        runpy.run_path(str(checker), {"program": "forgetting.py"})
 
 import numpy as np
 import torch
@@ -40,11 +41,11 @@ from data import Corpus, Tokenizer, build_corpus, check_folder, check_ids, locke
 from data import read_rows, shift, split_rows, unique_rows, whole_file, write_rows, write_text
 from eval import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, UP_TO_1, WHOLE, Parser, add_flags
 from eval import first_rank_first, load_tool, local_files, mean_losses, measure, option, prepare, progress
-from eval import rank_and_world, response_losses, say, start_ranks, sum_over_ranks, wait_for_all
+from eval import rank_and_world, response_losses, say, start_ranks, sum_over_ranks, wait_for_all, warn_if_slow
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
-from model import DTYPES, TEXT_FILES, Transformer, WeightedTokenLoss, checkpoint_folder, lacks_bfloat16
-from model import load_model, model_fingerprint, read_config, to_device
+from model import DTYPES, TEXT_FILES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model
+from model import model_fingerprint, read_config, to_device
 
 Array = np.ndarray
 
@@ -72,13 +73,15 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
 
     # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
     base_loss, ref_loss = score(model, d_train, out, options)
-    quality = quality_scores(base_loss, ref_loss)  # (N,), NaN where nothing is judged
+    quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
 
-    # every row of the table has the losses on plain forgetting's P and N beside its tasks
-    sides = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (N,)
-    say(load_tool("look").describe_scores(base_loss, ref_loss, sides))
-    looked_at = [(d_train, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
-    measured = partial(measure, model, tokenizer, documents, looked_at, options.micro_tokens)
+    # for the table only: its rows have the losses on plain forgetting's P and N, of at most 512 examples;
+    # those in metrics.jsonl are a step's, on the P and N of the method itself
+    table_signs = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (C,)
+    say(load_tool("look").describe_scores(base_loss, ref_loss, table_signs))
+    table_masks = [(d_train, {"L_P": table_signs > 0, "L_N": table_signs < 0})]
+    table_masks += [(held_out, {"held-out": held_out.response})]
+    measured = partial(measure, model, tokenizer, documents, table_masks, options.micro_tokens)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
         results["reference"][0] = measured(out / "reference")
@@ -89,11 +92,11 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     # 3 and 4. for each method and seed: signs from Q, then a fresh adapter on theta
     trained = [name for name in options.methods if name not in UNTRAINED]
     for name, seed in product(trained, options.seeds):
-        method, its_options = method_of(name, options)
+        method, method_options = method_of(name, options)
         folder = out / name / f"seed-{seed}"
-        signs = choose_signs(method, quality, d_train, its_options, seed)  # (N,) +1, -1 or 0
-        lesson = Lesson(d_train, signs, method.damping, base_loss)
-        train(model, lesson, folder, its_options, seed, held_out)
+        signs = choose_signs(method, quality, d_train, method_options, seed)  # (C,) +1, -1 or 0
+        lesson = Lesson(d_train, signs, method.damping, base_loss if method.damping else None)
+        train(model, lesson, folder, method_options, seed, held_out)
         results[name][seed] = measured(folder)
         remove_lora(model)
     return results
@@ -105,23 +108,24 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
 def quality_scores(base_loss: Array, ref_loss: Array) -> Array:
     """Equations 4 and 5: Q = loss(y; theta) - loss(y; theta'), how much easier the reference finds a token.
 
-    Both (n,) float32 nats; (n,) float32 comes back. High: worth learning. Low: the reference moved away.
+    Both (C,) float32 nats, and so is Q; NaN stays NaN. High: worth learning. Low: the reference moved away.
     """
     return base_loss - ref_loss
 
 
 def quantile(values: Array, share: float) -> float:
     """F(share), a score that occurs: np.quantile(values, share, method="higher")."""
-    # round: 1 - 0.7 is 0.30000000000000004, which would put the threshold one token too high
+    # round: 1 - 0.7 is 0.30000000000000004, which could put the threshold one token too high
     place = math.ceil(round(share * (len(values) - 1), 6))
     return float(np.partition(values, place)[place])  # a selection, O(n): no need to sort a whole corpus
 
 
 def partition(quality: Array, rho: float, forget_rate: float | None = None) -> tuple[Array, Array]:
-    """Equations 6 and 7: P = {Q >= F(1 - rho)} and N, (n,) bool each; one threshold for all of quality (n,).
+    """Equations 6 and 7: P = {Q >= F(1 - rho)} and N, bool each, one threshold for all of quality.
 
-    Ties with the threshold are positive. N is the rest, or, with a forget rate below 1 - rho, only
-    {Q < F(forget_rate)}: what lies between is in neither. Raises ValueError for a share that is out of range.
+    quality has a score for every judged token (or sequence). Ties with the threshold are positive. N is the
+    rest, or, with a forget rate below 1 - rho, only {Q < F(forget_rate)}: what lies between is in neither.
+    Raises ValueError for a share that is out of range.
     """
     if not 0 < rho <= 1:
         raise ValueError(f"rho {rho} is not allowed: more than 0, at most 1")
@@ -139,26 +143,25 @@ def partition(quality: Array, rho: float, forget_rate: float | None = None) -> t
 
 
 def lambda_at(step: int, total_steps: int, t_min: float, t_max: float) -> float:
-    """The paper's forgetting strength, from 0 at step 0 to just below t_max - t_min; t_min is no floor."""
+    """The paper's forgetting strength: 0 at step 0, rising by (t_max - t_min) / total_steps a step."""
     return (t_max - t_min) * step / total_steps
 
 
 def token_weights(positive: Tensor, negative: Tensor, lam: float, counts: tuple | None = None) -> Tensor:
     """Equation 8 as a weight per token: +1/n_P on P, -lam/n_N on N, 0 elsewhere; (T,) bool -> (T,) float32.
 
-    counts are n_P and n_N of the whole optimiser step when the masks cover only a part of it. An empty set
-    weighs nothing.
+    counts are (n_P, n_N) of the whole optimiser step; None: the masks are all of it. Sets may be empty.
     """
     n_positive, n_negative = counts or (int(positive.sum()), int(negative.sum()))
     return positive / max(n_positive, 1) - negative * (lam / max(n_negative, 1))
 
 
-Damping = Callable[[Tensor, Tensor | None], Tensor]
+Damping = Callable[[Tensor, Tensor | None], Tensor]  # (losses, losses under theta) -> factors on N, (n,) each
 
 
 def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor,
                         damping: Damping | None = None, base_losses: Tensor | None = None,
-                        losses: Tensor | None = None) -> Tensor:
+                        losses_out: Tensor | None = None) -> Tensor:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
@@ -168,17 +171,17 @@ def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, we
         losses = F.cross_entropy(logits, targets, reduction="none")        # (n,)
         loss = losses[positive].mean() - lam * losses[negative].mean()
 
-    Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time. A damping, such as `clipped`,
-    multiplies the negative weights; base_losses (n,) are what it may compare with; each token's loss is
-    stored in `losses` (n,) if that is given. Raises ValueError for hidden states of another shape, and for a
-    head that is trained, too: its gradient is not computed.
+    Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time, loss and gradient at once.
+    A damping, such as `clipped`, multiplies the negative weights, as a constant; base_losses (n,) are what it
+    may compare with. Each token's loss goes into losses_out (n,), if given. Raises ValueError for hidden
+    states of another shape, and for a head that is trained, too: its gradient is not computed.
     """
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, (n, D) is needed: flatten(0, -2)")
     if head_weight.requires_grad:
         raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
     weights, targets = weights.masked_fill(targets < 0, 0), targets.clamp_min(0)
-    return WeightedTokenLoss.apply(hidden, head_weight, targets, weights, damping, base_losses, losses)
+    return WeightedTokenLoss.apply(hidden, head_weight, targets, weights, damping, base_losses, losses_out)
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -194,7 +197,7 @@ def clipped(losses: Tensor, base_losses: Tensor | None) -> Tensor:
 def npo(losses: Tensor, base_losses: Tensor) -> Tensor:
     """A damping as in negative preference optimisation: 2 p / (p + p_theta), 1 at theta, to 0 as p falls.
 
-    The loss is -log p, so this is twice the sigmoid of how much loss the token had less under theta.
+    The loss is -log p, so this is twice the sigmoid of log p - log p_theta.
     """
     return 2 * torch.sigmoid(base_losses - losses)
 
@@ -203,7 +206,7 @@ def npo(losses: Tensor, base_losses: Tensor) -> Tensor:
 class Method:
     """How a method turns scores into signs: +1 learn, -1 unlearn, 0 leave out."""
 
-    rho: float  # the share kept when --rho does not say
+    rho: float  # the share kept when --rho does not say; 1: everything, whatever --rho says
     unlearn: bool = False  # N gets sign -1 instead of 0
     by_sequence: bool = False  # partition sequences by their mean Q instead of tokens
     random: bool = False  # a control: the same share, drawn at random
@@ -214,7 +217,7 @@ METHODS = {
     "full": Method(rho=1.0),
     "ignoring": Method(rho=0.5),
     "ignoring-random": Method(rho=0.5, random=True),
-    "full-P": Method(rho=0.7, random=True),  # as many tokens as forgetting keeps: is it the amount of data?
+    "full-P": Method(rho=0.7, random=True),  # as many as forgetting keeps: is it the amount of data?
     "forgetting": Method(rho=0.7, unlearn=True),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True),  # is it *which* tokens are unlearned?
     "forgetting-clipped": Method(rho=0.7, unlearn=True, damping=clipped),
@@ -224,11 +227,12 @@ METHODS = {
 }
 UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not train
 
-# what stage 4 alone reads (lr, epochs: where the reference has its own); a change keeps theta' and scores
+# options that only methods which unlearn read
 UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "balance", "watch_gradients")
-STAGE_4 = ("rho", *UNLEARNING, "lr", "epochs")
-# what a variant of a method may change: all that stage 4 reads
-VARIABLE = STAGE_4 + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")
+# a change of these keeps theta' and the scores (of lr and epochs where --reference-lr and -epochs are given)
+STAGE_4_ONLY = ("rho", *UNLEARNING, "lr", "epochs")
+# what a variant of a method may change for its stage 4: these, and some that stage 1 reads as well
+VARIANT_OPTIONS = STAGE_4_ONLY + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")
 
 
 def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
@@ -236,28 +240,31 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
 
     Raises ValueError for an unknown method, an option that stage 4 does not read, and a value out of range.
     """
-    base, colon, changes = name.partition(":")
-    if base not in METHODS:
+    stem, colon, changes = name.partition(":")
+    if stem not in METHODS:
         known = ", ".join([*UNTRAINED, *METHODS])
-        raise ValueError(f"unknown method {base}; known: {known}; a variant: forgetting:rho=0.5,t_max=1.0")
-    method, flags, keys = METHODS[base], [], []
+        raise ValueError(f"unknown method {stem}; known: {known}; a variant: forgetting:rho=0.5,t_max=1.0")
+    method, flags, keys = METHODS[stem], [], []
     for change in changes.split(",") if colon else []:
         key, _, value = change.partition("=")
-        if key not in VARIABLE or not value:
-            known = ", ".join(VARIABLE)
+        if key not in VARIANT_OPTIONS or not value:
+            known = ", ".join(VARIANT_OPTIONS)
             raise ValueError(f"--methods {name}: {change!r} is not option=value; options: {known}")
-        if key == "rho" and method.rho == 1 or key in UNLEARNING and not method.unlearn:
-            raise ValueError(f"--methods {name}: {base} does not read {key}")
+        if (key == "rho" and method.rho == 1) or (key in UNLEARNING and not method.unlearn):
+            raise ValueError(f"--methods {name}: {stem} does not read {key}")
         keys.append(key)
         flags.append(f"--{key.replace('_', '-')}={value}")
     given = make_parser(f"forgetting.py: --methods {name}").parse_args(flags)
-    return method, dataclasses.replace(options, **{key: getattr(given, key) for key in keys})
+    changed = {key: getattr(given, key) for key in keys}
+    if not method.unlearn:  # it reads no forget rate, which Options would hold against its rho
+        changed["forget_rate"] = None
+    return method, dataclasses.replace(options, **changed)
 
 
 def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
-    """The sign (N,) int8 of every token: +1 in P, -1 in N of a method that unlearns, 0 elsewhere.
+    """The sign (C,) int8 of every token: +1 in P, -1 in N of a method that unlearns, 0 elsewhere.
 
-    quality (N,) is NaN where nothing is judged. At sequence level a sequence's Q is the mean over its judged
+    quality (C,) is NaN where nothing is judged. At sequence level a sequence's Q is the mean over its judged
     tokens, the threshold is over sequences, and all judged tokens share their sequence's side.
     """
     signs, response = np.zeros(len(corpus.tokens), np.int8), corpus.response
@@ -265,17 +272,19 @@ def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Optio
         signs[response] = 1
         return signs
     rho = method.rho if options.rho is None else options.rho
-    scores = quality[response]  # (response tokens,)
+    scores = quality[response]  # one a response token; below one a sequence
     if method.by_sequence:
-        # judged tokens of each sequence, never 0: build_corpus keeps none without a response
-        judged = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
+        # never 0: build_corpus keeps no sequence without a response
+        judged_counts = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
         sums = np.add.reduceat(np.where(response, quality, 0), corpus.offsets[:-1], dtype=np.float64)
-        scores = sums / judged  # (E,)
+        scores = sums / judged_counts  # (E,)
     if method.random:
         scores = np.random.default_rng([seed, 1]).random(len(scores))
     positive, negative = partition(scores, rho, options.forget_rate if method.unlearn else None)
     sides = positive.astype(np.int8) - (negative & method.unlearn).astype(np.int8)
-    signs[response] = np.repeat(sides, judged) if method.by_sequence else sides
+    if method.by_sequence:
+        sides = np.repeat(sides, judged_counts)  # (response tokens,) each takes its sequence's side
+    signs[response] = sides
     return signs
 
 
@@ -287,63 +296,64 @@ class Lesson:
     """What a training is given: a corpus, and for each of its tokens what to do with it."""
 
     corpus: Corpus
-    signs: Array  # (N,) int8: +1 learn, -1 unlearn, 0 leave out
+    signs: Array  # (C,) int8: +1 learn, -1 unlearn, 0 leave out
     damping: Damping | None = None
-    base_loss: Array | None = None  # (N,) float32 nats under theta, for a damping that compares
+    base_loss: Array | None = None  # (C,) float32 nats under theta, for a damping that compares
 
 
 def data_parallel(model: Transformer) -> nn.Module:
     """The model itself, or under torchrun in DistributedDataParallel with gradients summed, not averaged.
 
-    Equation 8's weights already count the tokens of all ranks; a hook's reduction is not divided by DDP.
+    Equation 8's weights already count the tokens of all ranks: DDP averages, but leaves what a hook reduces.
     init_sync would broadcast the frozen weights; every rank has read the same file, drawn the same adapter.
     """
     if not dist.is_initialized():
         return model
 
-    def add(_, bucket):  # DDP looks for a parameter of the name "bucket"
+    def sum_bucket(_, bucket):  # DDP looks for a parameter of the name "bucket"
         summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return summed.then(lambda done: done.value()[0])
 
     net = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
-    net.register_comm_hook(None, add)
+    net.register_comm_hook(None, sum_bucket)
     return net
 
 
 def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
                   options: "Options") -> tuple[Tensor, tuple[int, int]]:
-    """Equation 8 over one optimiser step: afterwards .grad is its gradient, over micro-batches and ranks.
+    """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
 
-    examples are those of the whole step; each rank runs its share. Returns (4,) this rank's part of the
-    objective, of the losses on P and of those on N, and how many of N are less probable than 1e-3; and
-    (n_P, n_N) of the whole step.
+    examples: the whole step's; a rank runs its share. Returns this rank's sums (4,): objective, losses on P,
+    losses on N, tokens of N less probable than 1e-3; and the whole step's counts (n_P, n_N).
     """
     rank, world = rank_and_world()
     corpus, signs = lesson.corpus, lesson.signs
     head = getattr(net, "module", net).lm_head.weight  # (V, D); DDP keeps the model as its module
-    chosen = signs[corpus.places(examples)]  # of the whole step, so that counting needs no communication
-    counts = int((chosen > 0).sum()), int((chosen < 0).sum())
+    step_signs = signs[corpus.places(examples)]  # all ranks' share, so that counting needs no communication
+    counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
     longest_first = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
     mine = longest_first[rank::world]
-    # with fewer examples than ranks some have none: DDP waits for every rank, so they run one with weight 0
-    packs = list(pack(corpus, mine or longest_first[-1:], options.micro_tokens))
+    # with fewer examples than ranks some have none: DDP waits for every rank, so they run one with signs 0
+    micro_batches = list(pack(corpus, mine or longest_first[-1:], options.micro_tokens))
     sums = torch.zeros(4, device=head.device)
     net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
-    for i, batch in enumerate(packs):
+    for i, batch in enumerate(micro_batches):
         sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        weighted = weights != 0  # (T,) bool, true for n tokens: the head runs for no others
-        rows, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,), n >= 0
-        base = None  # (n,)
+        # (T,) bool, true for n >= 0 tokens: the head runs for no others, so not for N while lambda is 0
+        weighted = weights != 0
+        before, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,) each
+        base_losses = None  # (n,)
         if lesson.base_loss is not None:
-            base = to_device(torch.from_numpy(lesson.base_loss[batch.places[weighted].numpy()]), head.device)
+            base_losses = torch.from_numpy(lesson.base_loss[batch.places[weighted].numpy()])
+            base_losses = to_device(base_losses, head.device)
         weights = to_device(weights[weighted], head.device)  # (n,)
-        losses = torch.empty(len(rows), device=head.device)  # (n,)
-        # one reduction a step, however many packs; DDP looks in the forward pass whether it is to reduce
-        quiet = world > 1 and i + 1 < len(packs)
+        losses = torch.empty(len(targets), device=head.device)  # (n,)
+        # DDP reduces after the last micro-batch only; no_sync has to hold the forward pass, too
+        quiet = world > 1 and i + 1 < len(micro_batches)
         with net.no_sync() if quiet else nullcontext():
-            hidden = net(to_device(batch.tokens, head.device), batch.cu_seqlens)[rows]  # (n, D)
-            loss = weighted_token_loss(hidden, head, targets, weights, lesson.damping, base, losses)
+            hidden = net(to_device(batch.tokens, head.device), batch.cu_seqlens)[before]  # (n, D)
+            loss = weighted_token_loss(hidden, head, targets, weights, lesson.damping, base_losses, losses)
             loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
         on_positive, on_negative = losses @ (weights > 0).float(), losses @ (weights < 0).float()
         rare = ((losses > RARE) & (weights < 0)).sum()
@@ -359,19 +369,20 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) ->
     return peak * (total_steps - step) / max(total_steps - rising, 1)
 
 
-def lambda_of(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
+def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
     """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or `balanced`.
 
-    Balanced: the paper's, but at most --balance times |grad mean_P loss| / |grad mean_N loss|, as they were
-    at the last step of the log that --watch-gradients looked at.
+    Balanced: the paper's, but at most --balance times |grad mean_P loss| / |grad mean_N loss| (damped, if the
+    method is), as they were at the last step of the log that --watch-gradients looked at.
     """
     if options.lambda_schedule == "constant":
         return options.t_max
     lam = lambda_at(step, total_steps, options.t_min, options.t_max)
-    watched = next((line for line in reversed(log) if line.get("grad_N")), None)
-    if options.lambda_schedule == "balanced" and watched is not None:
-        # grad_N was taken with lambda in it
-        lam = min(lam, options.balance * watched["grad_P"] * watched["lambda"] / watched["grad_N"])
+    if options.lambda_schedule == "balanced":
+        for line in reversed(log):  # none before a watched step whose lambda was above 0: no bound yet
+            if line.get("grad_P") and line.get("grad_N"):
+                norm_n = line["grad_N"] / line["lambda"]  # it was taken with lambda in it
+                return min(lam, options.balance * line["grad_P"] / norm_n)
     return lam
 
 
@@ -393,7 +404,7 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     """Put an adapter on the model: towards tokens of sign +1, away from those of -1.
 
     The one loop: the reference and every method are this with other signs. A finished adapter in `folder` is
-    loaded, a checkpoint continued; randomness is a function of (seed, step, rank) alone. Raises
+    loaded, a checkpoint continued: all that is random is drawn anew from the seed at every step. Raises
     FloatingPointError, with the step's figures and examples, when loss or gradient is not finite.
     """
     finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
@@ -411,25 +422,26 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     net = data_parallel(model.train())
     with StepLog(folder, first, total) as log:
         for step in range(first, total):
-            began = time.perf_counter()
             examples = examples_of(step, len(lesson.corpus), options.batch_size, seed)
-            lam = lambda_of(step, total, options, log.lines)
+            lam = scheduled_lambda(step, total, options, log.lines)
             rate = learning_rate_at(step, total, options.lr, options.warmup)
             watched = watch_gradients(net, lesson, examples, lam, options, seed, step)
+            began = time.perf_counter()
             seed_dropout(seed, step)
             sums, counts = step_gradient(net, lesson, examples, lam, options)
             # inf: the norm is measured only; it is the same on all ranks, as the gradient is
             norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
-            sums = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # the one wait for a GPU
-            figures = step_figures(step, sums, counts, lam, rate) | watched
+            totals = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # (5,) the one wait for a GPU
+            figures = step_figures(step, totals, counts, lam, rate) | watched
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
                 raise FloatingPointError(f"{folder}: not finite: {figures}, examples {examples.tolist()}")
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
+            tokens = int(lesson.corpus.lengths[examples].sum())
+            figures["tokens/s"] = tokens / (time.perf_counter() - began)
             if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
                 figures |= mean_losses(model, held_out, {"held-out": held_out.response}, options.micro_tokens)
-            tokens = int(lesson.corpus.lengths[examples].sum())
-            log.add(figures | {"tokens/s": tokens / (time.perf_counter() - began)})
+            log.add(figures)
             if rank == 0 and (step + 1) % options.save_every == 0 and step + 1 < total:
                 save_checkpoint(state_file, model, optimizer)
     if rank == 0:
@@ -438,9 +450,9 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     wait_for_all()
 
 
-def step_figures(step: int, sums: list[float], counts: tuple[int, int], lam: float, rate: float) -> dict:
+def step_figures(step: int, totals: list[float], counts: tuple[int, int], lam: float, rate: float) -> dict:
     """A line of metrics.jsonl. L_P and L_N are means over the step's P and N, None where nothing was run."""
-    (loss, on_positive, on_negative, rare, norm), (n_positive, n_negative) = sums, counts
+    (loss, on_positive, on_negative, rare, norm), (n_positive, n_negative) = totals, counts
     ran = n_negative if lam else 0  # a token of weight 0 is not run
     losses = {"loss": loss, "L_P": on_positive / n_positive if n_positive else None}
     losses |= {"L_N": on_negative / ran if ran else None, "rare_N": rare / ran if ran else None}
@@ -449,7 +461,7 @@ def step_figures(step: int, sums: list[float], counts: tuple[int, int], lam: flo
 
 def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options",
                     seed: int, step: int) -> dict[str, float | None]:
-    """Every --watch-gradients steps: the norms of grad mean_P loss and lambda grad mean_N loss, their cosine.
+    """Every --watch-gradients steps: norms, cosine of the gradients of mean_P loss and -lambda mean_N loss.
 
     Each is a pass of its own, with the masks of the step. Nothing of it stays: step_gradient clears .grad.
     """
@@ -457,7 +469,7 @@ def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     if not every or step % every or not (lesson.signs < 0).any():
         return {}
     gradients = []
-    for signs in (np.maximum(lesson.signs, 0), np.minimum(lesson.signs, 0)):
+    for signs in (np.maximum(lesson.signs, 0), np.minimum(lesson.signs, 0)):  # P alone, N alone
         seed_dropout(seed, step)
         step_gradient(net, dataclasses.replace(lesson, signs=signs), examples, lam, options)
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
@@ -466,7 +478,7 @@ def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     return {"grad_P": norms[0], "grad_N": norms[1], "cosine": cosine}
 
 
-class StepLog:
+class StepLog(AbstractContextManager):
     """metrics.jsonl of a training and its bar; rank 0 writes."""
 
     def __init__(self, folder: Path, first: int, total: int):
@@ -480,9 +492,6 @@ class StepLog:
         if rank_and_world()[0] == 0:
             write_rows(self.lines, self.path)
         self.bar = progress("/".join(folder.parts[-2:]), total, "step", first, keep=True)
-
-    def __enter__(self) -> "StepLog":
-        return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.bar.close()  # before an error is printed
@@ -510,7 +519,7 @@ class StepLog:
 
 
 def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
-    """Stage 2: base_loss and ref_loss (N,) float32 of D_train, NaN where nothing is judged.
+    """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
 
     They are written every --save-every x --batch-size examples, beside the tokens and where their examples
     came from; a run that was stopped goes on there.
@@ -521,7 +530,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
         base_loss, ref_loss, done = read_scores(path)
         what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
         say(f"found {path}, {what_next}")
-    if done < count and options.score_dtype != options.dtype:
+    if done < count and options.score_dtype != options.dtype:  # a second model, for this function only
         model = load_model(model.folder, options.device, DTYPES[options.score_dtype])
         load_adapter(model, out / "reference")
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
@@ -548,7 +557,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
 
 
 def read_scores(path: Path) -> tuple[Array, Array, int]:
-    """base_loss and ref_loss (N,) of a file of score(), and how many examples they cover."""
+    """base_loss and ref_loss (C,) of a file of score(), and how many examples they cover."""
     try:
         arrays = load_arrays(path)
         with safe_open(path, framework="np") as file:
@@ -601,24 +610,22 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
     for corpus in corpora:
         check_ids(corpus.tokens, read_config(checkpoint).vocab_size, checkpoint)
-    if options.device == "cpu" and options.dtype == "bfloat16" and lacks_bfloat16(Path("/proc/cpuinfo")):
-        say("warning: this CPU has no instructions for bfloat16: --dtype float32 is many times faster")
+    warn_if_slow(options.device, options.dtype)
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     if options.compile:
         model.compile_blocks()
-    target_layers(model, tuple(options.targets))
+    target_layers(model, tuple(options.targets))  # raises ValueError for one that is not there
     return model
 
 
 # ------------------------------------------------------------------------------------------- run folder
 
-# options that may change from command to command: what was made stays valid. Model and rows may come from
-# elsewhere: open_run compares their fingerprints.
+# options that may change: what was made stays valid (of model and rows open_run compares the fingerprints)
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
         "tasks", "data_dir", "limit", "eval_data", "eval_every", "device", "micro_tokens", "save_every",
         "overwrite", "export", "checkpoint_activations", "compile")  # fmt: skip
-# every name that a run writes below its folder; nothing else is ever deleted
+# what a run writes into its methods' folders; only these and the scores are ever deleted
 MEASURED = ("results.json", "samples.jsonl")
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
            "chat_template.jinja", "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors",
@@ -640,8 +647,9 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
     config = out / "config.json"
     there = read_object(config) if config.is_file() else {"inputs": inputs}
-    younger = {name: value for name, value in vars(Options()).items() if name not in FREE}  # than the run
-    before, made = younger | there["inputs"], made_in(out)
+    # an option that the run's config.json does not know yet had its default
+    defaults = {name: value for name, value in vars(Options()).items() if name not in FREE}
+    before, made = defaults | there["inputs"], made_in(out)
     differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
     if differing and made and not options.overwrite:
         pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
@@ -653,7 +661,7 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     wait_for_all()  # every rank has looked before rank 0 changes anything
     if rank == 0:
         if differing:  # before config.json is replaced: a crash must not pass old files off as new ones
-            for path in made_in(out, keep_reference=set(differing) <= set(STAGE_4)):
+            for path in made_in(out, keep_reference=set(differing) <= set(STAGE_4_ONLY)):
                 path.unlink()
         packages = ("torch", "numpy", "tokenizers", "safetensors")
         versions = {name: importlib.metadata.version(name) for name in packages}
@@ -665,7 +673,7 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
 
 
 def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
-    """The files that stages have left in a run folder; with keep_reference without theta' and the scores."""
+    """The files that stages have left in a run folder; keep_reference leaves out theta' and the scores."""
     patterns = [f"*/seed-*/{name}" for name in MEASURED + TRAINED]
     patterns += [f"{folder}/{name}" for folder in UNTRAINED for name in MEASURED]
     if not keep_reference:
@@ -674,7 +682,6 @@ def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------------------------- options
-
 
 on_cuda = torch.cuda.is_available  # asked when Options are made, not when this file is imported
 
@@ -693,8 +700,7 @@ class Options:
     n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", type=int)
     n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", type=int)
     max_length: int = option(2048, "tokens an example is cut to", type=AT_LEAST_1)
-    methods: list[str] = option("base reference full ignoring forgetting".split, "rows of the table; "
-                                "variants of stage 4 as forgetting:rho=0.5,t_max=1.0")
+    methods: list[str] = option("base reference full ignoring forgetting".split, "or forgetting:rho=0.5")
     seeds: list[int] = option(lambda: [0], "one training per method and seed", type=WHOLE)
     rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", type=SHARE)
     forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", type=UP_TO_1)
@@ -773,19 +779,19 @@ def main() -> None:
         if options.model is None or not options.data:
             raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
         options.device = start_ranks(options.device)
-        rank = rank_and_world()[0]
+        rank, publish, look = rank_and_world()[0], load_tool("publish"), load_tool("look")  # before any work
         with locked(Path(options.out)) if rank == 0 else nullcontext():
             results = run(options)
             if rank == 0:
-                load_tool("publish").publish_run(options)
-                load_tool("look").report_run(results, options)
+                publish.publish_run(options)
+                look.report_run(results, options)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"forgetting.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         if rank_and_world()[0] == 0:
             where = f"stopped {stop}".strip()
-            print(f"\nforgetting.py: {where}; the same command goes on from there", file=sys.stderr)
+            print(f"\nforgetting.py: {where}; the same command goes on at its checkpoint", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

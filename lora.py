@@ -8,9 +8,7 @@
 y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out, r)
 """
 
-import json
-import math
-import os
+import json, math, os  # noqa: E401
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,57 +26,66 @@ DEFAULT_TARGETS += ("out_proj", "c_fc", "c_proj")
 KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in its files' keys
 
 
-def keep_mask(x: Tensor, p: float) -> Tensor:
+def dropout_mask(x: Tensor, p: float) -> Tensor:
     """0 with probability p, else 1, for every element of x; uint8. The factor 1 / (1 - p) is the caller's."""
     if x.is_cuda:
         return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
-    # On a CPU a draw costs more than the product it masks, so one of 64 bits serves four elements, and p is a
-    # multiple of 1/65536. An int16 is uniform from -32768 on: at or above that + p * 65536 it is kept.
+    # Random bits cost more than the product they mask on a CPU: each int64 is cut into four int16 draws. So p
+    # becomes a multiple of 1/65536: of the values -32768 to 32767 the lowest p * 65536 mean "drop".
     draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    dropped = min(round(p * 2**16), 2**16 - 1)  # of the 65,536 values; the last one is always kept
+    dropped = min(round(p * 2**16), 2**16 - 1)  # how many of the values; the last one is always kept
     return (draws[: x.numel()].view_as(x) >= dropped - 2**15).view(torch.uint8)
 
 
-class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + bias + scaling * (x * keep) A^T B^T as one node, for a frozen W.
+def apply_mask(x: Tensor, keep: Tensor) -> Tensor:
+    """x * keep in x's dtype. CUDA's product reads the bytes as they are; a CPU's is faster after a cast."""
+    return x * keep if x.is_cuda else keep.to(x.dtype).mul_(x)
+
+
+class _LoRAProduct(torch.autograd.Function):
+    """x W^T + bias + scaling * (x * keep) A^T B^T as one node; W and bias are frozen.
 
     x (n, in), keep (n, in) uint8 or None -> (n, out). Left to autograd, the formula would keep the masked x
     of every layer for the backward pass; this keeps x, which layers share, and the mask's bytes.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, keep, side):
-        scaling, wide = side  # wide: sum in float32
+    def forward(ctx, x, weight, bias, a, b, keep, scaling, float32_output):
+        if any(ctx.needs_input_grad[1:3]):
+            raise ValueError("a layer with an adapter requires a gradient, which is not computed: freeze it")
         weight, bias, a, b = (None if w is None else w.to(x.dtype) for w in (weight, bias, a, b))
-        low = F.linear(x if keep is None else keep.to(x.dtype).mul_(x), a).mul_(scaling)  # (n, r)
+        masked_x = x if keep is None else apply_mask(x, keep)  # (n, in)
+        low = F.linear(masked_x, a).mul_(scaling)  # (n, r)
         ctx.save_for_backward(x, weight, a, b, low, keep)
         ctx.scaling = scaling
         y = F.linear(x, weight, bias)  # (n, out)
-        if wide and x.dtype != torch.float32:
+        if float32_output and x.dtype != torch.float32:
             return y.float().add_(F.linear(low, b))
         return y.addmm_(low, b.T)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, a, b, low, keep = ctx.saved_tensors
-        grad = grad.to(x.dtype)  # (n, out)
-        grad_low = (grad @ b).mul_(ctx.scaling)  # (n, r)
-        grad_b = grad.T @ low  # (out, r)
-        kept = None if keep is None else keep.to(x.dtype)  # (n, in), overwritten by the masked x below
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_low @ a  # (n, in)
-            grad_x = (grad_x if kept is None else grad_x.mul_(kept)).addmm_(grad, weight)
-        grad_a = grad_low.T @ (x if kept is None else kept.mul_(x))  # (r, in)
-        return grad_x, None, None, grad_a.float(), grad_b.float(), None, None
+        with torch.autocast(x.device.type, enabled=False):
+            grad = grad.to(x.dtype)  # (n, out)
+            grad_b = grad.T @ low  # (out, r): low has the scaling in it
+            grad_low = (grad @ b).mul_(ctx.scaling)  # (n, r)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_low @ a  # (n, in), through the adapter
+                grad_x = grad_x if keep is None else apply_mask(grad_x, keep)
+                grad_x.addmm_(grad, weight)  # and through the frozen weight
+            masked_x = x if keep is None else apply_mask(x, keep)  # (n, in)
+            grad_a = grad_low.T @ masked_x  # (r, in)
+        return grad_x, None, None, grad_a.float(), grad_b.float(), None, None, None
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank side path; the adapter's parameters are float32.
+    """y = x W^T + bias + alpha / r * dropout(x) A^T B^T, W frozen; A (r, in) and B (out, r) float32.
 
-    Products run in x's dtype, under torch.autocast in autocast's, and so does the result, unless the base
-    layer bears float32_output = True: then the sum of both paths is float32, for a consumer that computes in
-    it. Scores are differences of losses, which rounded sums would blur.
+    Products run in x's dtype, under torch.autocast in autocast's, and so does the result. If the base layer
+    has float32_output = True the two paths are added in float32, for consumers that go on in it: differences
+    of losses, which scores are, would drown in rounded sums. Disabled: the base layer as it is.
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
@@ -97,16 +104,17 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if not self.enabled:
             return self.base_layer(x)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        rows, keep, scaling = x.flatten(0, -2), None, self.scaling  # (n, in)
-        if self.training and self.dropout > 0:
-            keep, scaling = keep_mask(rows, self.dropout), scaling / (1 - self.dropout)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        rows = x.reshape(-1, x.shape[-1])  # (n, in)
+        p = self.dropout if self.training else 0.0
+        keep = dropout_mask(rows, p) if p > 0 else None  # (n, in)
+        scaling = self.scaling / (1 - p)  # with dropout's factor: a product with (n, r), not with (n, in)
         weights = self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight
-        side = scaling, getattr(self.base_layer, "float32_output", False)
-        with torch.autocast(kind, enabled=False):  # the dtypes are chosen: in-place sums must not meet others
-            y = _AdaptedProduct.apply(rows, *weights, keep, side)
+        float32_output = getattr(self.base_layer, "float32_output", False)
+        with torch.autocast(device, enabled=False):  # sums in place need one dtype: it is chosen above
+            y = _LoRAProduct.apply(rows, *weights, keep, scaling, float32_output)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -136,6 +144,8 @@ def add_lora(model: nn.Module, r: int = 64, alpha: float = 16, dropout: float = 
         raise ValueError("the model has an adapter already: remove_lora or merge_lora first")
     if r < 1:
         raise ValueError(f"rank {r} is not allowed: at least 1")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout!r} is not allowed: from 0 to below 1")
     chosen = target_layers(model, targets)
     model.requires_grad_(False)
     for name, linear in chosen.items():
@@ -155,15 +165,16 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def target_layers(model: nn.Module, targets: tuple[str, ...] = DEFAULT_TARGETS) -> dict[str, nn.Linear]:
     """The linear layers that add_lora would replace, by name, in the model's order.
 
-    Of DEFAULT_TARGETS those count that the model has. Raises ValueError for a list of one's own in which a
-    target names no linear layer, and for the head, from whose weight losses are computed chunk by chunk.
+    Names of DEFAULT_TARGETS that the model lacks are passed over. In any other list a name that no linear
+    layer has is a ValueError, and so is lm_head: losses are computed from its weight, past any adapter.
     """
     if isinstance(targets, str):
         raise ValueError(f"LoRA targets are a list of names, not the string {targets!r}: [{targets!r}]")
     if "lm_head" in targets:
         raise ValueError("lm_head cannot be a LoRA target here: losses are computed from its weight directly")
     modules = dict(model.named_modules())
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
+    # no subclass of Linear: torch's MultiheadAttention, for one, reads its out_proj.weight past an adapter
+    linear = [n for n, m in modules.items() if type(m) is nn.Linear and not n.endswith("lm_head")]
     found = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
     unknown = sorted(target for target, names in found.items() if not names)
     if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
@@ -175,7 +186,7 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] = DEFAULT_TARGETS) 
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Drop the adapter: the base model again, with the very weights it had."""
+    """Drop the adapter: the base model again, with the very weights it had, still frozen."""
     for name, layer in lora_layers(model).items():
         _replace(model, name, layer.base_layer)
 
@@ -241,7 +252,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
 
 
 def read_adapter_config(path: Path) -> dict:
-    """adapter_config.json as arguments of add_lora; targets None: all that the weights' names say.
+    """adapter_config.json as arguments of add_lora; targets None: the layers that the weights' names say.
 
     Raises ValueError naming what this file does not compute.
     """
@@ -260,12 +271,13 @@ def read_adapter_config(path: Path) -> dict:
         if type(raw.get(key)) not in types or not 0 < raw[key] < math.inf:
             whole = ", a whole one" if key == "r" else ""
             raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number above 0{whole}")
-    names, narrowed = raw.get("target_modules"), raw.get("exclude_modules") or raw.get("layers_to_transform")
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names) and not narrowed
+    names = raw.get("target_modules")  # a list, a pattern or "all-linear"
+    exceptions = raw.get("exclude_modules") or raw.get("layers_to_transform")
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names) and not exceptions
     return {
         "r": raw["r"],
         "alpha": raw["lora_alpha"],
-        "dropout": raw.get("lora_dropout", 0.0),
+        "dropout": raw.get("lora_dropout") or 0.0,
         "targets": tuple(names) if listed else None,
         "rslora": raw.get("use_rslora", False),
     }
@@ -313,7 +325,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     tensors = {}
     for name, parameter in lora_parameters(model).items():
         state = optimizer.state[parameter]
-        if not state:  # what AdamW begins with at its first step
+        if not state:  # what a fused AdamW begins with at its first step
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors[name] = parameter.detach()

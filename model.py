@@ -15,14 +15,7 @@ weights; only matrix products run in it. Scoring subtracts losses: bfloat16 sums
 Order: configuration, attention, layers, the model, losses, checkpoint folders.
 """
 
-import dataclasses
-import hashlib
-import inspect
-import json
-import math
-import os
-import re
-import shutil
+import dataclasses, hashlib, inspect, json, math, os, re, shutil  # noqa: E401
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -30,10 +23,9 @@ from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
@@ -174,17 +166,17 @@ def read_config(folder: str | os.PathLike) -> Config:
 
 @dataclass
 class Layout:
-    """Where the sequences of a pack lie, worked out once for all layers.
+    """Where the sequences of a pack lie, and their angles, worked out once for all layers.
 
     The rule of attention: a query sees the keys of its own sequence, up to itself.
     """
 
     positions: Tensor  # (T,) place of each token in its own sequence, counted from 0
-    cu_queries: Tensor  # (B+1,) int32 on the model's device
-    cu_keys: Tensor  # (B+1,) int32; equals cu_queries unless a cache holds earlier tokens
-    lengths: list[tuple[int, int]]  # (B,) of (queries, keys)
+    cu_seqlens_q: Tensor  # (B+1,) int32: where each sequence's queries begin, and the end
+    cu_seqlens_k: Tensor  # (B+1,) int32, of keys: the same unless a cache holds earlier tokens
+    lengths: list[tuple[int, int]]  # B pairs (queries, keys)
     longest: tuple[int, int]  # the greatest of each: all that the kernel, and so a compiled block, asks for
-    key_rows: Tensor | None  # rows of the cache in the order of cu_keys; None: the pack's own tokens
+    key_rows: Tensor | None  # rows of the cache in the order of cu_seqlens_k; None: the pack's own tokens
     rotation: tuple[Tensor, Tensor] | None = None  # cosines, sines (T, 1, K); None: positions are learned
 
 
@@ -224,30 +216,26 @@ def flash_runs_on(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def lacks_bfloat16(cpuinfo: Path) -> bool:
-    """Whether Linux lists the processor's instructions, and none is for bfloat16."""
-    return cpuinfo.is_file() and "bf16" not in cpuinfo.read_text()
-
-
-def attend(qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scale: float, window: int | None) -> Tensor:
+def attend(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
     """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
 
     With a window a query sees only that many tokens, itself included.
     """
-    if flash_runs_on(qkv[2]):
-        return flash_attention(*qkv, layout, scale, window)
-    return dense_attention(*(x.float() for x in qkv), layout, scale, window)
+    if flash_runs_on(v):  # v has the dtype of the products; q and k may be float32, from the rotation
+        return flash_attention(q, k, v, layout, scale, window)
+    return dense_attention(q, k, v, layout, scale, window)
 
 
 def flash_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
     """attend() by torch's kernel for sequences of unequal lengths, in 16 bits on CUDA."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
     reach = (-1 if window is None else window - 1, 0)  # tokens seen to the left (-1: all) and to the right
     if layout.longest[0] == 1 and window is None:
-        reach = (-1, -1)  # decoding: nothing lies to the right, and unbounded the kernel splits the keys
+        reach = (-1, -1)  # decoding: no key lies to the right; without a bound the kernel spreads them out
     grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
     if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11
         grouped, (k, v) = {}, (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    ends = layout.cu_queries, layout.cu_keys
+    ends = layout.cu_seqlens_q, layout.cu_seqlens_k
     return varlen.varlen_attn(q, k, v, *ends, *layout.longest, scale=scale, window_size=reach, **grouped)
 
 
@@ -256,27 +244,32 @@ def dense_attention(q, k, v, layout: Layout, scale: float, window: int | None) -
 
     Always in float32: a CPU's backward pass of bfloat16 attention is several times slower.
     """
+    q, k, v = q.float(), k.float(), v.float()
     if q.is_cuda:  # CUDA's memory-efficient kernel wants a key head for every query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    runs = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]
-    qs = q.split([n * queries for n, queries, _ in runs])
-    ks, vs = (x.split([n * keys for n, _, keys in runs]) for x in (k, v))
+    groups = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]  # (n, queries, keys) each
+    qs = q.split([n * queries for n, queries, _ in groups])
+    ks, vs = (x.split([n * keys for n, _, keys in groups]) for x in (k, v))
     outputs = []
-    for (n, queries, keys), *parts in zip(runs, qs, ks, vs):
-        qkv = [part.unflatten(0, (n, -1)).transpose(1, 2) for part in parts]  # (n, H or G, length, K)
-        mask, windowed = None, window is not None and keys > window
-        if windowed or 1 < queries < keys:
-            # the last query sees the last key: the triangle sits in the lower right corner
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-            mask = mask.triu(keys - queries - window + 1) if windowed else mask
-        rule = {"attn_mask": mask, "is_causal": queries == keys and mask is None}
-        out = F.scaled_dot_product_attention(*qkv, **rule, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    for (n, queries, keys), *qkv in zip(groups, qs, ks, vs):
+        qkv = [x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv]  # (n, H or G, length, K)
+        mask, past = None, keys - queries  # query i is token past + i of its sequence
+        windowed = window is not None and keys > window
+        if windowed or 1 < queries < keys:  # a single query sees all keys; equal lengths are plainly causal
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(past)  # key <= past + i
+            if windowed:
+                mask = mask.triu(past - window + 1)  # key > past + i - window
+        causal, grouped = queries == keys and mask is None, q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(*qkv, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angle per position of each pair of coordinates (K/2,), float32; "llama3" slows the long waves."""
+    """Angle per position of each pair of coordinates (K/2,), float32.
+
+    "linear" divides all of them by factor; "llama3" the lowest, and blends in between.
+    """
     rope, width = config.rope, config.head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width  # (K/2,)
     frequencies = 1.0 / rope["rope_theta"] ** exponents
@@ -285,12 +278,19 @@ def rope_frequencies(config: Config) -> Tensor:
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched
-        return frequencies * (keep + (1 - keep) / rope["factor"])
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched
+        return frequencies * (smooth + (1 - smooth) / rope["factor"])
     return frequencies
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, 1, K) by which apply_rotary turns tokens at these positions (T,)."""
+    frequencies = to_device(rope_frequencies(config), positions.device)  # (K/2,)
+    angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]  # (T, 1, K)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (T, heads, K), float32: coordinate i turns together with i + K/2."""
     x = x.float()
     first, second = x.chunk(2, dim=-1)  # (T, heads, K/2) each
@@ -307,13 +307,16 @@ class Cache:
     def __init__(self, model: "Transformer", rows: int):
         config, weight = model.config, model.lm_head.weight
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, config.head_dim)
-        dtype = weight.dtype if weight.is_cuda else torch.float32  # what attend() computes in
+        dtype = weight.dtype if flash_runs_on(weight) else torch.float32  # what attend() computes in
         self.keys = torch.empty(shape, dtype=dtype, device=weight.device)  # (layers, R, G, K)
         self.values = torch.empty_like(self.keys)
         self.used = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor, key_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (T, G, K) of a layer; return what the queries see, (keys, G, K) each."""
+        """Write k and v (T, G, K) of a layer to the next rows; return what queries see, (keys, G, K) each.
+
+        The model moves `used` on when all layers have written.
+        """
         new = slice(self.used, self.used + len(k))
         self.keys[layer, new] = k
         self.values[layer, new] = v
@@ -324,20 +327,22 @@ class Cache:
 
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """F.rms_norm with a frozen weight in few passes over memory; torch's own makes a dozen on a CPU."""
+    """x / rms(x) * weight, weight frozen, in few passes over memory; torch's own makes a dozen on a CPU."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)  # (T, 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(weight.dtype)
+        mean_square = torch.linalg.vecdot(x, x).div_(x.shape[-1]).unsqueeze(-1)  # (T, 1)
+        inv_rms = mean_square.add_(eps).rsqrt_()  # (T, 1)
+        ctx.save_for_backward(x, weight, inv_rms)
+        return (x * inv_rms).mul_(weight).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
+        # with g = grad * weight: inv_rms * (g - x * inv_rms^2 * mean(g * x))
+        x, weight, inv_rms = ctx.saved_tensors
         grad = grad * weight.float()  # (T, D)
-        radial = torch.linalg.vecdot(grad, x).unsqueeze(-1) * scale * scale / x.shape[-1]  # (T, 1)
-        return grad.addcmul_(x, radial, value=-1).mul_(scale), None, None
+        radial = torch.linalg.vecdot(grad, x).unsqueeze(-1) * inv_rms * inv_rms / x.shape[-1]  # (T, 1)
+        return grad.addcmul_(x, radial, value=-1).mul_(inv_rms), None, None
 
 
 class RMSNorm(nn.Module):
@@ -361,50 +366,71 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-def unrounded(*layers: nn.Linear) -> None:
-    """Mark layers whose consumers compute in float32: an adapter of theirs hands out its float32 sum."""
+def mark_float32_output(*layers: nn.Linear) -> None:
+    """Have lora.LoRALinear sum these layers' outputs in float32; without an adapter it changes nothing."""
     for layer in layers:
-        layer.float32_output = True  # read by lora.LoRALinear; a plain layer ignores it
+        layer.float32_output = True
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer. `output` is what the architecture calls its last projection."""
+    """softmax(scale q k^T) v W_o within each sequence; q and k are rotated where positions are rotary.
 
-    def __init__(self, config: Config, layer: int, output: str):
+    The last projection is the submodule called `output_name`: o_proj in LLaMA, out_proj in GPT-Neo.
+    """
+
+    def __init__(self, config: Config, layer: int, output_name: str):
         super().__init__()
-        self.layer, self.output, self.head_dim = layer, output, config.head_dim
+        self.layer, self.output_name, self.head_dim = layer, output_name, config.head_dim
         self.scale, self.window = config.score_scale, config.windows[layer]
         width = config.hidden_size
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
-        self.add_module(output, nn.Linear(queries, width, bias=config.out_bias))
-        unrounded(self.q_proj, self.k_proj, self.get_submodule(output))  # for the rotation and the residual
+        self.add_module(output_name, nn.Linear(queries, width, bias=config.out_bias))
+        # q and k are rotated in float32, the output is added to the float32 residual stream
+        mark_float32_output(self.q_proj, self.k_proj, self.get_submodule(output_name))
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
         if layout.rotation is not None:
-            q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)  # (T, H, K), (T, G, K)
-        if flash_runs_on(x):
-            q, k = q.to(x.dtype), k.to(x.dtype)
+            q = apply_rotary(q, *layout.rotation)  # (T, H, K)
+            k = apply_rotary(k, *layout.rotation)  # (T, G, K)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, layout.key_rows)
-        mixed = attend((q, k, v), layout, self.scale, self.window)  # (T, H, K)
-        return self.get_submodule(self.output)(mixed.flatten(1).to(x.dtype))
+        mixed = attend(q, k, v, layout, self.scale, self.window)  # (T, H, K)
+        output_proj = self.get_submodule(self.output_name)
+        return output_proj(mixed.flatten(1).to(x.dtype))  # (T, H K) -> (T, D)
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up, (T, F) each, as one node: backward computes silu(gate) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)  # (T, F)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
 
 class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        unrounded(self.down_proj)
+        mark_float32_output(self.down_proj)  # it is added to the float32 residual stream
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class LlamaBlock(nn.Module):
@@ -421,11 +447,13 @@ class LlamaBlock(nn.Module):
 
 
 class GPTNeoMLP(nn.Module):
+    """c_proj(gelu(c_fc(x)))."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        unrounded(self.c_proj)
+        mark_float32_output(self.c_proj)  # it is added to the float32 residual stream
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -520,9 +548,7 @@ class Transformer(nn.Module):
         layout = make_layout(cu_seqlens, tokens.device, past, cache.used if cache is not None else 0)
         x = parts[embedding](tokens).float()  # (T, D)
         if positions is None:
-            frequencies = to_device(rope_frequencies(self.config), tokens.device)  # (K/2,)
-            angles = (layout.positions[:, None] * frequencies).repeat(1, 2)[:, None]  # (T, 1, K)
-            layout.rotation = angles.cos(), angles.sin()
+            layout.rotation = rotary_angles(layout.positions, self.config)
         else:
             most, limit = layout.longest[1], self.config.max_position_embeddings
             if most > limit:
@@ -575,7 +601,7 @@ def head_chunks(hidden: Tensor, head_weight: Tensor, targets: Tensor,
         rows = slice(start, start + chunk)
         logits = buffer[: len(targets[rows])]
         float32_product(hidden[rows], head_weight, logits, rounded)
-        logprobs = torch.log_softmax(logits, dim=-1, out=logits)
+        logprobs = torch.log_softmax(logits, dim=-1, out=logits)  # in place
         yield rows, logprobs, -logprobs.gather(1, targets[rows, None]).squeeze(1)
 
 
@@ -593,7 +619,10 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
 
 
 class WeightedTokenLoss(torch.autograd.Function):
-    """Sum of w_t loss_t and its gradient in one sweep over the head: see forgetting.weighted_token_loss."""
+    """Sum of w_t loss_t over n tokens, its gradient computed in the same sweep over the head's chunks.
+
+    The gradient is that of hidden alone: the head is frozen, and a damping counts as a constant.
+    """
 
     @staticmethod
     def forward(ctx, hidden, head_weight, targets, weights, damping, base_losses, losses):
@@ -601,7 +630,7 @@ class WeightedTokenLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden)  # (n, D)
         for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
             weight = weights[rows]  # (chunk,)
-            if damping is not None:  # n_N stays what it was: the others do not get heavier
+            if damping is not None:  # negative weights shrink; the others do not grow to make up for it
                 base = None if base_losses is None else base_losses[rows]
                 weight = torch.where(weight < 0, weight * damping(loss, base), weight)
             total += weight @ loss
@@ -735,25 +764,8 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    sizes = [0]
-    for name, parameter in model.named_parameters():
-        if shards[-1] and sizes[-1] + parameter.nbytes > shard_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = parameter.detach().contiguous().cpu()
-        sizes[-1] += parameter.nbytes
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    for file, shard in zip(files, shards):
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)  # of an earlier save
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        content = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        index.write_text(json.dumps(content, indent=2) + "\n")
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # a tied head once
+    save_torch_state_dict(weights, folder, max_shard_size=shard_bytes)
     for file in TEXT_FILES:
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)

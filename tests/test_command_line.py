@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -538,8 +539,8 @@ def test_bfloat16_without_instructions_for_it_is_warned_about(setting, tmp_path,
     import forgetting
 
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
-    asked = forgetting.lacks_bfloat16
-    monkeypatch.setattr(forgetting, "lacks_bfloat16", lambda _: asked(tmp_path / "cpuinfo"))
+    warn = partial(forgetting.warn_if_slow, listed=tmp_path / "cpuinfo")
+    monkeypatch.setattr(forgetting, "warn_if_slow", warn)
     said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "base",
                       "--out", tmp_path / "run", "--dtype", "bfloat16")  # fmt: skip
     assert ("no instructions for bfloat16" in said) == warned

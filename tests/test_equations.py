@@ -77,7 +77,7 @@ def test_equation_8_value_and_gradient(lam, empty):
     oracle_gradient = torch.autograd.grad(oracle, oracle_hidden)[0] if oracle.requires_grad else torch.zeros_like(oracle_hidden)
     hidden.requires_grad_()
     losses = torch.empty(len(targets))
-    loss = weighted_token_loss(hidden, head, targets, token_weights(positive, negative, lam), losses=losses)
+    loss = weighted_token_loss(hidden, head, targets, token_weights(positive, negative, lam), losses_out=losses)
     (3 * loss).backward()
     assert torch.isfinite(loss) and abs(loss.item() - oracle.item()) < 1e-5
     assert torch.allclose(hidden.grad.double(), 3 * oracle_gradient, atol=1e-7, rtol=1e-5)
@@ -254,7 +254,7 @@ def test_the_pieces_work_in_a_plain_loop():
         good, judged = positive[:, 1:].flatten(), targets >= 0
         weights = token_weights(good & judged, ~good & judged, 0.1)
         losses = torch.zeros(len(targets))
-        weighted_token_loss(hidden, model.lm_head.weight, targets, weights, losses=losses).backward()
+        weighted_token_loss(hidden, model.lm_head.weight, targets, weights, losses_out=losses).backward()
         optimizer.step()
         optimizer.zero_grad()
         history.append(float(losses[good & judged].mean()))

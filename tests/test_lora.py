@@ -12,7 +12,7 @@ from lora import (
     DEFAULT_TARGETS,
     LoRALinear,
     add_lora,
-    keep_mask,
+    dropout_mask,
     load_adapter,
     lora_disabled,
     lora_layers,
@@ -82,10 +82,10 @@ def test_merging_keeps_the_outputs(tmp_path):
 def test_dropout_keeps_its_share():
     torch.manual_seed(0)
     x = torch.ones(400, 500)
-    keep = keep_mask(x, 0.1)
+    keep = dropout_mask(x, 0.1)
     assert keep.dtype == torch.uint8 and set(keep.unique().tolist()) == {0, 1}
     assert abs((keep == 0).float().mean().item() - 0.1) < 0.003
-    assert not torch.equal(keep_mask(x, 0.1), keep)
+    assert not torch.equal(dropout_mask(x, 0.1), keep)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -106,7 +106,7 @@ def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, b
     y = layer(x)
     (y.float() * upstream).sum().backward()
     torch.manual_seed(1)
-    keep = keep_mask(x.detach().flatten(0, 1), dropout).view_as(x) / (1 - dropout) if dropout else torch.ones_like(x)
+    keep = dropout_mask(x.detach().flatten(0, 1), dropout).view_as(x) / (1 - dropout) if dropout else torch.ones_like(x)
     wide = x.detach().float().requires_grad_()
     a, b = (low_rank.weight.detach().clone().requires_grad_() for low_rank in (layer.lora_A, layer.lora_B))
     expected = wide @ base.weight.float().T + 2 * (wide * keep) @ a.T @ b.T + (base.bias.float() if bias else 0)
@@ -272,7 +272,7 @@ def test_one_layer_of_many_is_saved_by_its_whole_name(tmp_path):
 
 def test_dropout_close_to_one_still_drops():
     """p is a multiple of 2^-16 on a CPU: rounded up to 1 it overflowed the comparison and dropped nothing."""
-    keep = keep_mask(torch.ones(1000, 1000), 1 - 2**-18)
+    keep = dropout_mask(torch.ones(1000, 1000), 1 - 2**-18)
     assert 0 < keep.float().mean() < 1e-4
 
 

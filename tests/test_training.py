@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from data import Tokenizer, build_corpus
 from eval import response_losses
-from forgetting import METHODS, Lesson, Options, choose_signs, data_parallel, lambda_at, lambda_of, npo, step_gradient
+from forgetting import METHODS, Lesson, Options, choose_signs, data_parallel, lambda_at, scheduled_lambda, npo, step_gradient
 from forgetting import train, watch_gradients
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
@@ -269,10 +269,10 @@ def test_watched_gradients_are_those_of_the_two_terms(tmp_path):
 
 def test_balanced_lambda_is_held_back_by_the_last_watched_step():
     options = Options(lambda_schedule="balanced", watch_gradients=2, balance=0.5, t_max=2.0)
-    assert lambda_of(3, 10, options, []) == lambda_at(3, 10, 1e-5, 2.0), "nothing seen yet"
+    assert scheduled_lambda(3, 10, options, []) == lambda_at(3, 10, 1e-5, 2.0), "nothing seen yet"
     log = [{"grad_P": 1.0, "grad_N": 0.8, "lambda": 0.4}, {"L_P": 1.0}, {"grad_P": 1.0, "grad_N": 0.0, "lambda": 0.0}]
-    assert lambda_of(9, 10, options, log) == pytest.approx(0.5 * 1.0 / (0.8 / 0.4))  # the last one had no lambda to see
-    assert lambda_of(1, 10, options, log) == lambda_at(1, 10, 1e-5, 2.0), "never more than the paper's"
+    assert scheduled_lambda(9, 10, options, log) == pytest.approx(0.5 * 1.0 / (0.8 / 0.4))  # the last one had no lambda to see
+    assert scheduled_lambda(1, 10, options, log) == lambda_at(1, 10, 1e-5, 2.0), "never more than the paper's"
     with pytest.raises(ValueError, match="balanced needs --watch-gradients"):
         Options(lambda_schedule="balanced")
 

@@ -6,7 +6,7 @@ Prompts, delimiters and metrics are those of lm-evaluation-harness 0.4.13, to th
 get_data.py knows where the rows live, ifeval.py checks IFEval's instructions.
 """
 
-import json, math, re, string, sys  # noqa: E401
+import json, math, random, re, string, sys  # noqa: E401
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
@@ -218,6 +218,44 @@ def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
 def ifeval_score(row: dict, answers: list[Answer]) -> dict:
     """IFEval: which of the row's instructions the reply keeps; the checkers are a file of their own."""
     return load_tool("ifeval").score(row, answers[0].text)
+
+
+def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:
+    """The documents of a task, with num_fewshot worked examples each where the task takes any.
+
+    They come from NAME_train.jsonl if it lies beside, else from the evaluated rows, never the row itself:
+    drawn as lm-evaluation-harness draws them, by one generator that goes on from row to row.
+    """
+    rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
+    try:
+        pool = rows = task.prepare(rows, path.parent)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: what belongs beside its rows is missing or malformed ({error})") from None
+    rows = rows[:limit]
+    if not rows:
+        raise ValueError(f"{path}: no document to evaluate")
+    if not num_fewshot or task.example is None:
+        return rows
+    train = path.with_name(f"{path.stem}_train.jsonl")
+    if train.is_file():
+        pool = read_rows([str(train)])
+    spare = int(not train.is_file())  # one more is drawn where the row itself may be among them
+    if len(pool) < num_fewshot + spare:
+        raise ValueError(f"{path}: {num_fewshot} examples asked for, {len(pool) - spare} are there")
+    rng = random.Random(1234)
+    with_examples = []
+    for row in rows:
+        drawn = [other for other in rng.sample(pool, num_fewshot + spare) if other is not row][:num_fewshot]
+        with_examples.append(row | {"_examples": "".join(map(task.example, drawn))})
+    return with_examples
+
+
+def expand_tasks(names: list[str]) -> list[str]:
+    """Task names with the groups spelled out; ValueError for a name that is neither."""
+    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*TASKS, *GROUPS])}")
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
 
 # --------------------------------------------------------------------------------------------- tables

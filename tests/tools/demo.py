@@ -174,7 +174,7 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
 
 
 def known_noise(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
-    """(N,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows."""
+    """(C,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows."""
     kinds = np.zeros(len(corpus.tokens), np.int8)
     files = {source.rpartition(":")[0] for source in corpus.sources}
     rows = {row["_source"]: row for row in read_rows(sorted(files))}
@@ -199,9 +199,9 @@ def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
 
 
 def detection(quality: np.ndarray, negative: np.ndarray, corpus: Corpus, noise: np.ndarray) -> dict[str, float]:
-    """How well a low Q (N,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
+    """How well a low Q (C,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
 
-    noise (N,) int8 is the place of each token's kind in NOISE_KINDS; negative (N,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
+    noise (C,) int8 is the place of each token's kind in NOISE_KINDS; negative (C,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
     """
     clean = quality[corpus.response & (noise == 0)]
     noisy = corpus.response & (noise > 0)
@@ -271,7 +271,7 @@ def panel_options(options: forgetting.Options, panel: str, seed: int, methods: l
 
 
 def scored(options: forgetting.Options) -> tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]:
-    """D_train of a finished run, its Q (N,), forgetting's signs (N,) and the known noise (N,)."""
+    """D_train of a finished run, its Q (C,), forgetting's signs (C,) and the known noise (C,)."""
     run = load_tool("look").Run(Path(options.out))
     return run.corpus, run.quality, run.signs, run.noise
 
@@ -287,7 +287,7 @@ def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
     held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
-    signs = np.where(corpus.response, np.where(noise > 0, -1, 1), 0).astype(np.int8)  # (N,)
+    signs = np.where(corpus.response, np.where(noise > 0, -1, 1), 0).astype(np.int8)  # (C,)
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, forgetting.Lesson(corpus, signs), folder, options, seed)
     parts = [(corpus, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]

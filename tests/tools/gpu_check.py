@@ -21,7 +21,7 @@ import tiny  # noqa: E402
 from data import Corpus, Tokenizer  # noqa: E402
 from eval import generate, load_tool, loglikelihoods, response_losses  # noqa: E402
 from forgetting import Lesson, Options, partition, step_gradient  # noqa: E402
-from lora import add_lora, keep_mask, lora_disabled, lora_parameters, remove_lora  # noqa: E402
+from lora import add_lora, dropout_mask, lora_disabled, lora_parameters, remove_lora  # noqa: E402
 from model import DTYPES, load_model, token_losses  # noqa: E402
 
 KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
@@ -81,7 +81,7 @@ def check_pieces(device: str, folder: Path) -> list[Row]:
     expected = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
     found = token_losses(hidden.to(device), head.to(device), targets.to(device)).cpu()
     rows = [("softmax in place", float((found - expected).abs().max()), 1e-3)]
-    masks = [keep_mask(torch.empty(2000, 500, device=device), 0.1) for _ in range(2)]
+    masks = [dropout_mask(torch.empty(2000, 500, device=device), 0.1) for _ in range(2)]
     rows.append(("share that dropout drops", abs(float((masks[0] == 0).float().mean()) - 0.1), 2e-3))
     rows.append(("two masks are the same", float(torch.equal(*masks)), 0))
     tokenizer = Tokenizer(folder / "llama3")
@@ -103,7 +103,7 @@ def check_pieces(device: str, folder: Path) -> list[Row]:
 
 
 def both_losses(model, corpus: Corpus, examples: np.ndarray, token_budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (N,) under theta and under theta'."""
+    """Losses (C,) under theta and under theta'."""
     with lora_disabled(model):
         base = response_losses(model, corpus, examples, token_budget)
     return base, response_losses(model, corpus, examples, token_budget)

@@ -204,7 +204,7 @@ def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
 
 
 def describe_scores(base_loss: np.ndarray, ref_loss: np.ndarray, sides: np.ndarray) -> str:
-    """What Q looks like and where it was cut, in three lines; all (N,), NaN where nothing is judged."""
+    """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
     judged = np.isfinite(base_loss)
     quality, sides = quality_scores(base_loss, ref_loss)[judged], sides[judged]  # (n,) each
     low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
@@ -236,13 +236,13 @@ class Run:
         if done < len(arrays["offsets"]) - 1:
             raise ValueError(f"{path} covers {done} of {len(arrays['offsets']) - 1} examples: give the run's command again")
         self.config = read_object(self.folder / "config.json")
-        self.base_loss = arrays["base_loss"]  # (N,)
-        self.quality = quality_scores(arrays["base_loss"], arrays["ref_loss"])  # (N,), NaN where nothing is judged
-        self.response = np.isfinite(self.quality)  # (N,)
+        self.base_loss = arrays["base_loss"]  # (C,)
+        self.quality = quality_scores(arrays["base_loss"], arrays["ref_loss"])  # (C,), NaN where nothing is judged
+        self.response = np.isfinite(self.quality)  # (C,)
         sources = arrays["sources"].tobytes().decode().split("\n")
         self.corpus = Corpus(arrays["tokens"], self.response, arrays["offsets"], sources, dropped=0)
         wanted = types.SimpleNamespace(rho=self.config.get("rho"), forget_rate=self.config.get("forget_rate"))
-        self.signs = choose_signs(METHODS["forgetting"], self.quality, self.corpus, wanted, seed=0)  # (N,)
+        self.signs = choose_signs(METHODS["forgetting"], self.quality, self.corpus, wanted, seed=0)  # (C,)
         self.threshold = float(self.quality[self.signs > 0].min())
         self.sums = np.add.reduceat(np.where(self.response, self.quality, 0), arrays["offsets"][:-1], dtype=np.float64)
         self.means = self.sums / np.add.reduceat(self.response, arrays["offsets"][:-1], dtype=np.int64)  # (E,)
@@ -260,7 +260,7 @@ class Run:
 
     @property
     def noise(self) -> np.ndarray | None:
-        """(N,) int8, above 0 where a token is known to be noise; None where the rows do not say."""
+        """(C,) int8, above 0 where a token is known to be noise; None where the rows do not say."""
         return self.known_noise[0]
 
     @cached_property

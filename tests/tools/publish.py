@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, read_object, write_text  # noqa: E402
-from forgetting import METHODS, VARIABLE, Options, method_of  # noqa: E402
+from forgetting import METHODS, VARIANT_OPTIONS, Options, method_of  # noqa: E402
 from lora import load_adapter, merge_lora  # noqa: E402
 from model import DTYPES, TEXT_FILES, checkpoint_folder, load_model, save_model  # noqa: E402
 
@@ -57,7 +57,7 @@ def publish(folder: Path, checkpoint: Path, tokenizer: Tokenizer, name: str, opt
 
 def model_card(name: str, options: Options) -> str:
     """The README.md of an adapter, as the Hub reads it."""
-    trained = {key: getattr(options, key) for key in VARIABLE if getattr(options, key) is not None}
+    trained = {key: getattr(options, key) for key in VARIANT_OPTIONS if getattr(options, key) is not None}
     settings = "\n".join(f"- {key}: {value}" for key, value in trained.items())
     return (
         f"---\nbase_model: {options.model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
