@@ -110,6 +110,8 @@ def keep_offsets(content: Any) -> Any:
 
 # ------------------------------------------------------------------------------------ rows and layouts
 
+CONVERTERS = {".csv": "csv(FILE)", ".tsv": "csv(FILE, sep='\\t')", ".parquet": "parquet(FILE)"}
+
 
 def read_rows(files: Iterable[str]) -> list[dict]:
     """The rows of .jsonl or .json files, each `path` or `path:count` (the first count rows).
@@ -132,9 +134,6 @@ def read_rows(files: Iterable[str]) -> list[dict]:
             raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
         rows += read[: int(count)] if count else read
     return rows
-
-
-CONVERTERS = {".csv": "csv(FILE)", ".tsv": "csv(FILE, sep='\\t')", ".parquet": "parquet(FILE)"}
 
 
 def _parse(path: Path) -> Iterator[dict]:
@@ -182,8 +181,6 @@ LAYOUTS = {  # layout: the fields that must be there, the last one the response
     "instruction (+ context) + response": ("instruction", "response"),
     "inputs + targets": ("inputs", "targets"),
 }
-
-
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # of `conversations`; system is called so, too
 
 Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order

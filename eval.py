@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Corpus, Tokenizer, check_ids, pack, read_object, read_rows, shift, split_by_tokens
-from data import write_rows, write_text
+from data import Corpus, Tokenizer, check_ids, pack, read_object, shift, split_by_tokens, write_rows
+from data import write_text
 from lora import load_adapter
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, to_device
 from model import token_losses
@@ -306,7 +306,7 @@ def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike 
     benchmarks = load_tool("benchmarks")
     for name in benchmarks.expand_tasks(tasks):
         task = benchmarks.TASKS[name]
-        folder = rows_folder(name, task, data_dir)
+        folder = benchmarks.rows_folder(name, task, data_dir)
         rows = benchmarks.task_rows(task, folder / task.file, limit, num_fewshot)
         requests = [requests_of(task, row, tokenizer) for row in rows]
         contents = [(folder / file).read_bytes() for file in (task.file, *task.beside)]
@@ -315,16 +315,6 @@ def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike 
                     "limit": limit, "num_fewshot": num_fewshot}
         documents.append(Documents(name, task, rows, requests, identity))
     return documents
-
-
-def rows_folder(name: str, task: Task, data_dir: str | os.PathLike | None) -> Path:
-    """Where a task's rows are: data_dir, or the cache of public ones, which a node's first rank fetches."""
-    if data_dir is not None:
-        return Path(data_dir)
-    get_data = load_tool("get_data")
-    if task.file not in get_data.BENCHMARKS:
-        raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
-    return first_rank_first(partial(get_data.fetch_benchmarks, (task.file, *task.beside)))
 
 
 def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
@@ -406,7 +396,7 @@ def answer_requests(model: Transformer, tokenizer: Tokenizer, documents: Documen
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-            masks_of: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path) -> dict:
+            table_masks: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path) -> dict:
     """The figures of one model, also in folder/results.json: its tasks, and mean_losses by table_masks."""
     path = folder / "results.json"
     identity = {task.name: task.identity for task in documents}

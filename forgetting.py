@@ -597,8 +597,7 @@ def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) ->
 def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
     """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps.
 
-    The rate begins at 0 and ends near it: in fewer steps a reference learns nothing, and all Q are equal.
-    """
+    Its rate begins at 0 and ends near it: fewer teach nothing, and all Q are equal."""
     steps = math.ceil(n_reference / options.batch_size)
     epochs = options.reference_epochs or max(options.epochs, math.ceil(8 / steps))
     if epochs > options.epochs and options.reference_epochs is None:

@@ -83,9 +83,9 @@ class _LoRAProduct(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """y = x W^T + bias + alpha / r * dropout(x) A^T B^T, W frozen; A (r, in) and B (out, r) float32.
 
-    Products run in x's dtype, under torch.autocast in autocast's, and so does the result. If the base layer
-    has float32_output = True the two paths are added in float32, for consumers that go on in it: differences
-    of losses, which scores are, would drown in rounded sums. Disabled: the base layer as it is.
+    Products run in x's dtype, under torch.autocast in autocast's, and so does the result. But in eval mode
+    the two paths are added in float32 if the base layer has float32_output = True, for consumers that go on
+    in it: differences of losses, which scores are, would drown in rounded sums. Training bears them.
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
@@ -112,7 +112,7 @@ class LoRALinear(nn.Module):
         keep = dropout_mask(rows, p) if p > 0 else None  # (n, in)
         scaling = self.scaling / (1 - p)  # with dropout's factor: a product with (n, r), not with (n, in)
         weights = self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight
-        float32_output = getattr(self.base_layer, "float32_output", False)
+        float32_output = not self.training and getattr(self.base_layer, "float32_output", False)
         with torch.autocast(device, enabled=False):  # sums in place need one dtype: it is chosen above
             y = _LoRAProduct.apply(rows, *weights, keep, scaling, float32_output)
         return y.reshape(*x.shape[:-1], y.shape[-1])

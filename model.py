@@ -35,7 +35,6 @@ KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?b
 CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
-
 # --------------------------------------------------------------------------------------- configuration
 
 
@@ -211,9 +210,8 @@ def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | N
 
 def flash_runs_on(x: Tensor) -> bool:
     """Whether torch's variable-length flash kernel takes x: 16 bits, compute capability 8.0 or above."""
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    narrow = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def attend(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
@@ -266,10 +264,7 @@ def dense_attention(q, k, v, layout: Layout, scale: float, window: int | None) -
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angle per position of each pair of coordinates (K/2,), float32.
-
-    "linear" divides all of them by factor; "llama3" the lowest, and blends in between.
-    """
+    """Angle per position of each pair of coordinates (K/2,), float32; "llama3" slows the slowest further."""
     rope, width = config.rope, config.head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width  # (K/2,)
     frequencies = 1.0 / rope["rope_theta"] ** exponents
@@ -290,11 +285,29 @@ def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+class _Rotary(torch.autograd.Function):
+    """apply_rotary as one node with half the passes over memory; backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, dim=-1)  # (T, heads, K/2) each
+        sin = sin[..., : first.shape[-1]]  # (T, 1, K/2): its halves are equal
+        y = x * cos  # (T, heads, K) float32
+        y_first, y_second = y.chunk(2, dim=-1)  # views of y
+        y_first.addcmul_(second, sin, value=-1)
+        y_second.addcmul_(first, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rotary.apply(grad, cos, -sin), None, None
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (T, heads, K), float32: coordinate i turns together with i + K/2."""
-    x = x.float()
-    first, second = x.chunk(2, dim=-1)  # (T, heads, K/2) each
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """x * cos + (-x[K/2:], x[:K/2]) * sin, (T, heads, K) float32: coordinates i and i + K/2 turn together."""
+    return _Rotary.apply(x, cos, sin)
 
 
 class Cache:

@@ -347,9 +347,10 @@ def evaluation_tokens(arguments: argparse.Namespace, documents: int) -> tuple[li
     import eval as evaluation
     from data import Tokenizer
 
-    tokenizer, task = Tokenizer(arguments.model), evaluation.TASKS[arguments.task]
+    benchmarks = evaluation.load_tool("benchmarks")
+    tokenizer, task = Tokenizer(arguments.model), benchmarks.TASKS[arguments.task]
     lengths, judged = [], 0
-    for row in evaluation.load_tool("benchmarks").task_rows(task, Path(arguments.data_dir) / task.file, documents, 0):
+    for row in benchmarks.task_rows(task, Path(arguments.data_dir) / task.file, documents, 0):
         pairs = [evaluation.encode_pair(tokenizer, r.context, r.continuation) for r in task.requests(row, tokenizer)]
         lengths.append(len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs))
         judged += sum(len(continuation) for _, continuation in pairs)

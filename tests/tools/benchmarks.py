@@ -6,14 +6,15 @@ Prompts, delimiters and metrics are those of lm-evaluation-harness 0.4.13, to th
 get_data.py knows where the rows live, ifeval.py checks IFEval's instructions.
 """
 
-import json, math, random, re, string, sys  # noqa: E401
+import json, math, os, random, re, string, sys  # noqa: E401
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, read_rows  # noqa: E402
-from eval import Answer, Request, Task, load_tool  # noqa: E402
+from eval import Answer, Request, Task, first_rank_first, load_tool  # noqa: E402
 
 # ------------------------------------------------------------------------------------- two kinds of task
 
@@ -218,6 +219,16 @@ def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
 def ifeval_score(row: dict, answers: list[Answer]) -> dict:
     """IFEval: which of the row's instructions the reply keeps; the checkers are a file of their own."""
     return load_tool("ifeval").score(row, answers[0].text)
+
+
+def rows_folder(name: str, task: Task, data_dir: str | os.PathLike | None) -> Path:
+    """Where a task's rows are: data_dir, or the cache of public ones, which a node's first rank fetches."""
+    if data_dir is not None:
+        return Path(data_dir)
+    get_data = load_tool("get_data")
+    if task.file not in get_data.BENCHMARKS:
+        raise ValueError(f"{name}: --data-dir is needed, these rows have no public home")
+    return first_rank_first(partial(get_data.fetch_benchmarks, (task.file, *task.beside)))
 
 
 def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> list[dict]:

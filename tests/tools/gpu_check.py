@@ -3,12 +3,14 @@
     python tests/tools/gpu_check.py                                   # tiny models, seconds
     python tests/tools/gpu_check.py --model meta-llama/Llama-3.2-1B   # and its tokens/s, MFU, peak memory
     python tests/tools/gpu_check.py --device cpu                      # the same comparisons against itself: a rehearsal
+    python tests/tools/gpu_check.py --dry                             # no GPU: all paths on fake CUDA tensors, predicted speed
 
 Every line compares the device with float32 on the CPU; the exit code is 1 if one of them differs by more than allowed.
-Timings of transformers + PEFT and TRL beside ours: tests/tools/bench.py --peers.
+With --model, transformers + PEFT and TRL are timed beside ours by bench.py where they are installed. --dry needs torch's
+CUDA build and a C compiler, no GPU and no driver: see gpu_dry_run.py.
 """
 
-import argparse, os, subprocess, sys, tempfile, time  # noqa: E401
+import argparse, importlib.util, json, os, subprocess, sys, tempfile, time  # noqa: E401
 from pathlib import Path
 from typing import Callable
 
@@ -22,7 +24,7 @@ from data import Corpus, Tokenizer  # noqa: E402
 from eval import generate, load_tool, loglikelihoods, response_losses  # noqa: E402
 from forgetting import Lesson, Options, partition, step_gradient  # noqa: E402
 from lora import add_lora, dropout_mask, lora_disabled, lora_parameters, remove_lora  # noqa: E402
-from model import DTYPES, load_model, token_losses  # noqa: E402
+from model import DTYPES, checkpoint_folder, load_model, token_losses  # noqa: E402
 
 KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
 Row = tuple[str, float, float]  # what was compared, how far apart, how far is allowed
@@ -165,13 +167,43 @@ def measure_speed(name: str, device: str, peak_tflops: float) -> list[list[str]]
     return rows
 
 
+def time_peers(model: str, folder: Path) -> None:
+    """bench.py's training and scoring in bfloat16: ours, transformers + PEFT, TRL, in turn, on the same rows."""
+    words = (ROOT / "README.md").read_text().split()
+    lengths = [20 + 37 * i % 300 for i in range(96)]
+    rows = [{"instruction": " ".join(words[i : i + 12]), "output": " ".join(words[i : i + n])} for i, n in enumerate(lengths)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", str(checkpoint_folder(model)), "--data", str(folder / "rows.jsonl"), "--device", "cuda",
+              "--dtypes", "bfloat16", "--micro-tokens", "8192", "--peers", sys.executable]  # fmt: skip
+    for job in ("train", "score"):
+        subprocess.run([sys.executable, str(ROOT / "tests/tools/bench.py"), job, *common], check=True)
+
+
+def print_dry_run() -> None:
+    """Every path on fake CUDA tensors, where the host waits, and the predicted table."""
+    dry = load_tool("gpu_dry_run")
+    dry.pretend_driver()
+    lines = [[name, ", ".join(f"{n} x {what}" for what, n in waits.items()) or "none"] for name, waits in dry.dry_run()]
+    table = load_tool("look").table
+    print(table(["path, on fake CUDA tensors: no error", "the host waits for the GPU"], lines, width=140))
+    print("\nPredicted, not measured: LLaMA-3.2-1B in bfloat16 on one H100, LoRA r 64, dropout 0.1\n")
+    print(table(["job", "ms", "tokens/s", "MFU", "peak above weights", "waits"], dry.predicted_rows(), width=140))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint to time")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bfloat16 [989, H100 SXM]")
+    parser.add_argument("--dry", action="store_true", help="without a GPU, on fake CUDA tensors")
     arguments = parser.parse_args()
+    if arguments.dry:
+        try:
+            return print_dry_run()
+        except ValueError as error:
+            print(f"gpu_check.py: {error}", file=sys.stderr)
+            sys.exit(2)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check.py: torch sees no CUDA device here (--device cpu rehearses the comparisons)", file=sys.stderr)
         sys.exit(2)
@@ -180,6 +212,8 @@ def main() -> None:
         for kind in KINDS:
             tiny.make_checkpoint(folder / kind, kind)
         rows = check_models(arguments.device, folder) + check_pieces(arguments.device, folder) + check_ranks(folder)
+        if arguments.model and arguments.device == "cuda" and all(map(importlib.util.find_spec, ("transformers", "peft", "trl"))):
+            time_peers(arguments.model, folder)
     wrong = [name for name, difference, allowed in rows if not difference <= allowed]
     lines = [[n, f"{d:.2g}", f"{allowed:.2g}", "" if d <= allowed else "DIFFERS"] for n, d, allowed in rows]
     print(load_tool("look").table(["comparison", "difference", "allowed", ""], lines, width=140))
