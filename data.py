@@ -51,6 +51,7 @@ class Tokenizer:
         self.eos, self.eos_id = self._special(folder, "eos")
         if self.eos is None:
             raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
+        self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
         if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
             raise ValueError(f"{path}: the eos token {self.eos!r} is not encoded as one token")
 

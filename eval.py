@@ -69,12 +69,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if not stripped:
-        first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         ids = tokenizer.encode([continuation], special=False)[0][0]
-        ids = ids[1:] if ids[:1] == [first] else ids
+        ids = ids[1:] if ids[:1] == [tokenizer.start_id] else ids
         if not ids:
             raise ValueError("context and continuation are both empty")
-        return [first], ids
+        return [tokenizer.start_id], ids
     (whole, _), (context_ids, _) = tokenizer.encode([stripped + continuation, stripped])
     if len(whole) <= len(context_ids):
         raise ValueError(f"continuation {continuation!r} adds no token to its context")
@@ -178,7 +177,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     room = positions - max_new_tokens
     if room < 1:
         raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
-    prompts = [ids[-room:] for ids in prompts]
+    prompts = [ids[-room:] or [tokenizer.start_id] for ids in prompts]
     written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=model.lm_head.weight.device)
     sizes = [len(ids) + max_new_tokens for ids in prompts]
     for group in split_by_tokens(sizes, batch_tokens)[rank::world]:

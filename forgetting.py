@@ -197,7 +197,7 @@ def clipped(losses: Tensor, base_losses: Tensor | None) -> Tensor:
 def npo(losses: Tensor, base_losses: Tensor) -> Tensor:
     """A damping as in negative preference optimisation: 2 p / (p + p_theta), 1 at theta, to 0 as p falls.
 
-    The loss is -log p, so this is twice the sigmoid of log p - log p_theta.
+    That is its beta = 1. The loss is -log p, so this is twice the sigmoid of log p - log p_theta.
     """
     return 2 * torch.sigmoid(base_losses - losses)
 
@@ -340,8 +340,7 @@ def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     for i, batch in enumerate(micro_batches):
         sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        # (T,) bool, true for n >= 0 tokens: the head runs for no others, so not for N while lambda is 0
-        weighted = weights != 0
+        weighted = weights != 0  # (T,) bool, n true: the head runs for no others, at lambda 0 not for N
         before, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,) each
         base_losses = None  # (n,)
         if lesson.base_loss is not None:
@@ -373,16 +372,14 @@ def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[
     """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or `balanced`.
 
     Balanced: the paper's, but at most --balance times |grad mean_P loss| / |grad mean_N loss| (damped, if the
-    method is), as they were at the last step of the log that --watch-gradients looked at.
+    method is), as they were at the last step that --watch-gradients looked at; it looks at step 0.
     """
     if options.lambda_schedule == "constant":
         return options.t_max
     lam = lambda_at(step, total_steps, options.t_min, options.t_max)
-    if options.lambda_schedule == "balanced":
-        for line in reversed(log):  # none before a watched step whose lambda was above 0: no bound yet
-            if line.get("grad_P") and line.get("grad_N"):
-                norm_n = line["grad_N"] / line["lambda"]  # it was taken with lambda in it
-                return min(lam, options.balance * line["grad_P"] / norm_n)
+    ratios = [line["ratio"] for line in log if line.get("ratio")]
+    if options.lambda_schedule == "balanced" and ratios:
+        lam = min(lam, options.balance * ratios[-1])
     return lam
 
 
@@ -409,7 +406,7 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     """
     finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
     if finished.is_file():
-        say(f"found {finished}, skipping")
+        say(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
         return load_adapter(model, folder)
     add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets),
              generator=torch.Generator().manual_seed(seed))  # fmt: skip
@@ -463,7 +460,7 @@ def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
                     seed: int, step: int) -> dict[str, float | None]:
     """Every --watch-gradients steps: norms, cosine of the gradients of mean_P loss and -lambda mean_N loss.
 
-    Each is a pass of its own, with the masks of the step. Nothing of it stays: step_gradient clears .grad.
+    ratio: of the norms, without lambda. Two passes with the step's masks; step_gradient clears their .grad.
     """
     every = options.watch_gradients
     if not every or step % every or not (lesson.signs < 0).any():
@@ -471,11 +468,12 @@ def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     gradients = []
     for signs in (np.maximum(lesson.signs, 0), np.minimum(lesson.signs, 0)):  # P alone, N alone
         seed_dropout(seed, step)
-        step_gradient(net, dataclasses.replace(lesson, signs=signs), examples, lam, options)
+        step_gradient(net, dataclasses.replace(lesson, signs=signs), examples, 1.0, options)
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
-    norms = [float(gradient.norm()) for gradient in gradients]
-    cosine = float(gradients[0] @ gradients[1]) / math.prod(norms) if all(norms) else None
-    return {"grad_P": norms[0], "grad_N": norms[1], "cosine": cosine}
+    norm_p, norm_n = (float(gradient.norm()) for gradient in gradients)
+    cosine = float(gradients[0] @ gradients[1]) / (norm_p * norm_n) if norm_p * norm_n else None
+    ratio = norm_p / norm_n if norm_n else None
+    return {"grad_P": norm_p, "grad_N": lam * norm_n, "cosine": cosine, "ratio": ratio}
 
 
 class StepLog(AbstractContextManager):
@@ -740,6 +738,8 @@ class Options:
         """Options that follow others unless given, and ValueError for those that do not go together."""
         self.reference_lr = self.reference_lr or self.lr
         self.score_dtype = self.score_dtype or self.dtype
+        if self.eval_every and not self.eval_data:
+            raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
         if self.lambda_schedule == "balanced" and not self.watch_gradients:
             raise ValueError("--lambda-schedule balanced needs --watch-gradients, whose figures it follows")
         if self.t_max < self.t_min:

@@ -1,6 +1,7 @@
 """The real command lines, end to end: the table, torchrun, going on after a crash, and what a user gets wrong."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -509,6 +510,16 @@ def test_prompts_are_answered_side_by_side(setting, finished, monkeypatch, capsy
     evaluation.main()
     said = capsys.readouterr().out
     assert said.startswith("> Tell me 3\n[base] ") and said.count("/seed-0] ") == 2
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(setting / "model"), "--prompt", "-"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me 3\nTell me 4\n"))
+    evaluation.main()
+    said = capsys.readouterr().out
+    assert "> Tell me 3\n[base] " in said and "> Tell me 4\n[base] " in said
+
+
+def test_points_of_a_held_out_loss_without_its_rows_are_refused():
+    with pytest.raises(ValueError, match="--eval-every needs --eval-data"):
+        Options(eval_every=5)
 
 
 def test_an_adapter_folder_is_whole_for_others(finished):

@@ -279,3 +279,13 @@ def test_dropout_is_a_function_of_seed_and_step():
     seed_dropout(1, 2)
     assert torch.equal(torch.rand(4), draws[1, 2])
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == 6
+
+
+def test_the_controls_are_of_forgettings_sizes():
+    """full-P keeps as many tokens as forgetting, forgetting-random unlearns as many: only which ones differs."""
+    corpus = position_corpus([30, 40, 50])
+    quality = np.where(corpus.response, np.random.default_rng(0).standard_normal(len(corpus.tokens)), np.nan)
+    signs = {name: choose_signs(METHODS[name], quality, corpus, Options(), 0) for name in ("forgetting", "full-P", "forgetting-random")}
+    kept = {name: (int((s > 0).sum()), int((s < 0).sum())) for name, s in signs.items()}
+    assert kept["full-P"] == (kept["forgetting"][0], 0) and kept["forgetting-random"] == kept["forgetting"]
+    assert not np.array_equal(signs["forgetting-random"], signs["forgetting"])

@@ -127,3 +127,12 @@ def test_demo_tasks_end_to_end(pair, tmp_path):
     (tmp_path / "demo_mc.jsonl").write_text(json.dumps({"prompt": "x"}))
     with pytest.raises(ValueError, match="demo_mc.jsonl:1: no field 'head'"):
         prepare(["demo_mc"], tokenizer, tmp_path)
+
+
+def test_empty_texts_begin_with_the_bos_or_eos(pair):
+    """An empty prompt took the reply of its neighbour; an empty pair was an IndexError without its row."""
+    model, tokenizer = pair
+    first, alone = generate(model, tokenizer, [[5, 9, 7], []], 4), generate(model, tokenizer, [[tokenizer.start_id]], 4)
+    assert first[1] == alone[0]
+    with pytest.raises(ValueError, match="context and continuation are both empty"):
+        encode_pair(tokenizer, "", "")

@@ -294,3 +294,42 @@ def test_any_torch_model_in_its_own_dtype(autocast):
 def test_a_string_as_targets_is_refused():
     with pytest.raises(ValueError, match="a list of names, not the string 'q_proj'"):
         add_lora(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}), targets="q_proj")
+
+
+def test_a_base_that_is_trained_is_refused():
+    """Its gradient was None, silently."""
+    base = torch.nn.Linear(6, 4)
+    layer = LoRALinear(base, r=2, alpha=4, dropout=0.0)
+    with pytest.raises(ValueError, match="requires a gradient, which is not computed: freeze it"):
+        layer(torch.randn(3, 6))
+    base.requires_grad_(False)
+    assert layer(torch.randn(6)).shape == (4,), "as nn.Linear takes it"
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1, "0.1", True])
+def test_a_dropout_out_of_range_is_refused(dropout):
+    """1.0 divided by zero at the first step of a training."""
+    with pytest.raises(ValueError, match="dropout .* is not allowed: from 0 to below 1"):
+        add_lora(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}), targets=["q_proj"], dropout=dropout)
+
+
+def test_a_layer_that_is_read_past_its_forward_gets_no_adapter():
+    """nn.MultiheadAttention takes its out_proj.weight: an adapter there was an AttributeError."""
+    model = torch.nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(ValueError, match="out_proj names no linear layer"):
+        add_lora(model, targets=["out_proj"])
+    add_lora(model, r=2, targets=["linear1"])
+    model(torch.randn(5, 1, 16)).sum().backward()
+    assert lora_parameters(model)["linear1.lora_B.weight"].grad is not None
+
+
+def test_backward_inside_an_autocast_block():
+    """The forward pass ran in float32, outside; sums in place then met another dtype."""
+    layer = LoRALinear(torch.nn.Linear(6, 4).requires_grad_(False), r=2, alpha=4, dropout=0.0)
+    layer.lora_A.weight.data.normal_(), layer.lora_B.weight.data.normal_()
+    x = torch.randn(3, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    y = layer(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward()
+    assert torch.equal(x.grad, expected)

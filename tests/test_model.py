@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora import add_lora
-from model import Cache, RMSNorm, load_model, read_config, rope_frequencies, save_model, token_losses
+from model import Cache, LlamaMLP, RMSNorm, apply_rotary, load_model, read_config, rope_frequencies, save_model, token_losses
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.safetensors"
 
@@ -304,3 +304,28 @@ def test_the_gpu_check_rehearses_on_a_cpu():
     command = [sys.executable, str(Path(__file__).parent / "tools" / "gpu_check.py"), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "23 of 23 agree" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotation_is_its_formula(dtype):
+    """The node, forward and backward, against the formula of its docstring through autograd."""
+    torch.manual_seed(0)
+    x = torch.randn(11, 3, 8).to(dtype).requires_grad_()
+    angles = torch.randn(11, 1, 4).repeat(1, 1, 2)
+    first, second = x.float().chunk(2, -1)
+    expected = x.float() * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+    found, upstream = apply_rotary(x, angles.cos(), angles.sin()), torch.randn(11, 3, 8)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(y, x, upstream, retain_graph=True)[0] for y in (found, expected))
+    assert ours.dtype == dtype and torch.allclose(ours.float(), theirs.float(), atol=1e-6 if dtype == torch.float32 else 0.05)
+
+
+def test_the_gated_mlp_is_its_formula(tmp_path):
+    """One node for silu(gate) * up, forward and backward, against autograd."""
+    model = load_model(tiny.make_checkpoint(tmp_path, "llama3"))
+    mlp = next(m for m in model.modules() if isinstance(m, LlamaMLP))
+    x = torch.randn(9, 32, requires_grad=True)
+    expected = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    found, upstream = mlp(x), torch.randn(9, 32)
+    ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (found, expected))
+    assert torch.allclose(found, expected, atol=1e-6) and torch.allclose(ours, theirs, atol=1e-5)

@@ -270,8 +270,8 @@ def test_watched_gradients_are_those_of_the_two_terms(tmp_path):
 def test_balanced_lambda_is_held_back_by_the_last_watched_step():
     options = Options(lambda_schedule="balanced", watch_gradients=2, balance=0.5, t_max=2.0)
     assert scheduled_lambda(3, 10, options, []) == lambda_at(3, 10, 1e-5, 2.0), "nothing seen yet"
-    log = [{"grad_P": 1.0, "grad_N": 0.8, "lambda": 0.4}, {"L_P": 1.0}, {"grad_P": 1.0, "grad_N": 0.0, "lambda": 0.0}]
-    assert scheduled_lambda(9, 10, options, log) == pytest.approx(0.5 * 1.0 / (0.8 / 0.4))  # the last one had no lambda to see
+    log = [{"ratio": 0.9}, {"ratio": 0.5}, {"L_P": 1.0}, {"ratio": None}]  # the last watched step had no N
+    assert scheduled_lambda(9, 10, options, log) == pytest.approx(0.5 * 0.5)
     assert scheduled_lambda(1, 10, options, log) == lambda_at(1, 10, 1e-5, 2.0), "never more than the paper's"
     with pytest.raises(ValueError, match="balanced needs --watch-gradients"):
         Options(lambda_schedule="balanced")
