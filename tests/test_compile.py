@@ -3,10 +3,15 @@
 import pytest
 import tiny
 import torch
+import torch.multiprocessing
 from torch._dynamo.utils import counters
 
-from lora import add_lora, lora_disabled, lora_parameters
+import forgetting
+import model as transformer
+from forgetting import Lesson, Options
+from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model
+from test_training import adapt, gradient_of, setting
 
 
 def naive(q, k, v, cu, scale, grad=None):
@@ -105,3 +110,51 @@ def test_compile_without_its_kernel_is_refused(tmp_path):
     model = load_model(tiny.make_checkpoint(tmp_path, "llama3"))
     with pytest.raises(ValueError, match="--compile needs a GPU"):
         model.compile_blocks()
+
+
+def compiled_on_rank(rank, folder, store):
+    """The gradient of one step on one of two ranks, with compiled blocks under DDP."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    transformer.flash_runs_on, transformer.varlen.varlen_attn = (lambda x: True), kernel
+    model, corpus, signs = setting(folder)
+    adapt(model)
+    model.train().compile_blocks(backend="eager")
+    counters.clear()
+    torch.save(gradient_of(model, corpus, signs, 150), f"{store}.{rank}")
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2, counters
+    torch.distributed.destroy_process_group()
+
+
+def test_compiled_blocks_under_ddp(tmp_path):
+    """Two gloo ranks with compiled blocks, several packs each, against one process without."""
+    model, corpus, signs = setting(tmp_path / "m")
+    adapt(model)
+    expected = gradient_of(model.train(), corpus, signs, 10_000)
+    torch.multiprocessing.spawn(compiled_on_rank, (tmp_path / "m", str(tmp_path / "store")), nprocs=2)
+    for rank in range(2):
+        assert torch.allclose(torch.load(tmp_path / f"store.{rank}"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    """Stopped between two checkpoints and given again, it ends in the same bytes; names carry no mark of the compiler."""
+    monkeypatch.setattr("model.flash_runs_on", lambda x: True)
+    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    torch._dynamo.reset()
+    model, corpus, signs = setting(tmp_path / "m")
+    model.compile_blocks(backend="eager")
+    options = Options(model="m", rank=4, batch_size=6, dropout=0.0, lr=1e-2, warmup=0.0, save_every=2)
+    forgetting.train(model, Lesson(corpus, signs), tmp_path / "whole", options, seed=5)
+    remove_lora(model)
+    step_gradient = forgetting.step_gradient
+    monkeypatch.setattr(forgetting, "save_adapter", lambda *_: 1 / 0)  # stopped after its last step
+    with pytest.raises(ZeroDivisionError):
+        forgetting.train(model, Lesson(corpus, signs), tmp_path / "stopped", options, seed=5)
+    monkeypatch.undo()
+    monkeypatch.setattr("model.flash_runs_on", lambda x: True)
+    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    remove_lora(model)
+    ran = []
+    monkeypatch.setattr(forgetting, "step_gradient", lambda *rest: ran.append(1) or step_gradient(*rest))
+    forgetting.train(model, Lesson(corpus, signs), tmp_path / "stopped", options, seed=5)
+    whole, stopped = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert len(ran) == 2 and whole == stopped and b"_orig_mod" not in whole
