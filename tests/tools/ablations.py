@@ -4,10 +4,12 @@
     python tests/tools/ablations.py rho t_max --seeds 10 11
 
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
-difference to the baseline with a 95 % bootstrap interval over seeds. Results go to tests/ablations/.
+difference to the baseline with a 95 % bootstrap interval over seeds. Minutes add up over calls in OUT/NAME.json.
 """
 
-import argparse, sys, time  # noqa: E401
+import argparse, json, shlex, sys, time  # noqa: E401
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import forgetting  # noqa: E402
-from data import read_rows, write_rows, write_text  # noqa: E402
+from data import read_object, read_rows, write_rows, write_text  # noqa: E402
 from eval import load_tool  # noqa: E402
 
 demo, look = load_tool("demo"), load_tool("look")
@@ -33,6 +35,8 @@ class Ablation:
     panels: tuple[str, ...] = ("clean", "same")
 
 
+SEEDS, OUT = [10, 11, 12, 13, 14], "runs/ablations"  # of the committed results
+RESULTS = ROOT / "tests" / "ablations"
 NOISE_LEVELS = (0, 25, 50, 75, 100)
 SIZES = (75, 150, 300, 600)
 SHARES = (0, 25, 50)
@@ -76,15 +80,42 @@ def other_references(world: Path) -> None:
         write_rows(rows, world / f"reference-{name}.jsonl")
 
 
-def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dict[str, list[float]]]:
-    """{panel: {method: the average over tasks, by seed}}."""
+def recorded_minutes(record: Path) -> dict[str, float]:
+    """{seed: the minutes that an ablation has taken, all calls together}."""
+    return read_object(record) if record.is_file() else {}
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """When each file that stages leave in a run folder was written."""
+    return {path: path.stat().st_mtime_ns for path in forgetting.made_in(folder)}
+
+
+@contextmanager
+def timed(record: Path, seed: int, folder: Path) -> Iterator[None]:
+    """Add what the block takes to a seed's minutes, also if it is stopped; not if it found its run folder finished."""
+    began, before, finished = time.perf_counter(), stamps(folder), False
+    try:
+        yield
+        finished = stamps(folder) == before
+    finally:
+        if not finished:
+            minutes = recorded_minutes(record)
+            minutes[str(seed)] = minutes.get(str(seed), 0) + (time.perf_counter() - began) / 60
+            write_text(json.dumps(minutes, indent=2) + "\n", record)
+
+
+def figures_of(ablation: Ablation, options: forgetting.Options, record: Path) -> dict[str, dict[str, list[float]]]:
+    """{panel: {method: the average over tasks, by seed}}; the minutes go into `record`."""
     methods = [ablation.baseline, *ablation.variants]
     found: dict[str, dict[str, list[float]]] = {panel: {method: [] for method in methods} for panel in ablation.panels}
     for seed in options.seeds:
         world = Path(options.out) / f"world-{seed}"
         other_references(world)
         for panel in ablation.panels:
-            for method, by_seed in forgetting.run(demo.panel_options(options, panel, seed, methods)).items():
+            here = demo.panel_options(options, panel, seed, methods)
+            with timed(record, seed, Path(here.out)):
+                results = forgetting.run(here)
+            for method, by_seed in results.items():
                 percents = look.headlines(by_seed[seed]["tasks"]).values()
                 found[panel][method].append(sum(percents) / len(percents))
     return found
@@ -126,22 +157,22 @@ def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
     return best
 
 
-def write_up(name: str, ablation: Ablation, found: dict, head: str) -> None:
-    """tests/ablations/NAME.md and NAME.svg."""
-    parts = [f"# {ablation.title}\n\n{head}"]
+def write_up(name: str, found: dict, head: str, folder: Path) -> None:
+    """folder/NAME.md and NAME.svg."""
+    ablation = ABLATIONS[name]
+    parts = [f"{head}\n\n# {ablation.title}"]
     for panel in ablation.panels:
         parts.append(f"Reference: {panel}\n\n" + comparison(found[panel], ablation.baseline))
         if best := at_best_rates(found[panel]):
             title = "each method at its best rate, chosen for every seed on the others"
             parts.append(f"Reference: {panel}, {title}\n\n" + comparison(best, "full"))
-    folder = ROOT / "tests" / "ablations"
     write_text("\n\n".join(parts) + "\n", folder / f"{name}.md")
     by_panel = {panel: differences(found[panel], ablation.baseline) for panel in ablation.panels}
-    write_text(draw(ablation, by_panel), folder / f"{name}.svg")
+    write_text(draw(ablation, by_panel, head), folder / f"{name}.svg")
 
 
-def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]]) -> str:
-    """A row a variant and panel: the mean difference as a dot, its interval as a line, zero dashed."""
+def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: str) -> str:
+    """A row a variant and panel: the mean difference as a dot, its interval as a line, zero dashed; head as <desc>."""
     colors = ("#2f6fdb", "#e8832a", "#3a9d5d", "#8a5cc7", "#888888")
     rows = [(panel, variant) for variant in ablation.variants for panel in ablation.panels]
     spans = {row: interval(by_panel[row[0]][row[1]]) for row in rows}
@@ -159,15 +190,36 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]]) -> str
     parts.append(f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="30" y2="{bottom - 8}" stroke="#111" stroke-dasharray="3"/>')
     parts.append(f'<text x="330" y="{bottom + 8}">{low:+.1f}</text><text x="700" y="{bottom + 8}">{high:+.1f}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 20}" font-family="monospace" font-size="12" '
-            f'fill="#111">\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
+            f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
+
+
+def head_of(name: str, options: forgetting.Options, minutes: float) -> str:
+    """The first line of a table: the command, and the time that it took."""
+    command = f"python tests/tools/ablations.py {name}"
+    if options.seeds != SEEDS:
+        command += " --seeds " + " ".join(map(str, options.seeds))
+    if options.out != OUT:
+        command += f" --out {shlex.quote(options.out)}"
+    return (f"`{command}`: {minutes:.1f} minutes on a busy two-core machine, less what earlier ablations had trained; "
+            f"seeds {' '.join(map(str, options.seeds))}. Intervals: 95 %, bootstrap over seeds.")  # fmt: skip
+
+
+def make(name: str, options: forgetting.Options) -> Path:
+    """Run what an ablation still lacks and write it up: the path of its table."""
+    record = Path(options.out) / f"{name}.json"
+    found = figures_of(ABLATIONS[name], options, record)
+    minutes = recorded_minutes(record)
+    head = head_of(name, options, sum(minutes.get(str(seed), 0) for seed in options.seeds))
+    write_up(name, found, head, RESULTS)
+    return RESULTS / f"{name}.md"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=f"any of {', '.join(ABLATIONS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13, 14])
-    parser.add_argument("--out", default="runs/ablations")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--out", default=OUT)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in ABLATIONS]:
         print(f"ablations.py: unknown {', '.join(unknown)}; known: {', '.join(ABLATIONS)}", file=sys.stderr)
@@ -176,13 +228,7 @@ def main() -> None:
     options = forgetting.parse_options([], **settings)
     demo.prepare_world(options, "popular")
     for name in arguments.names:
-        began = time.perf_counter()
-        found = figures_of(ABLATIONS[name], options)
-        minutes = (time.perf_counter() - began) / 60
-        head = (f"`python tests/tools/ablations.py {name}`: seeds {' '.join(map(str, arguments.seeds))}, {minutes:.1f} minutes on a "
-                "busy two-core machine, less what earlier ablations had trained. Intervals: 95 %, bootstrap over seeds.")  # fmt: skip
-        write_up(name, ABLATIONS[name], found, head)
-        print(f"tests/ablations/{name}.md")
+        print(make(name, options))
 
 
 if __name__ == "__main__":
