@@ -5,6 +5,7 @@
 
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
 difference to the baseline with a 95 % bootstrap interval over seeds. Minutes add up over calls in OUT/NAME.json.
+Results on the default seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
 """
 
 import argparse, json, shlex, sys, time  # noqa: E401
@@ -36,6 +37,7 @@ class Ablation:
 
 
 SEEDS, OUT = [10, 11, 12, 13, 14], "runs/ablations"  # of the committed results
+FEWEST_SEEDS = 5  # below, an interval over seeds says more than so few differences know
 RESULTS = ROOT / "tests" / "ablations"
 NOISE_LEVELS = (0, 25, 50, 75, 100)
 SIZES = (75, 150, 300, 600)
@@ -128,6 +130,17 @@ def interval(differences: list[float], draws: int = 10_000) -> tuple[float, floa
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
+def extent(differences: list[float]) -> tuple[float, float]:
+    """What a drawing shows of a row: its interval, or, of too few seeds, its mean alone."""
+    mean = float(np.mean(differences))
+    return (mean, mean) if len(differences) < FEWEST_SEEDS else interval(differences)
+
+
+def no_interval(seeds: int) -> str:
+    """What stands in an interval's place where seeds are too few for one, else nothing."""
+    return f"{seeds} seed{'s' * (seeds != 1)}: no interval" if seeds < FEWEST_SEEDS else ""
+
+
 def differences(found: dict[str, list[float]], baseline: str) -> dict[str, list[float]]:
     """Every other row minus the baseline, seed by seed."""
     return {name: [a - b for a, b in zip(values, found[baseline])] for name, values in found.items() if name != baseline}
@@ -137,14 +150,19 @@ def comparison(found: dict[str, list[float]], baseline: str) -> str:
     """A table: averages, and differences to the baseline with their intervals."""
     rows = [[baseline, look.spread(found[baseline]), "", ""]]
     for name, values in differences(found, baseline).items():
-        low, high = interval(values)
-        cells = f"{np.mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", f"{sum(v > 0 for v in values)}/{len(values)}"
+        low, high = extent(values)
+        few = no_interval(len(values))
+        between = f"({few})" if few else f"[{low:+.1f}, {high:+.1f}]"
+        cells = f"{np.mean(values):+.1f} {between}", f"{sum(v > 0 for v in values)}/{len(values)}"
         rows.append([name, look.spread(found[name]), *cells])
     return look.table(["method", "average, %", f"minus {baseline}", "better"], rows)
 
 
 def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Where variants are learning rates: each method's figures, by seed, at the rate that is best on the other seeds."""
+    """Where variants are learning rates: each method's figures, by seed, at the rate that is best on the other seeds.
+
+    {} where they are not, or where one seed leaves no others to choose on.
+    """
     by_method: dict[str, list[list[float]]] = {}
     for name, values in found.items():
         if ":lr=" in name:
@@ -152,6 +170,8 @@ def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
     best = {}
     for method, by_rate in by_method.items():
         figures = np.array(by_rate)  # (rates, seeds)
+        if figures.shape[1] < 2:
+            return {}
         others = figures.sum(axis=1, keepdims=True) - figures
         best[method] = figures[others.argmax(axis=0), np.arange(figures.shape[1])].tolist()
     return best
@@ -175,10 +195,12 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
     """A row a variant and panel: the mean difference as a dot, its interval as a line, zero dashed; head as <desc>."""
     colors = ("#2f6fdb", "#e8832a", "#3a9d5d", "#8a5cc7", "#888888")
     rows = [(panel, variant) for variant in ablation.variants for panel in ablation.panels]
-    spans = {row: interval(by_panel[row[0]][row[1]]) for row in rows}
+    spans = {row: extent(by_panel[row[0]][row[1]]) for row in rows}
     low, high = min(0, *(s[0] for s in spans.values())), max(0, *(s[1] for s in spans.values()))
     at = lambda x: 330 + 400 * (x - low) / ((high - low) or 1)  # noqa: E731
-    parts = [f'<text x="10" y="18" font-weight="bold">{escape(ablation.title)}: average minus {escape(ablation.baseline)}</text>']
+    few = no_interval(len(by_panel[rows[0][0]][rows[0][1]]))
+    title = f"{ablation.title}: average minus {ablation.baseline}" + (f" ({few})" if few else "")
+    parts = [f'<text x="10" y="18" font-weight="bold">{escape(title)}</text>']
     for i, (panel, variant) in enumerate(rows):
         y, color, mean = 44 + 18 * i, colors[ablation.panels.index(panel)], np.mean(by_panel[panel][variant])
         left, right = spans[panel, variant]
@@ -190,7 +212,8 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
     parts.append(f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="30" y2="{bottom - 8}" stroke="#111" stroke-dasharray="3"/>')
     parts.append(f'<text x="330" y="{bottom + 8}">{low:+.1f}</text><text x="700" y="{bottom + 8}">{high:+.1f}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 20}" font-family="monospace" font-size="12" '
-            f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
+            f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
 
 
 def head_of(name: str, options: forgetting.Options, minutes: float) -> str:
@@ -200,8 +223,15 @@ def head_of(name: str, options: forgetting.Options, minutes: float) -> str:
         command += " --seeds " + " ".join(map(str, options.seeds))
     if options.out != OUT:
         command += f" --out {shlex.quote(options.out)}"
+    few = no_interval(len(options.seeds))
     return (f"`{command}`: {minutes:.1f} minutes on a busy two-core machine, less what earlier ablations had trained; "
-            f"seeds {' '.join(map(str, options.seeds))}. Intervals: 95 %, bootstrap over seeds.")  # fmt: skip
+            f"seeds {' '.join(map(str, options.seeds))}. {few or 'Intervals: 95 %, bootstrap over seeds'}.")  # fmt: skip
+
+
+def results_folder(options: forgetting.Options) -> Path:
+    """Where tables and drawings go: a trial on other seeds must not replace the repository's."""
+    ours = options.seeds == SEEDS and len(SEEDS) >= FEWEST_SEEDS
+    return RESULTS if ours else Path(options.out)
 
 
 def make(name: str, options: forgetting.Options) -> Path:
@@ -210,8 +240,9 @@ def make(name: str, options: forgetting.Options) -> Path:
     found = figures_of(ABLATIONS[name], options, record)
     minutes = recorded_minutes(record)
     head = head_of(name, options, sum(minutes.get(str(seed), 0) for seed in options.seeds))
-    write_up(name, found, head, RESULTS)
-    return RESULTS / f"{name}.md"
+    folder = results_folder(options)
+    write_up(name, found, head, folder)
+    return folder / f"{name}.md"
 
 
 def main() -> None:
@@ -228,7 +259,7 @@ def main() -> None:
     options = forgetting.parse_options([], **settings)
     demo.prepare_world(options, "popular")
     for name in arguments.names:
-        print(make(name, options))
+        print(f"{make(name, options)} and .svg")
 
 
 if __name__ == "__main__":
