@@ -204,3 +204,13 @@ def test_other_references(tmp_path):
         assert not set(rows) & set(train)
     panels = {panel for ablation in ablations.ABLATIONS.values() for panel in ablation.panels}
     assert all((tmp_path / f"reference-{panel}.jsonl").is_file() for panel in panels)
+
+
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_no_label_runs_into_the_next_or_into_the_drawing(name):
+    """In a monospaced font of 12 pixels a letter is 7.2 wide, and dots begin at 330 less their radius."""
+    root = ElementTree.fromstring((ablations.ROOT / "tests" / "ablations" / f"{name}.svg").read_text())
+    texts = [(text.get("x"), 7.2 * len(text.text)) for text in root[3:] if text.tag.endswith("text")]  # less the title
+    variants, panels = ([width for x, width in texts if x == column] for column in ("10", "240"))
+    assert variants and len(variants) == len(panels)
+    assert 10 + max(variants) < 236 and 240 + max(panels) < 322

@@ -205,7 +205,7 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
         y, color, mean = 44 + 18 * i, colors[ablation.panels.index(panel)], np.mean(by_panel[panel][variant])
         left, right = spans[panel, variant]
         label = variant.replace("lambda_schedule=", "").partition(",watch")[0]  # what fits
-        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="265" y="{y + 4}" fill="{color}">{panel}</text>'
+        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="240" y="{y + 4}" fill="{color}">{panel}</text>'
                      f'<line x1="{at(left):.1f}" x2="{at(right):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
                      f'<circle cx="{at(mean):.1f}" cy="{y}" r="4" fill="{color}"/>')  # fmt: skip
     bottom = 44 + 18 * len(rows)
