@@ -4,10 +4,13 @@
     python tests/tools/ablations.py rho t_max --seeds 10 11
 
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
-difference to the baseline with a 95 % bootstrap interval over seeds. Results go to tests/ablations/.
+difference to the baseline with a 95 % bootstrap interval over seeds. Minutes add up over calls in OUT/NAME.json.
+Results on the default seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
 """
 
-import argparse, sys, time  # noqa: E401
+import argparse, json, shlex, sys, time  # noqa: E401
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import forgetting  # noqa: E402
-from data import read_rows, write_rows, write_text  # noqa: E402
+from data import read_object, read_rows, write_rows, write_text  # noqa: E402
 from eval import load_tool  # noqa: E402
 
 demo, look = load_tool("demo"), load_tool("look")
@@ -33,6 +36,9 @@ class Ablation:
     panels: tuple[str, ...] = ("clean", "same")
 
 
+SEEDS, OUT = [10, 11, 12, 13, 14], "runs/ablations"  # of the committed results
+FEWEST_SEEDS = 5  # below, an interval over seeds says more than so few differences know
+RESULTS = ROOT / "tests" / "ablations"
 NOISE_LEVELS = (0, 25, 50, 75, 100)
 SIZES = (75, 150, 300, 600)
 SHARES = (0, 25, 50)
@@ -76,15 +82,42 @@ def other_references(world: Path) -> None:
         write_rows(rows, world / f"reference-{name}.jsonl")
 
 
-def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dict[str, list[float]]]:
-    """{panel: {method: the average over tasks, by seed}}."""
+def recorded_minutes(record: Path) -> dict[str, float]:
+    """{seed: the minutes that an ablation has taken, all calls together}."""
+    return read_object(record) if record.is_file() else {}
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """When each file that stages leave in a run folder was written."""
+    return {path: path.stat().st_mtime_ns for path in forgetting.made_in(folder)}
+
+
+@contextmanager
+def timed(record: Path, seed: int, folder: Path) -> Iterator[None]:
+    """Add what the block takes to a seed's minutes, also if it is stopped; not if it found its run folder finished."""
+    began, before, finished = time.perf_counter(), stamps(folder), False
+    try:
+        yield
+        finished = stamps(folder) == before
+    finally:
+        if not finished:
+            minutes = recorded_minutes(record)
+            minutes[str(seed)] = minutes.get(str(seed), 0) + (time.perf_counter() - began) / 60
+            write_text(json.dumps(minutes, indent=2) + "\n", record)
+
+
+def figures_of(ablation: Ablation, options: forgetting.Options, record: Path) -> dict[str, dict[str, list[float]]]:
+    """{panel: {method: the average over tasks, by seed}}; the minutes go into `record`."""
     methods = [ablation.baseline, *ablation.variants]
     found: dict[str, dict[str, list[float]]] = {panel: {method: [] for method in methods} for panel in ablation.panels}
     for seed in options.seeds:
         world = Path(options.out) / f"world-{seed}"
         other_references(world)
         for panel in ablation.panels:
-            for method, by_seed in forgetting.run(demo.panel_options(options, panel, seed, methods)).items():
+            here = demo.panel_options(options, panel, seed, methods)
+            with timed(record, seed, Path(here.out)):
+                results = forgetting.run(here)
+            for method, by_seed in results.items():
                 percents = look.headlines(by_seed[seed]["tasks"]).values()
                 found[panel][method].append(sum(percents) / len(percents))
     return found
@@ -97,6 +130,17 @@ def interval(differences: list[float], draws: int = 10_000) -> tuple[float, floa
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
+def extent(differences: list[float]) -> tuple[float, float]:
+    """What a drawing shows of a row: its interval, or, of too few seeds, its mean alone."""
+    mean = float(np.mean(differences))
+    return (mean, mean) if len(differences) < FEWEST_SEEDS else interval(differences)
+
+
+def no_interval(seeds: int) -> str:
+    """What stands in an interval's place where seeds are too few for one, else nothing."""
+    return f"{seeds} seed{'s' * (seeds != 1)}: no interval" if seeds < FEWEST_SEEDS else ""
+
+
 def differences(found: dict[str, list[float]], baseline: str) -> dict[str, list[float]]:
     """Every other row minus the baseline, seed by seed."""
     return {name: [a - b for a, b in zip(values, found[baseline])] for name, values in found.items() if name != baseline}
@@ -106,14 +150,19 @@ def comparison(found: dict[str, list[float]], baseline: str) -> str:
     """A table: averages, and differences to the baseline with their intervals."""
     rows = [[baseline, look.spread(found[baseline]), "", ""]]
     for name, values in differences(found, baseline).items():
-        low, high = interval(values)
-        cells = f"{np.mean(values):+.1f} [{low:+.1f}, {high:+.1f}]", f"{sum(v > 0 for v in values)}/{len(values)}"
+        low, high = extent(values)
+        few = no_interval(len(values))
+        between = f"({few})" if few else f"[{low:+.1f}, {high:+.1f}]"
+        cells = f"{np.mean(values):+.1f} {between}", f"{sum(v > 0 for v in values)}/{len(values)}"
         rows.append([name, look.spread(found[name]), *cells])
     return look.table(["method", "average, %", f"minus {baseline}", "better"], rows)
 
 
 def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Where variants are learning rates: each method's figures, by seed, at the rate that is best on the other seeds."""
+    """Where variants are learning rates: each method's figures, by seed, at the rate that is best on the other seeds.
+
+    {} where they are not, or where one seed leaves no others to choose on.
+    """
     by_method: dict[str, list[list[float]]] = {}
     for name, values in found.items():
         if ":lr=" in name:
@@ -121,53 +170,87 @@ def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
     best = {}
     for method, by_rate in by_method.items():
         figures = np.array(by_rate)  # (rates, seeds)
+        if figures.shape[1] < 2:
+            return {}
         others = figures.sum(axis=1, keepdims=True) - figures
         best[method] = figures[others.argmax(axis=0), np.arange(figures.shape[1])].tolist()
     return best
 
 
-def write_up(name: str, ablation: Ablation, found: dict, head: str) -> None:
-    """tests/ablations/NAME.md and NAME.svg."""
-    parts = [f"# {ablation.title}\n\n{head}"]
+def write_up(name: str, found: dict, head: str, folder: Path) -> None:
+    """folder/NAME.md and NAME.svg."""
+    ablation = ABLATIONS[name]
+    parts = [f"{head}\n\n# {ablation.title}"]
     for panel in ablation.panels:
         parts.append(f"Reference: {panel}\n\n" + comparison(found[panel], ablation.baseline))
         if best := at_best_rates(found[panel]):
             title = "each method at its best rate, chosen for every seed on the others"
             parts.append(f"Reference: {panel}, {title}\n\n" + comparison(best, "full"))
-    folder = ROOT / "tests" / "ablations"
     write_text("\n\n".join(parts) + "\n", folder / f"{name}.md")
     by_panel = {panel: differences(found[panel], ablation.baseline) for panel in ablation.panels}
-    write_text(draw(ablation, by_panel), folder / f"{name}.svg")
+    write_text(draw(ablation, by_panel, head), folder / f"{name}.svg")
 
 
-def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]]) -> str:
-    """A row a variant and panel: the mean difference as a dot, its interval as a line, zero dashed."""
+def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: str) -> str:
+    """A row a variant and panel: the mean difference as a dot, its interval as a line, zero dashed; head as <desc>."""
     colors = ("#2f6fdb", "#e8832a", "#3a9d5d", "#8a5cc7", "#888888")
     rows = [(panel, variant) for variant in ablation.variants for panel in ablation.panels]
-    spans = {row: interval(by_panel[row[0]][row[1]]) for row in rows}
+    spans = {row: extent(by_panel[row[0]][row[1]]) for row in rows}
     low, high = min(0, *(s[0] for s in spans.values())), max(0, *(s[1] for s in spans.values()))
     at = lambda x: 330 + 400 * (x - low) / ((high - low) or 1)  # noqa: E731
-    parts = [f'<text x="10" y="18" font-weight="bold">{escape(ablation.title)}: average minus {escape(ablation.baseline)}</text>']
+    few = no_interval(len(by_panel[rows[0][0]][rows[0][1]]))
+    title = f"{ablation.title}: average minus {ablation.baseline}" + (f" ({few})" if few else "")
+    parts = [f'<text x="10" y="18" font-weight="bold">{escape(title)}</text>']
     for i, (panel, variant) in enumerate(rows):
         y, color, mean = 44 + 18 * i, colors[ablation.panels.index(panel)], np.mean(by_panel[panel][variant])
         left, right = spans[panel, variant]
         label = variant.replace("lambda_schedule=", "").partition(",watch")[0]  # what fits
-        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="265" y="{y + 4}" fill="{color}">{panel}</text>'
+        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="240" y="{y + 4}" fill="{color}">{panel}</text>'
                      f'<line x1="{at(left):.1f}" x2="{at(right):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
                      f'<circle cx="{at(mean):.1f}" cy="{y}" r="4" fill="{color}"/>')  # fmt: skip
     bottom = 44 + 18 * len(rows)
     parts.append(f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="30" y2="{bottom - 8}" stroke="#111" stroke-dasharray="3"/>')
     parts.append(f'<text x="330" y="{bottom + 8}">{low:+.1f}</text><text x="700" y="{bottom + 8}">{high:+.1f}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 20}" font-family="monospace" font-size="12" '
-            f'fill="#111">\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
+            f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
+
+
+def head_of(name: str, options: forgetting.Options, minutes: float) -> str:
+    """The first line of a table: the command, and the time that it took."""
+    command = f"python tests/tools/ablations.py {name}"
+    if options.seeds != SEEDS:
+        command += " --seeds " + " ".join(map(str, options.seeds))
+    if options.out != OUT:
+        command += f" --out {shlex.quote(options.out)}"
+    few = no_interval(len(options.seeds))
+    return (f"`{command}`: {minutes:.1f} minutes on a busy two-core machine, less what earlier ablations had trained; "
+            f"seeds {' '.join(map(str, options.seeds))}. {few or 'Intervals: 95 %, bootstrap over seeds'}.")  # fmt: skip
+
+
+def results_folder(options: forgetting.Options) -> Path:
+    """Where tables and drawings go: a trial on other seeds must not replace the repository's."""
+    ours = options.seeds == SEEDS and len(SEEDS) >= FEWEST_SEEDS
+    return RESULTS if ours else Path(options.out)
+
+
+def make(name: str, options: forgetting.Options) -> Path:
+    """Run what an ablation still lacks and write it up: the path of its table."""
+    record = Path(options.out) / f"{name}.json"
+    found = figures_of(ABLATIONS[name], options, record)
+    minutes = recorded_minutes(record)
+    head = head_of(name, options, sum(minutes.get(str(seed), 0) for seed in options.seeds))
+    folder = results_folder(options)
+    write_up(name, found, head, folder)
+    return folder / f"{name}.md"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=f"any of {', '.join(ABLATIONS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13, 14])
-    parser.add_argument("--out", default="runs/ablations")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--out", default=OUT)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in ABLATIONS]:
         print(f"ablations.py: unknown {', '.join(unknown)}; known: {', '.join(ABLATIONS)}", file=sys.stderr)
@@ -176,13 +259,7 @@ def main() -> None:
     options = forgetting.parse_options([], **settings)
     demo.prepare_world(options, "popular")
     for name in arguments.names:
-        began = time.perf_counter()
-        found = figures_of(ABLATIONS[name], options)
-        minutes = (time.perf_counter() - began) / 60
-        head = (f"`python tests/tools/ablations.py {name}`: seeds {' '.join(map(str, arguments.seeds))}, {minutes:.1f} minutes on a "
-                "busy two-core machine, less what earlier ablations had trained. Intervals: 95 %, bootstrap over seeds.")  # fmt: skip
-        write_up(name, ABLATIONS[name], found, head)
-        print(f"tests/ablations/{name}.md")
+        print(f"{make(name, options)} and .svg")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,216 @@
+"""tests/tools/ablations.py: what its tables say of figures that are known, and what a second call does. Nothing is trained."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data import read_object, read_rows, write_rows, write_text
+from tools import ablations
+
+MINUTE = 60.0
+DEMO_ROWS = ablations.demo.demo_rows
+
+
+@cache
+def few_rows(world, seed):
+    """The demo's files, cut: the rows are not looked at here."""
+    return {name: rows[:8] for name, rows in DEMO_ROWS(world, seed).items()}
+
+
+class FakeRunner:
+    """In the place of forgetting.run: a minute for each method that is not there yet; figures from method and seed."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.trained, self.stop_at = 0.0, [], None
+        monkeypatch.setattr(ablations.forgetting, "run", self.run)
+        monkeypatch.setattr(ablations, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def run(self, options):
+        results = {}
+        self.now += MINUTE / 10  # to load the model, found or not
+        for method in options.methods:
+            (seed,) = options.seeds
+            adapter = Path(options.out) / method / f"seed-{seed}" / "adapter_model.safetensors"
+            rows = Path(options.data[0]).read_text() + Path(options.reference_data[0]).read_text()
+            if adapter.is_file():
+                assert adapter.read_text() == rows, "other rows would be refused"
+            else:
+                self.train(adapter, rows)
+            percent = 50 + len(method) + seed % 10
+            results[method] = {seed: {"tasks": {"demo_qa": {"exact_match": percent / 100, "exact_match_stderr": 0.0}}}}
+        return results
+
+    def train(self, adapter, rows):
+        if len(self.trained) == self.stop_at:
+            self.now += MINUTE / 2
+            raise KeyboardInterrupt
+        self.now += MINUTE
+        self.trained.append(adapter)
+        write_text(rows, adapter)
+
+
+@pytest.fixture
+def runner(monkeypatch, tmp_path):
+    """A fake runner, and tests/ablations elsewhere."""
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "committed")
+    monkeypatch.setattr(ablations.demo, "demo_rows", few_rows)
+    return FakeRunner(monkeypatch)
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["ablations.py", *map(str, words)])
+    ablations.main()
+
+
+def minutes_in(table):
+    return float(re.search(r"`: ([\d.]+) minutes", table.read_text().splitlines()[0])[1])
+
+
+def test_a_second_call_trains_nothing_and_keeps_the_minutes(runner, monkeypatch, tmp_path):
+    """controls: 5 methods in 2 panels on 5 seeds are 50 minutes, and 6 seconds to load for each panel and seed."""
+    call(monkeypatch, "controls", "--out", tmp_path / "out")
+    table = tmp_path / "committed" / "controls.md"
+    first, drawing = table.read_text(), table.with_suffix(".svg").read_text()
+    assert len(runner.trained) == 50 and minutes_in(table) == 51.0
+    call(monkeypatch, "controls", "--out", tmp_path / "out")
+    assert len(runner.trained) == 50 and table.read_text() == first and table.with_suffix(".svg").read_text() == drawing
+
+
+def test_a_stopped_calls_minutes_count(runner, monkeypatch, tmp_path):
+    runner.stop_at = 17
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, "controls", "--out", tmp_path / "out")
+    stopped = read_object(tmp_path / "out" / "controls.json")
+    assert stopped == {"10": pytest.approx(10.2), "11": pytest.approx(7.7)}  # 7 methods, 2 loadings, half a minute lost
+    runner.stop_at = None
+    call(monkeypatch, "controls", "--out", tmp_path / "out")
+    assert len(runner.trained) == 50 and minutes_in(tmp_path / "committed" / "controls.md") == 51.6
+
+
+def test_what_an_earlier_ablation_trained_is_not_counted_again(runner, monkeypatch, tmp_path):
+    """level shares full and forgetting with controls: three of its five methods are left."""
+    call(monkeypatch, "controls", "level", "--out", tmp_path / "out")
+    assert len(runner.trained) == 80 and minutes_in(tmp_path / "committed" / "level.md") == 31.0
+
+
+def test_the_first_line_is_the_command_and_its_time(runner, monkeypatch, tmp_path):
+    call(monkeypatch, "level", "--out", tmp_path / "my out")
+    table = tmp_path / "committed" / "level.md"
+    head, _, title, *_ = table.read_text().splitlines()
+    command = f"python tests/tools/ablations.py level --out '{tmp_path / 'my out'}'"
+    assert head.startswith(f"`{command}`: 51.0 minutes on a busy two-core machine, less what earlier ablations had trained;")
+    assert title == "# tokens or whole sequences"
+    check_drawing(table.with_suffix(".svg"), head)
+
+
+def check_drawing(path, head):
+    """<desc> comes first, and holds the table's first line."""
+    root = ElementTree.fromstring(path.read_text())
+    assert root[0].tag.endswith("desc") and root[0].text == head
+
+
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_the_committed_results_are_of_the_default_command(name):
+    table = ablations.ROOT / "tests" / "ablations" / f"{name}.md"
+    head, _, title, *_ = table.read_text().splitlines()
+    options = ablations.forgetting.Options(seeds=ablations.SEEDS, out=ablations.OUT)
+    assert head == ablations.head_of(name, options, minutes_in(table)) and minutes_in(table) > 1
+    assert title == f"# {ablations.ABLATIONS[name].title}"
+    check_drawing(table.with_suffix(".svg"), head)
+
+
+def test_a_trial_leaves_the_repositorys_results_alone(runner, monkeypatch, tmp_path, capsys):
+    """Other seeds, also five of them: tables and drawings go under --out, and the message says so."""
+    for seeds in ([10, 11], [0, 1, 2, 3, 4], [10, 11, 12, 13]):
+        call(monkeypatch, "level", "--out", tmp_path / "out", "--seeds", *seeds)
+        assert capsys.readouterr().out == f"{tmp_path / 'out' / 'level.md'} and .svg\n"
+        head = (tmp_path / "out" / "level.md").read_text().splitlines()[0]
+        assert f" --seeds {' '.join(map(str, seeds))} --out {tmp_path / 'out'}`: {10.2 * len(seeds):.1f} minutes" in head
+    assert not (tmp_path / "committed").exists()
+    call(monkeypatch, "level", "--out", tmp_path / "out", "--seeds", *ablations.SEEDS)
+    assert capsys.readouterr().out == f"{tmp_path / 'committed' / 'level.md'} and .svg\n"
+
+
+@pytest.mark.parametrize("count, words", [(1, "1 seed: no interval"), (4, "4 seeds: no interval")])
+def test_few_seeds_have_no_interval(count, words):
+    found = {"full": [40.0] * count, "ignoring": [42.0 + i for i in range(count)]}
+    text = ablations.comparison(found, "full")
+    assert f"| {2 + (count - 1) / 2:+.1f} ({words}) | {count}/{count}" in text and "[" not in text
+    by_panel = {"clean": ablations.differences(found, "full")}
+    drawing = ablations.draw(ablations.Ablation("t", "full", ["ignoring"], ("clean",)), by_panel, "")
+    assert words in drawing
+    bars = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^/]*stroke-width', drawing)
+    assert len(bars) == 1 and bars[0][0] == bars[0][1]
+    options = ablations.forgetting.Options(seeds=list(range(count)))
+    assert words in ablations.head_of("level", options, 1.0) and "bootstrap" not in ablations.head_of("level", options, 1.0)
+
+
+def test_five_seeds_have_one():
+    found = {"full": [40.0] * 5, "ignoring": [41.0, 42.0, 43.0, 44.0, 45.0]}
+    low, high = ablations.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert f"| +3.0 [{low:+.1f}, {high:+.1f}] | 5/5" in ablations.comparison(found, "full")
+
+
+def test_the_bootstrap_interval_against_a_naive_one():
+    """Every one of the 5**5 equally likely draws, once: the quantiles of their means."""
+    values = [-1.3, 0.4, 2.2, 2.9, 7.1]
+    places = np.indices((5,) * 5).reshape(5, -1)  # (draws of one, all 3125)
+    means = sorted(sum(values[i] for i in draw) / 5 for draw in places.T)
+    naive = means[int(0.025 * len(means))], means[int(0.975 * len(means))]
+    assert ablations.interval(values) == pytest.approx(naive, abs=0.15)
+    assert ablations.interval([3.0] * 5) == (3.0, 3.0)
+    low, high = ablations.interval([-value for value in values])
+    assert (-high, -low) == pytest.approx(naive, abs=0.15)
+
+
+def test_each_methods_rate_is_chosen_on_the_other_seeds():
+    """Seed 0 alone likes "full" at 0.1 better: chosen on the others it gets 0.2, though that is its worst."""
+    found = {
+        "full": [0.0, 0.0, 0.0],
+        "full:lr=0.1": [99.0, 10.0, 10.0],
+        "full:lr=0.2": [1.0, 20.0, 20.0],
+        "ignoring:lr=0.1": [5.0, 6.0, 7.0],
+        "ignoring:lr=0.2": [4.0, 5.0, 6.0],
+    }
+    assert ablations.at_best_rates(found) == {"full": [1.0, 10.0, 10.0], "ignoring": [5.0, 6.0, 7.0]}
+    assert ablations.at_best_rates({"full": [1.0, 2.0], "forgetting": [3.0, 4.0]}) == {}
+    assert ablations.at_best_rates({name: values[:1] for name, values in found.items()}) == {}
+
+
+def test_other_references(tmp_path):
+    """Their sizes and shares; a row of the training set is one but for a space, which keeps it from being taken out."""
+    for name, rows in DEMO_ROWS("popular", 10).items():
+        write_rows(rows, tmp_path / f"{name}.jsonl")
+    ablations.other_references(tmp_path)
+
+    def rows_of(name):
+        rows = read_rows([str(tmp_path / f"{name}.jsonl")])
+        return [(row["instruction"], row["output"]) for row in rows]
+
+    clean, noisy, train = (rows_of(name) for name in ("reference-clean", "reference-same", "train"))
+    assert len(clean) == len(noisy) == 600
+    for level, bad in {0: 0, 25: 150, 50: 300, 75: 450, 100: 600}.items():
+        assert rows_of(f"reference-mix-{level}") == noisy[:bad] + clean[bad:]
+    for size in ablations.SIZES:
+        assert rows_of(f"reference-clean-{size}") == clean[:size]
+    for share, again in {0: 0, 25: 150, 50: 300}.items():
+        rows = rows_of(f"reference-twice-{share}")
+        assert [(question.removesuffix(" "), answer) for question, answer in rows] == train[:again] + noisy[again:]
+        assert not set(rows) & set(train)
+    panels = {panel for ablation in ablations.ABLATIONS.values() for panel in ablation.panels}
+    assert all((tmp_path / f"reference-{panel}.jsonl").is_file() for panel in panels)
+
+
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_no_label_runs_into_the_next_or_into_the_drawing(name):
+    """In a monospaced font of 12 pixels a letter is 7.2 wide, and dots begin at 330 less their radius."""
+    root = ElementTree.fromstring((ablations.ROOT / "tests" / "ablations" / f"{name}.svg").read_text())
+    texts = [(text.get("x"), 7.2 * len(text.text)) for text in root[3:] if text.tag.endswith("text")]  # less the title
+    variants, panels = ([width for x, width in texts if x == column] for column in ("10", "240"))
+    assert variants and len(variants) == len(panels)
+    assert 10 + max(variants) < 236 and 240 + max(panels) < 322
