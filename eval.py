@@ -252,9 +252,11 @@ def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, to
 def mean_losses(model: Transformer, corpus: Corpus, masks: dict[str, np.ndarray], token_budget: int,
                 label: str = "") -> dict[str, float | None]:
     """The mean loss, in nats, on each mask of the tokens (C,), of at most 512 examples; None: no token."""
+    if not len(corpus):
+        return dict.fromkeys(masks)
     sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
-    total = int(corpus.lengths[sample].sum())
-    with progress(f"{label} loss on {' and '.join(masks)}", total, "token") as bar:
+    total, named = int(corpus.lengths[sample].sum()), " and ".join(masks).replace("L_", "")
+    with progress(f"{label} loss on {named}", total, "token") as bar:
         losses = response_losses(model, corpus, sample, token_budget, bar)
     judged = {name: losses[mask & np.isfinite(losses)] for name, mask in masks.items()}
     return {name: float(found.mean()) if len(found) else None for name, found in judged.items()}
@@ -341,6 +343,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents
     model.eval()
     results: dict[str, dict] = {}
     samples: list[dict] = []
+    summarise = load_tool("benchmarks").summarise
     for prepared in documents:
         name, task = prepared.name, prepared.task
         answers = answer_requests(model, tokenizer, prepared, batch_tokens)
@@ -413,41 +416,6 @@ def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents]
     return results
 
 
-def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
-    """Mean and standard error of every metric over the documents that have it; lists are pooled.
-
-    With groups (one name per document) the figures are unweighted means over the groups, which stand in
-    "by_group". The perplexity of a task is exp of minus the mean log-likelihood.
-    """
-    if groups is not None:
-        return summarise_groups(metrics, groups)
-    summary = {}
-    for key in dict.fromkeys(key for one in metrics for key in one):
-        found = [one[key] for one in metrics if key in one]
-        values = [x for value in found for x in (value if isinstance(value, list) else [value])]
-        mean = sum(values) / len(values)
-        variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-        error = math.sqrt(variance / len(values))
-        if key == "perplexity":
-            mean = math.exp(-mean) if mean > -700 else math.inf
-            error *= mean
-        summary |= {key: mean, f"{key}_stderr": error}
-    return summary
-
-
-def summarise_groups(metrics: list[dict], groups: list[str]) -> dict:
-    """The unweighted means over groups of documents, and each group's own figures."""
-    names = sorted(set(groups))
-    parts = {name: summarise([m for m, g in zip(metrics, groups) if g == name]) for name in names}
-    summary: dict[str, Any] = {}
-    for key in [key for key in parts[names[0]] if not key.endswith("_stderr")]:
-        summary[key] = sum(part[key] for part in parts.values()) / len(names)
-    for key in list(summary):
-        squares = sum(part[f"{key}_stderr"] ** 2 for part in parts.values())
-        summary[f"{key}_stderr"] = math.sqrt(squares) / len(names)
-    return summary | {"by_group": parts}
-
-
 # ------------------------------------------------------------------------------------------------ ranks
 
 
@@ -499,19 +467,38 @@ def first_rank_first(work: Callable[[], Any]) -> Any:
     return result if first else work()
 
 
-def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
+class Bar(tqdm):
+    """A tqdm bar that writes whole lines where there is no terminal, and whose Ctrl-C says where it was."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the bar; msg is "" where it is to be wiped out."""
+        if sys.stderr.isatty():
+            return super().display(msg, pos)
+        if msg != "":
+            print(self, file=sys.stderr, flush=True)
+        return False
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        super().__exit__(kind, *rest)
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"at {self.desc}, {self.n:,} of {self.total:,} {self.unit}s")
+
+
+def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> Bar:
     """A bar on rank 0 that fits its terminal; where there is none, a line of text every half minute."""
     shape, often = "{desc} {bar:6} {n_fmt}/{total_fmt} {remaining} {postfix}", {"dynamic_ncols": True}
     if not sys.stderr.isatty():
-        shape = "{desc} {percentage:.0f} % of {total_fmt} {unit}s, {remaining} left {postfix}\n"
+        shape, keep = "{desc} {percentage:.0f} % of {total_fmt} {unit}s, {remaining} left {postfix}", False
         often = {"mininterval": 30, "delay": 30}
-    return tqdm(desc=label, total=total, unit=unit, initial=done, unit_scale=total > 9999, bar_format=shape,
-                leave=keep, disable=rank_and_world()[0] > 0, **often)
+    if len(label) > 28:  # a variant's name: its figures are wanted more
+        label = f"{label[:10]}...{label[-15:]}"
+    return Bar(desc=label, total=total, unit=unit, initial=done, unit_scale=total > 9999, bar_format=shape,
+               leave=keep, disable=rank_and_world()[0] > 0, **often)
 
 
-def warn_if_slow(device: str, dtype: str, listed: Path = Path("/proc/cpuinfo")) -> None:
+def warn_if_slow(device: str, *dtypes: str, listed: Path = Path("/proc/cpuinfo")) -> None:
     """Say that bfloat16 is slow here, where Linux lists the CPU's instructions and none is for it."""
-    if device == "cpu" and dtype == "bfloat16" and listed.is_file() and "bf16" not in listed.read_text():
+    if device == "cpu" and "bfloat16" in dtypes and listed.is_file() and "bf16" not in listed.read_text():
         say("warning: this CPU has no instructions for bfloat16: --dtype float32 is many times faster")
 
 
@@ -677,8 +664,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\neval.py: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if rank_and_world()[0] == 0:
+            print("\neval.py:", f"stopped {stop}".strip(), file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -195,11 +195,8 @@ def clipped(losses: Tensor, base_losses: Tensor | None) -> Tensor:
 
 
 def npo(losses: Tensor, base_losses: Tensor) -> Tensor:
-    """A damping as in negative preference optimisation: 2 p / (p + p_theta), 1 at theta, to 0 as p falls.
-
-    That is its beta = 1. The loss is -log p, so this is twice the sigmoid of log p - log p_theta.
-    """
-    return 2 * torch.sigmoid(base_losses - losses)
+    """A damping as in negative preference optimisation (beta 1): 2 p / (p + p_theta), (n,) nats -> (n,)."""
+    return 2 * torch.sigmoid(base_losses - losses)  # of log p - log p_theta: 1 at theta, to 0 as p falls
 
 
 @dataclass(frozen=True)
@@ -607,7 +604,7 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
     for corpus in corpora:
         check_ids(corpus.tokens, read_config(checkpoint).vocab_size, checkpoint)
-    warn_if_slow(options.device, options.dtype)
+    warn_if_slow(options.device, options.dtype, options.score_dtype)
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     if options.compile:
@@ -637,8 +634,6 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     """
     out, (rank, ranks) = Path(options.out), rank_and_world()
     check_folder(out)
-    if (out / "scores.safetensors").is_file():
-        read_scores(out / "scores.safetensors")  # one that was cut off is found before anything is written
     inputs = {"model": model_fingerprint(checkpoint)}
     inputs |= {"reference data": d_ref.fingerprint(), "training data": d_train.fingerprint()}
     inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
@@ -652,9 +647,10 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
         pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
         raise ValueError(f"{out} was made with other {'; '.join(pairs)}: use another --out, or --overwrite")
     packing = {"micro_tokens": options.micro_tokens, "ranks": ranks}
-    changed = {name: there[name] for name, value in packing.items() if there.get(name, value) != value}
-    if changed and options.dropout and made:
-        say(f"warning: {out} was made with other {changed} (now {packing}): dropout masks depend on them")
+    packings = there.get("packings", []) if made else []  # all that parts of the run were made with
+    packings += [packing] * (packing not in packings)
+    if len(packings) > 1 and options.dropout:
+        say(f"warning: {out} was made with several of {packings}: dropout masks depend on them")
     wait_for_all()  # every rank has looked before rank 0 changes anything
     if rank == 0:
         if differing:  # before config.json is replaced: a crash must not pass old files off as new ones
@@ -662,7 +658,7 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
                 path.unlink()
         packages = ("torch", "numpy", "tokenizers", "safetensors")
         versions = {name: importlib.metadata.version(name) for name in packages}
-        content = dataclasses.asdict(options) | packing | {"versions": versions, "inputs": inputs}
+        content = dataclasses.asdict(options) | {"packings": packings, "versions": versions, "inputs": inputs}
         write_text(json.dumps(content, indent=2) + "\n", config)
     wait_for_all()
     say(f"{out}: {options.model}")
@@ -721,7 +717,7 @@ class Options:
     dtype: str = option(lambda: "bfloat16" if on_cuda() else "float32", "of the frozen weights",
                         choices=["bfloat16", "float32"])  # float16 gradients would underflow
     score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", choices=sorted(DTYPES))
-    micro_tokens: int = option(lambda: 8192 if on_cuda() else 4096, "tokens of one pass", type=AT_LEAST_1)
+    micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", type=AT_LEAST_1)
     checkpoint_activations: bool = option(False, "less memory: blocks run twice", action="store_true")
     compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)", action="store_true")
     tasks: list[str] = option(list, "tasks of eval.py for the table")
@@ -738,6 +734,9 @@ class Options:
         """Options that follow others unless given, and ValueError for those that do not go together."""
         self.reference_lr = self.reference_lr or self.lr
         self.score_dtype = self.score_dtype or self.dtype
+        # a CPU's small packs save memory; in bfloat16 each casts the adapter and the head anew
+        usual = 8192 if self.device != "cpu" else 4096 if self.dtype == "bfloat16" else 1024
+        self.micro_tokens = self.micro_tokens or usual
         if self.eval_every and not self.eval_data:
             raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
         if self.lambda_schedule == "balanced" and not self.watch_gradients:
@@ -790,7 +789,7 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         if rank_and_world()[0] == 0:
             where = f"stopped {stop}".strip()
-            print(f"\nforgetting.py: {where}; the same command goes on at its checkpoint", file=sys.stderr)
+            print(f"\nforgetting.py: {where}; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -11,10 +11,10 @@ import tiny
 from rows import IFEVAL, ROWS, TRUTHFULQA_PROMPT
 
 from data import Tokenizer
-from eval import Answer, encode_pair, evaluate, load_tool, prepare, requests_of, summarise
+from eval import Answer, encode_pair, evaluate, load_tool, prepare, requests_of
 from model import load_model
 from tools import get_data
-from tools.benchmarks import SUBTASKS, TASKS, expand_tasks, f1_score, ifeval_score, task_rows, words_of
+from tools.benchmarks import SUBTASKS, TASKS, expand_tasks, f1_score, ifeval_score, summarise, task_rows, words_of
 from tools.look import headlines, show
 
 NAMES = ("arc_challenge", "arithmetic", "asdiv", "boolq", "lambada", "logiqa", "truthfulqa_mc1", "truthfulqa_mc2")

@@ -477,9 +477,11 @@ def test_other_packing_with_dropout_is_said(setting, tmp_path, monkeypatch, caps
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path, "--methods", "full"]
     in_process(monkeypatch, capsys, *common, "--dropout", 0.1, "--micro-tokens", 100)
     said = in_process(monkeypatch, capsys, *common, "--dropout", 0.1, "--micro-tokens", 200, "--seeds", 0, 1)
-    assert "was made with other {'micro_tokens': 100}" in said and "dropout masks" in said
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["ranks"] == 1 and config["micro_tokens"] == 200
+    both = [{"micro_tokens": 100, "ranks": 1}, {"micro_tokens": 200, "ranks": 1}]
+    assert f"was made with several of {both}: dropout masks" in said
+    assert json.loads((tmp_path / "config.json").read_text())["packings"] == both
+    said = in_process(monkeypatch, capsys, *common, "--dropout", 0.1, "--micro-tokens", 200, "--seeds", 0, 1)
+    assert f"was made with several of {both}" in said, "what the first command made is still used"
 
 
 def test_an_interrupted_training_says_where(setting, tmp_path, monkeypatch, capsys):

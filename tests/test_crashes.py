@@ -154,6 +154,8 @@ def test_the_warning_about_lambda():
     assert load_tool("look").forgetting_hurts(rising) and not load_tool("look").forgetting_hurts(falling)
     assert not load_tool("look").forgetting_hurts(rising[:15]), "too few steps to tell"
     assert not load_tool("look").forgetting_hurts([line(2 + i, None) for i in range(40)]), "nothing is unlearned"
+    assert not load_tool("look").forgetting_hurts([line(None, 2 + i) for i in range(40)]), "nothing is learned"
+    assert load_tool("look").forgetting_hurts([line(None, 9.0), *rising]), "steps without P do not count"
 
 
 def test_lambda_too_high_is_found(tmp_path):

@@ -1,15 +1,18 @@
 """eval.py: shared contexts, truncation, generation and metrics, against naive loops over whole sequences."""
 
+import io
 import json
+import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from data import Tokenizer, write_rows
-from eval import encode_pair, evaluate, generate, loglikelihoods, prepare, summarise
+from eval import encode_pair, evaluate, generate, loglikelihoods, mean_losses, prepare, progress
 from model import load_model
-from tools.benchmarks import f1_score
+from tools.benchmarks import f1_score, summarise
 
 
 @pytest.fixture(scope="module", params=tiny.KINDS)
@@ -136,3 +139,54 @@ def test_empty_texts_begin_with_the_bos_or_eos(pair):
     assert first[1] == alone[0]
     with pytest.raises(ValueError, match="context and continuation are both empty"):
         encode_pair(tokenizer, "", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+LONG = "forgetting:t_max=1.0,lambda_schedule=constant/seed-0"
+
+
+def watched(monkeypatch, stream, steps: int = 3) -> str:
+    """What a bar with a training's figures writes."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("eval.rank_and_world", lambda: (0, 1))
+    with progress(LONG, 2084, "step", keep=True) as bar:
+        bar.mininterval = bar.delay = 0
+        for step in range(steps):
+            bar.set_postfix_str("loss 10.8 P 11.2 N 10.4 lam 0.0179 tok/s 1.25e+04", refresh=False)
+            bar.update()
+            bar.refresh()
+    return stream.getvalue()
+
+
+def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
+    """Carriage returns stood before every line of a log file."""
+    lines = watched(monkeypatch, io.StringIO()).splitlines()
+    assert len(lines) >= 3 and not any("\r" in line or not line.strip() for line in lines)
+    assert lines[-1].startswith("forgetting...") and "seed-0 " in lines[-1] and "N 10.4 lam 0.0179" in lines[-1]
+
+
+def test_progress_fits_80_columns_and_shows_what_is_watched(monkeypatch):
+    """The name of a variant left no room for its figures."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    frames = [part for part in watched(monkeypatch, Terminal()).replace("\n", "\r").split("\r") if "seed-0" in part]
+    assert frames and all(len(frame) <= 80 for frame in frames) and "P 11.2 N 1" in frames[-1], frames
+
+
+def test_an_interrupted_bar_says_where(monkeypatch):
+    with pytest.raises(KeyboardInterrupt, match="at scores, 5 of 20 tokens"):
+        with progress("scores", 20, "token") as bar:
+            bar.update(5)
+            raise KeyboardInterrupt
+
+
+def test_an_empty_corpus_has_no_losses_and_no_bar(pair, monkeypatch):
+    from data import Corpus
+
+    monkeypatch.setattr("eval.progress", None)
+    nothing = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0)
+    assert mean_losses(pair[0], nothing, {"held-out": nothing.response}, 100) == {"held-out": None}

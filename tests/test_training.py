@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from data import Tokenizer, build_corpus
 from eval import response_losses
-from forgetting import METHODS, Lesson, Options, choose_signs, data_parallel, lambda_at, scheduled_lambda, npo, step_gradient
+from forgetting import METHODS, Lesson, Options, choose_signs, data_parallel, lambda_at, npo, scheduled_lambda, step_figures, step_gradient
 from forgetting import train, watch_gradients
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
@@ -319,3 +319,10 @@ def test_npo_weighs_an_unlearned_token_by_how_probable_it_still_is(tmp_path):
     positive, negative = torch.from_numpy(signs > 0), torch.from_numpy(signs < 0)
     oracle = losses[positive].mean() - LAM * (weights * losses)[negative].sum() / negative.sum()
     assert sums[0].item() == pytest.approx(oracle.item(), abs=1e-5) and METHODS["forgetting-npo"].damping is npo
+
+
+def test_a_step_without_positive_tokens_logs_null():
+    """It logged 0.0, which the warning about lambda then read as a loss."""
+    figures = step_figures(0, [1.0, 0.0, 6.0, 1.0, 0.5], (0, 3), 0.1, 1e-3)
+    assert figures["L_P"] is None and figures["L_N"] == 2.0 and figures["rare_N"] == pytest.approx(1 / 3)
+    assert step_figures(0, [1.0, 4.0, 0.0, 0.0, 0.5], (2, 3), 0.0, 1e-3)["L_N"] is None, "at lambda 0 N is not run"

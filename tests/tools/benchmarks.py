@@ -261,6 +261,41 @@ def task_rows(task: Task, path: Path, limit: int | None, num_fewshot: int) -> li
     return with_examples
 
 
+def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
+    """Mean and standard error of every metric over the documents that have it; lists are pooled.
+
+    With groups (one name per document) the figures are unweighted means over the groups, which stand in
+    "by_group". The perplexity of a task is exp of minus the mean log-likelihood.
+    """
+    if groups is not None:
+        return summarise_groups(metrics, groups)
+    summary = {}
+    for key in dict.fromkeys(key for one in metrics for key in one):
+        found = [one[key] for one in metrics if key in one]
+        values = [x for value in found for x in (value if isinstance(value, list) else [value])]
+        mean = sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+        error = math.sqrt(variance / len(values))
+        if key == "perplexity":
+            mean = math.exp(-mean) if mean > -700 else math.inf
+            error *= mean
+        summary |= {key: mean, f"{key}_stderr": error}
+    return summary
+
+
+def summarise_groups(metrics: list[dict], groups: list[str]) -> dict:
+    """The unweighted means over groups of documents, and each group's own figures."""
+    names = sorted(set(groups))
+    parts = {name: summarise([m for m, g in zip(metrics, groups) if g == name]) for name in names}
+    summary: dict[str, Any] = {}
+    for key in [key for key in parts[names[0]] if not key.endswith("_stderr")]:
+        summary[key] = sum(part[key] for part in parts.values()) / len(names)
+    for key in list(summary):
+        squares = sum(part[f"{key}_stderr"] ** 2 for part in parts.values())
+        summary[f"{key}_stderr"] = math.sqrt(squares) / len(names)
+    return summary | {"by_group": parts}
+
+
 def expand_tasks(names: list[str]) -> list[str]:
     """Task names with the groups spelled out; ValueError for a name that is neither."""
     unknown = [name for name in names if name not in TASKS and name not in GROUPS]
