@@ -171,8 +171,7 @@ def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
 
 def test_progress_fits_80_columns_and_shows_what_is_watched(monkeypatch):
     """The name of a variant left no room for its figures."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (80, 24))
     frames = [part for part in watched(monkeypatch, Terminal()).replace("\n", "\r").split("\r") if "seed-0" in part]
     assert frames and all(len(frame) <= 80 for frame in frames) and "P 11.2 N 1" in frames[-1], frames
 
