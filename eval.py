@@ -13,7 +13,7 @@ Order: requests, log-likelihoods and generation, losses of a corpus, tasks, eval
 Shapes: T tokens of a pack; N of a corpus; D width; V vocabulary; n tokens that are judged.
 """
 
-import argparse, datetime, hashlib, importlib.util, json, math, os, runpy, sys  # noqa: E401
+import argparse, datetime, hashlib, importlib.util, json, math, os, runpy, signal, sys  # noqa: E401
 from contextlib import suppress
 from functools import cache, partial
 from dataclasses import MISSING, dataclass, field, fields
@@ -645,6 +645,7 @@ def write_results(results: dict[str, dict], samples: list[dict], arguments: argp
 
 def main() -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # while loading, check_flags answered Ctrl-C
     try:
         arguments = parse_arguments()
         device = start_ranks(arguments.device)

@@ -16,7 +16,7 @@ Shapes: C tokens of the corpus end to end, judged where they are a response; T t
 weighted; E examples; D width; V vocabulary.
 """
 
-import dataclasses, hashlib, importlib.metadata, json, math, runpy, shutil, sys, time  # noqa: E401
+import dataclasses, hashlib, importlib.metadata, json, math, runpy, shutil, signal, sys, time  # noqa: E401
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -769,6 +769,7 @@ def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
 
 def main() -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # while loading, check_flags answered Ctrl-C
     flags = {word.partition("=")[0] for word in sys.argv[1:]}
     try:
         if not flags & {"--model", "--data", "--help", "-h"}:
