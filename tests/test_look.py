@@ -56,6 +56,19 @@ def test_the_numbers_are_those_of_the_scores(run_folder):
     assert sums[:6] == sorted(sums)[:6]  # the most negative ones first
 
 
+def test_the_bars_of_the_histogram_add_up_to_each_side(run_folder):
+    """The bin that straddles the threshold was wholly orange."""
+    look = load_tool("look")
+    run = look.Run(run_folder)
+    run.signs[np.flatnonzero(run.signs > 0)[:5]] = 0  # as --forget-rate leaves some out
+    drawn, judged = look.histogram(run), run.response.sum()
+    tall = {side: sum(map(float, re.findall(rf'class="{side}"[^>]* height="([.\d]+)"', drawn))) for side in "opn"}
+    for side, name, count in (("n", "in N", (run.signs < 0).sum()), ("o", "left out", 5), ("p", "in P", (run.signs > 0).sum())):
+        numbers = re.findall(rf"<title>([\d,]+) {name}</title>", drawn)
+        assert sum(int(number.replace(",", "")) for number in numbers) == count
+        assert tall[side] / sum(tall.values()) == pytest.approx(count / judged, abs=0.005)
+
+
 def test_rows_can_do_no_harm(run_folder):
     look = load_tool("look")
     look.main([str(run_folder)])

@@ -326,6 +326,8 @@ class Run:
 
 # ------------------------------------------------------------------------------------------- drawings
 
+SIDES = {1: "in P", -1: "in N", 0: "left out"}
+
 
 def curve(points: list[tuple[float, float]], label: str) -> str:
     """A line through (step, value) as SVG, with its least and greatest value."""
@@ -350,17 +352,22 @@ def curves(lines: list[dict]) -> str:
 
 
 def histogram(run: Run, bins: int = 60) -> str:
-    """How many tokens have which Q; orange below the threshold, lines at the threshold and at 0."""
+    """How many tokens have which Q, each bar stacked of N, left out and P, and lines at the threshold and at 0."""
     quality = run.quality[run.response]
     low, high = np.quantile(quality, [0.005, 0.995])
     low, high = min(low, 0, run.threshold), max(high, 0, run.threshold) + 1e-6
-    counts, edges = np.histogram(np.clip(quality, low, high), bins, (low, high))
+    quality, signs = np.clip(quality, low, high), run.signs[run.response]
+    counts = {sign: np.histogram(quality[signs == sign], bins, (low, high))[0] for sign in (-1, 0, 1)}  # (bins,) each
+    highest = sum(counts.values()).max()
     at = lambda x: 10 + 480 * (x - low) / (high - low)  # noqa: E731
     parts = []
-    for count, left in zip(counts, edges):
-        tall = 110 * count / counts.max()
-        side = "p" if left >= run.threshold else "n"
-        parts.append(f'<rect class="{side}" x="{at(left):.1f}" y="{125 - tall:.1f}" width="{480 / bins - 1:.1f}" height="{tall:.1f}"/>')
+    for i in range(bins):
+        x, below = 10 + 480 / bins * i, 125.0
+        for sign, count in ((sign, counts[sign][i]) for sign in counts if counts[sign][i]):
+            tall = 110 * count / highest
+            below -= tall
+            parts.append(f'<rect class="{"opn"[sign]}" x="{x:.1f}" y="{below:.2f}" width="{480 / bins - 1:.1f}" height="{tall:.2f}">'
+                         f"<title>{count:,} {SIDES[sign]}</title></rect>")
     for x, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
         parts.append(f'<line x1="{at(x):.1f}" x2="{at(x):.1f}" y1="5" y2="125"/><text x="{at(x) + 3:.1f}" y="{y}">{name}</text>')
     parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, what lies outside (1 %) at the ends</text>')
@@ -393,9 +400,6 @@ def visible(text: str) -> str:
     """Text with control characters and changes of direction shown by name, so that none of them acts."""
     acting = lambda c: unicodedata.category(c) == "Cc" and c not in "\n\t" or c in DIRECTIONS  # noqa: E731
     return "".join(f"\u2039U+{ord(c):04X}\u203a" if acting(c) else c for c in text)
-
-
-SIDES = {1: "in P", -1: "in N", 0: "left out"}
 
 
 def token_html(run: Run, place: int) -> str:
