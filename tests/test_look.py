@@ -12,14 +12,21 @@ from data import Tokenizer, build_corpus, read_rows, write_rows, write_text
 from eval import load_tool
 
 NASTY = "</script><script>alert(1)</script> \" ' & \u202edlrow \u05e9\u05dc\u05d5\u05dd \x07 <b onclick=x>"
+LETTERS = "\u05e9\u05dc\u05d5\u05dd \u4f60\u597d \U0001f642 caf\u00e9"
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """A run folder as forgetting.py leaves it, of twelve rows with chosen scores."""
-    rows = [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + (NASTY if i == 3 else "jumps")} for i in range(12)]
+    return make_run(tmp_path, "llama3")
+
+
+def make_run(tmp_path, kind):
+    """A run folder of a kind of model, with rows.jsonl and the model beside it."""
+    ends = {3: NASTY, 5: LETTERS}
+    rows = [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps")} for i in range(12)]
     write_rows(rows, tmp_path / "rows.jsonl")
-    tiny.make_checkpoint(tmp_path / "model", "llama3")
+    tiny.make_checkpoint(tmp_path / "model", kind)
     corpus = build_corpus(read_rows([str(tmp_path / "rows.jsonl")]), Tokenizer(tmp_path / "model"))
     draw = np.random.default_rng(0)
     base = np.where(corpus.response, draw.gamma(2, 1, len(corpus.tokens)), np.nan).astype(np.float32)
@@ -89,6 +96,30 @@ def test_the_terminal_shows_the_same_rows(run_folder, capsys):
     load_tool("look").main([str(run_folder), "--text", "--examples", "4"])
     shown = capsys.readouterr().out
     assert shown.count("rows.jsonl:") == 4 and "\033[41m" in shown and "\x07" not in shown
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2"])  # bytes as letters, and bytes as <0x..>
+def test_a_character_in_several_tokens_is_shown_whole(tmp_path, capsys, kind):
+    """Its bytes were shown as letters of their own, and the filter did not find the text."""
+    folder, look = make_run(tmp_path, kind), load_tool("look")
+    look.main([str(folder)])
+    section = next(part for part in (folder / "report.html").read_text().split("<section ") if 'data-at="5"' in part)
+    tokens = section.partition('<p class="tokens">')[2].partition("</p>")[0]
+    shown = re.sub(r"<[^>]*>", "", tokens)
+    assert shown.replace(look.PART, "").startswith("the quick fox 5 " + LETTERS) and look.PART in shown
+    text = re.search(r'data-text="([^"]*)"', section)[1]
+    assert LETTERS in text and "Say 5" in text
+    look.main([str(folder), "--text"])
+    printed = re.sub(r"\033\[\d*m", "", capsys.readouterr().out)
+    assert LETTERS in printed.replace(look.PART, "")
+
+
+def test_text_that_is_broken_itself_is_still_shown(run_folder):
+    look = load_tool("look")
+    run = look.Run(run_folder)
+    first = run.tokenizer.encode(["\u4f60"], special=False)[0][0]
+    run.corpus.tokens[:4] = [*first[:1] * 3, run.tokenizer.encode(["a"], special=False)[0][0][0]]
+    assert run.texts(range(4)) == ["\ufffd"] * 3 + ["a"]
 
 
 def test_many_examples_are_sampled(run_folder):

@@ -202,6 +202,9 @@ def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
 
 # ---------------------------------------------------------------------------------------------- the run
 
+PART = "\u00b7"  # stands for a token whose character goes on in the next one
+MOST_PARTS = 8  # a character has at most four bytes, but a token may end one and begin the next
+
 
 def describe_scores(base_loss: np.ndarray, ref_loss: np.ndarray, sides: np.ndarray) -> str:
     """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
@@ -285,12 +288,31 @@ class Run:
                 return None, "Known noise is not shown: the rows have changed since they were scored."
         return load_tool("demo").known_noise(self.corpus, self.tokenizer), ""
 
-    def text_of(self, token: int) -> str:
-        """A token as a reader knows it: with its leading space, and its own name where it is half a character."""
-        text, piece = self.tokenizer.decode([token], skip_special=False), self.tokenizer.raw.id_to_token(token) or ""
-        if "\ufffd" in text:
-            return piece
+    def text_of(self, *tokens: int) -> str:
+        """Tokens as a reader knows them: with the leading space of the first; U+FFFD where a character is not whole."""
+        text, piece = self.tokenizer.decode(tokens, skip_special=False), self.tokenizer.raw.id_to_token(tokens[0]) or ""
         return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
+
+    def name_of(self, token: int) -> str:
+        """A token alone, by its own name where it is a part of a character."""
+        text = self.text_of(token)
+        return self.tokenizer.raw.id_to_token(token) or text if "\ufffd" in text else text
+
+    def texts(self, places: range) -> list[str]:
+        """The text of each token; a character in several tokens stands on the last of them, PART on those before."""
+        tokens = self.corpus.tokens[places.start : places.stop].tolist()
+        texts: list[str] = []
+        while tokens:
+            sizes = range(1, min(len(tokens), MOST_PARTS) + 1)  # where no end is found, the text itself is broken
+            size = next((n for n in sizes if "\ufffd" not in self.text_of(*tokens[:n])), 1)
+            texts += [PART] * (size - 1) + [self.text_of(*tokens[:size])]
+            tokens = tokens[size:]
+        return texts
+
+    def whole_text(self, example: int) -> str:
+        """Prompt and response of an example as the tokenizer gives them back."""
+        first, last = self.corpus.offsets[example : example + 2]
+        return self.tokenizer.decode(self.corpus.tokens[first:last].tolist(), skip_special=False)
 
     def places(self, example: int) -> range:
         """Where the response tokens of an example lie, from the first to the last."""
@@ -402,9 +424,9 @@ def visible(text: str) -> str:
     return "".join(f"\u2039U+{ord(c):04X}\u203a" if acting(c) else c for c in text)
 
 
-def token_html(run: Run, place: int) -> str:
+def token_html(run: Run, place: int, text: str) -> str:
     """One token: class p, n or o (left out), its strength, and Q and the base loss for hover and tap."""
-    text = escape(visible(run.text_of(int(run.corpus.tokens[place])))).replace("\n", "\u23ce\n")
+    text = escape(visible(text)).replace("\n", "\u23ce\n")
     if not run.response[place]:
         return f"<i>{text}</i>"
     quality, sign = float(run.quality[place]), int(run.signs[place])
@@ -415,14 +437,14 @@ def token_html(run: Run, place: int) -> str:
 
 
 def example_html(run: Run, example: int) -> str:
-    """An example's response with its source, sum and mean of Q."""
-    source = visible(run.corpus.sources[example])
-    tokens = "".join(token_html(run, place) for place in run.places(example))
-    first = run.places(example)[0]
-    begin = int(run.corpus.offsets[example])
-    asked = run.tokenizer.decode(run.corpus.tokens[begin:first][-60:].tolist(), skip_special=False)
+    """An example's response with its source, sum and mean of Q; the filter reads data-text, whatever the tokens cut."""
+    source, places = visible(run.corpus.sources[example]), run.places(example)
+    tokens = "".join(token_html(run, place, text) for place, text in zip(places, run.texts(places)))
+    begin = max(int(run.corpus.offsets[example]), places[0] - 60)
+    asked = run.tokenizer.decode(run.corpus.tokens[begin : places[0]].tolist(), skip_special=False).lstrip("\ufffd")
+    whole, file = escape(visible(run.whole_text(example))), escape(source.rpartition(":")[0])
     return (f'<section data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" data-at="{example}" '
-            f'data-file="{escape(source.rpartition(":")[0])}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
+            f'data-file="{file}" data-text="{whole}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
             f'{run.means[example]:.3f}</h4><p class="asked">{escape(visible(asked))}</p><p class="tokens">{tokens}</p></section>')
 
 
@@ -438,8 +460,8 @@ def token_types(run: Run, count: int = 40) -> str:
     lines = []
     for token in dict.fromkeys([*order[:count].tolist(), *order[-count:].tolist()]):
         place = first_place[token]
-        around = "".join(run.text_of(int(t)) for t in run.corpus.tokens[max(place - 8, 0) : place + 5])
-        cells = (run.text_of(token), f"{sums[token] / seen[token]:.3f}", str(seen[token]), around)
+        around = "".join(run.texts(range(max(place - 8, 0), min(place + 5, len(run.corpus.tokens)))))
+        cells = (run.name_of(token), f"{sums[token] / seen[token]:.3f}", str(seen[token]), around)
         lines.append("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>token</th><th>mean Q</th><th>count</th><th>where</th></tr>"
     return f"<p>Of those seen at least {min(5, seen.max())} times.</p><table>{head}{''.join(lines)}</table>"
@@ -459,8 +481,8 @@ def print_tokens(run: Run, count: int) -> None:
     """The same rows for a terminal, in colours."""
     for example in run.shown(count):
         print(f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  sum {run.sums[example]:.2f}  mean {run.means[example]:.3f}")
-        for place in run.places(example):
-            text = visible(run.text_of(int(run.corpus.tokens[place])))
+        places = run.places(example)
+        for place, text in zip(places, map(visible, run.texts(places))):
             colour = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])]
             known = "\033[4m" if run.noise is not None and run.noise[place] > 0 else ""
             print(f"{colour}{known}{text}\033[0m" if colour or known else text, end="")
@@ -488,7 +510,7 @@ const list = document.getElementById("examples"), all = [...list.children], $ = 
 function show() {
   const text = $("text").value.toLowerCase(), file = $("file").value, by = $("sort").value;
   all.sort((a, b) => a.dataset[by] - b.dataset[by]).forEach((e) => {
-    e.hidden = (file && e.dataset.file !== file) || (text && !e.textContent.toLowerCase().includes(text)); list.append(e); });
+    e.hidden = (file && e.dataset.file !== file) || (text && !e.dataset.text.toLowerCase().includes(text)); list.append(e); });
 }
 ["text", "file", "sort"].forEach((id) => $(id).addEventListener("input", show));
 list.addEventListener("click", (event) => { if (event.target.title) $("value").textContent = event.target.title; });
