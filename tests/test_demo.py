@@ -46,8 +46,9 @@ def test_about_30_percent_of_the_demos_response_tokens_are_noisy(demo_model, tmp
     tokenizer = Tokenizer(demo_model)
     for seed in range(3):
         write_rows(demo.demo_rows("popular", seed)["train"], tmp_path / "train.jsonl")
-        corpus = build_corpus(read_rows([str(tmp_path / "train.jsonl")]), tokenizer)
-        noise = demo.known_noise(corpus, tokenizer)
+        rows = read_rows([str(tmp_path / "train.jsonl")])
+        corpus = build_corpus(rows, tokenizer)
+        noise = demo.known_noise(corpus, tokenizer, {row["_source"]: row for row in rows})
         assert 0.26 < noise[corpus.response].astype(bool).mean() < 0.34
         marked = corpus.tokens[noise == demo.NOISE_KINDS.index("boilerplate")].tolist()
         assert "thank you for this great question" in tokenizer.decode(marked)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from data import Tokenizer, build_corpus, read_rows, write_rows, write_text
+from data import Tokenizer, build_corpus, write_rows, write_text
 from eval import load_tool
 
 NASTY = "</script><script>alert(1)</script> \" ' & \u202edlrow \u05e9\u05dc\u05d5\u05dd \x07 <b onclick=x>"
@@ -21,13 +21,14 @@ def run_folder(tmp_path):
     return make_run(tmp_path, "llama3")
 
 
-def make_run(tmp_path, kind):
-    """A run folder of a kind of model, with rows.jsonl and the model beside it."""
-    ends = {3: NASTY, 5: LETTERS}
-    rows = [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps")} for i in range(12)]
-    write_rows(rows, tmp_path / "rows.jsonl")
+def make_run(tmp_path, kind, rows=None, name=None):
+    """A run folder of a kind of model, with rows.jsonl, known to the run by `name`, and the model beside it."""
+    ends, name = {3: NASTY, 5: LETTERS}, name or str(tmp_path / "rows.jsonl")
+    rows = rows or [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps")} for i in range(12)]
     tiny.make_checkpoint(tmp_path / "model", kind)
-    corpus = build_corpus(read_rows([str(tmp_path / "rows.jsonl")]), Tokenizer(tmp_path / "model"))
+    write_rows(rows, tmp_path / "rows.jsonl")
+    rows = [row | {"_source": f"{name}:{i}"} for i, row in enumerate(rows, 1)]
+    corpus = build_corpus(rows, Tokenizer(tmp_path / "model"))
     draw = np.random.default_rng(0)
     base = np.where(corpus.response, draw.gamma(2, 1, len(corpus.tokens)), np.nan).astype(np.float32)
     ref = np.where(corpus.response, base - draw.normal(0, 1, len(base)), np.nan).astype(np.float32)
@@ -122,12 +123,54 @@ def test_text_that_is_broken_itself_is_still_shown(run_folder):
     assert run.texts(range(4)) == ["\ufffd"] * 3 + ["a"]
 
 
-def test_many_examples_are_sampled(run_folder):
+def test_many_examples_are_sampled(run_folder, monkeypatch):
     look = load_tool("look")
+    monkeypatch.setattr(look, "LOWEST", 2)
     run = look.Run(run_folder)
-    assert len(run.shown(6)) == 6 and len(set(run.shown(6))) == 6
-    assert run.shown(6)[:3] == np.argsort(run.sums, kind="stable")[:3].tolist()
+    assert len(run.shown(6)) == 6 and len(set(run.shown(6))) == 6 and set(run.shown(12)) == set(range(12))
+    assert run.shown(6)[:2] == np.argsort(run.means, kind="stable")[:2].tolist()
+    assert set(np.argsort(run.sums, kind="stable")[:3].tolist()) <= set(run.shown(6))
     assert len(run.shown(12, most_tokens=30)) < 12
+
+
+def test_rows_to_look_at_first_lead_to_their_tokens(run_folder, monkeypatch):
+    """They were chosen by mean and the rows shown by sum: most of them were not on the page."""
+    look = load_tool("look")
+    monkeypatch.setattr(look, "LOWEST", 3)
+    look.main([str(run_folder), "--examples", "4"])
+    text = (run_folder / "report.html").read_text()
+    linked = [int(number) for number in re.findall(r'href="#row-(\d+)"', text)]
+    run = look.Run(run_folder)
+    assert linked == np.argsort(run.means, kind="stable")[:3].tolist()
+    assert set(linked) <= {int(number) for number in re.findall(r'<section id="row-(\d+)"', text)}
+    assert "Search the 4 rows shown" in text
+
+
+def test_known_noise_costs_one_encoding_of_each_row(run_folder, monkeypatch):
+    rows = [json.loads(line) | {"noise": []} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
+    write_rows(rows, run_folder.parent / "rows.jsonl")
+    run, encoded = load_tool("look").Run(run_folder), []
+    encode = run.tokenizer.encode
+    monkeypatch.setattr(run.tokenizer, "encode", lambda texts: encoded.append(len(texts)) or encode(texts))
+    assert run.noise is not None and encoded == [12]
+
+
+def test_relative_paths_are_found_from_another_directory(tmp_path, monkeypatch):
+    """Known noise lost its underline there, without the places that were tried."""
+    rows = [{"instruction": "Say", "output": f"the fox {i}", "noise": [[0, 3, "wrong"]]} for i in range(12)]
+    folder, look = make_run(tmp_path / "work" / "runs", "llama3", rows, "runs/rows.jsonl"), load_tool("look")
+    monkeypatch.chdir(tmp_path)
+    assert look.Run(folder).noise.sum() > 0
+    (tmp_path / "work/runs/rows.jsonl").unlink()
+    noise, reason = look.Run(folder).known_noise
+    assert noise is None and "runs/rows.jsonl is not there" in reason and str(tmp_path) in reason and str(folder) in reason
+
+
+def test_a_field_noise_of_another_meaning_is_one_line(run_folder):
+    rows = [json.loads(line) | {"noise": 0.3} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
+    write_rows(rows, run_folder.parent / "rows.jsonl")
+    load_tool("look").main([str(run_folder)])
+    assert "Known noise is not shown: " in (run_folder / "report.html").read_text()
 
 
 def test_a_folder_without_scores_is_one_line(tmp_path, capsys):

@@ -173,20 +173,24 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
 # -------------------------------------------------------------------------------------------- the known noise
 
 
-def known_noise(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
-    """(C,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows."""
+def known_noise(corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, dict]) -> np.ndarray:
+    """(C,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows, by source.
+
+    Raises ValueError where the rows do not give the corpus's tokens.
+    """
     kinds = np.zeros(len(corpus.tokens), np.int8)
-    files = {source.rpartition(":")[0] for source in corpus.sources}
-    rows = {row["_source"]: row for row in read_rows(sorted(files))}
-    for example, source in enumerate(corpus.sources):
-        row, start = rows[source], int(corpus.offsets[example])
-        pieces = render(row, tokenizer.eos)
-        (ids, spans), = tokenizer.encode(["".join(text for text, _ in pieces)])
-        length = int(corpus.lengths[example])
-        spans = np.array(spans[:length], np.int64).reshape(-1, 2)  # (length, 2)
-        at = sum(len(text) for text, _ in pieces[:-1])  # where the one response of a row of the demo begins
-        for first, last, kind in row["noise"]:
-            kinds[start : start + length][covers(spans, at + first, at + last)] = NOISE_KINDS.index(kind)
+    for begin in range(0, len(corpus), 1000):
+        examples = range(begin, min(begin + 1000, len(corpus)))
+        rendered = [render(rows[corpus.sources[example]], tokenizer.eos) for example in examples]
+        encoded = tokenizer.encode(["".join(text for text, _ in pieces) for pieces in rendered])
+        for example, pieces, (ids, spans) in zip(examples, rendered, encoded):
+            start, end = corpus.offsets[example : example + 2]
+            if ids[: end - start] != corpus.tokens[start:end].tolist():
+                raise ValueError("the rows have changed since they were scored")
+            covered = np.array(spans[: end - start], np.int64).reshape(-1, 2)  # (length, 2)
+            at = sum(len(text) for text, _ in pieces[:-1])  # where the one response of a row of the demo begins
+            for first, last, kind in rows[corpus.sources[example]]["noise"]:
+                kinds[start:end][covers(covered, at + first, at + last)] = NOISE_KINDS.index(kind)
     return kinds
 
 

@@ -202,6 +202,8 @@ def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
 
 # ---------------------------------------------------------------------------------------------- the run
 
+SHOWN = 1000  # rows of a page, if not too long
+LOWEST = 20  # rows to look at first
 PART = "\u00b7"  # stands for a token whose character goes on in the next one
 MOST_PARTS = 8  # a character has at most four bytes, but a token may end one and begin the next
 
@@ -255,7 +257,7 @@ class Run:
         """The model's, or the copy beside an adapter where the model is gone."""
         copies = sorted(self.folder.glob("*/seed-*/tokenizer.json"))
         try:
-            return Tokenizer(checkpoint_folder(self.config["model"]))
+            return Tokenizer(checkpoint_folder(str(self.nearby(self.config["model"]) or self.config["model"])))
         except ValueError:
             if not copies:
                 raise
@@ -270,23 +272,29 @@ class Run:
     def known_noise(self) -> tuple[np.ndarray | None, str]:
         """The noise, or None and, where the rows may have had some, why it is not shown."""
         files = sorted({source.rpartition(":")[0] for source in self.corpus.sources})
-        if missing := [file for file in files if not Path(file).is_file()]:
-            return None, f"Known noise was not looked for: {missing[0]} is not there."
-        try:
-            rows = {row["_source"]: row for row in read_rows(files)}
-        except ValueError as error:
-            return None, f"Known noise was not looked for: {error}."
-        found = [rows.get(source, {}) for source in self.corpus.sources]
-        marked = sum("noise" in row for row in found)
+        rows = {}  # by their source as the run gave it
+        for file in files:
+            if (path := self.nearby(file)) is None:
+                tried = f"as given (from {Path.cwd()}) and in every folder above {self.folder.resolve()}"
+                return None, f"Known noise was not looked for: {file} is not there; tried {tried}."
+            try:
+                rows |= {f"{file}:{row['_source'].rpartition(':')[2]}": row for row in read_rows([str(path)])}
+            except ValueError as error:
+                return None, f"Known noise was not looked for: {error}."
+        marked = sum("noise" in rows.get(source, {}) for source in self.corpus.sources)
         if not marked:
             return None, ""
-        if marked < len(found):
-            return None, f"Known noise is not shown: only {marked} of {len(found)} rows carry it."
-        texts = ["".join(text for text, _ in render(row, self.tokenizer.eos)) for row in found]
-        for (ids, _), tokens in zip(self.tokenizer.encode(texts), self.corpus.split()):
-            if ids[: len(tokens)] != tokens.tolist():
-                return None, "Known noise is not shown: the rows have changed since they were scored."
-        return load_tool("demo").known_noise(self.corpus, self.tokenizer), ""
+        if marked < len(self.corpus):
+            return None, f"Known noise is not shown: only {marked} of {len(self.corpus)} rows carry it."
+        try:
+            return load_tool("demo").known_noise(self.corpus, self.tokenizer, rows), ""
+        except (ValueError, TypeError) as error:  # also a field `noise` of another meaning
+            return None, f"Known noise is not shown: {error}."
+
+    def nearby(self, name: str) -> Path | None:
+        """What the run was given by this name: a relative path may be meant from a folder above the run's."""
+        places = [Path(name), *(folder / name for folder in self.folder.resolve().parents)]
+        return next((place for place in places if place.exists()), None)
 
     def text_of(self, *tokens: int) -> str:
         """Tokens as a reader knows them: with the leading space of the first; U+FFFD where a character is not whole."""
@@ -331,19 +339,24 @@ class Run:
             found[str(path.parent.relative_to(self.folder))] = lines
         return found
 
-    def shown(self, count: int, most_tokens: int = 80_000) -> list[int]:
-        """The examples to show: the most negative sums of Q first, then a sample of the others, evenly spaced."""
-        order = np.argsort(self.sums, kind="stable")
-        first = order[: count // 2]
-        rest = np.sort(order[count // 2 :])
-        sample = rest[np.linspace(0, len(rest) - 1, min(count - len(first), len(rest))).astype(int)] if len(rest) else []
-        chosen, total = [], 0
-        for example in [*first.tolist(), *map(int, sample)]:
-            total += len(self.places(example))
+    def shown(self, count: int, most_tokens: int = 150_000) -> list[int]:
+        """The examples to show: the lowest means of Q, the most negative sums, then others at random."""
+        usual = self.response.sum() / len(self.corpus)
+        count = min(count, 1 + int(most_tokens / usual))  # else long rows would leave no room for the others
+        lowest, order = self.lowest(), np.argsort(self.sums, kind="stable")
+        others = np.random.default_rng(0).permutation(order[count // 2 :])
+        chosen, total = [], 0.0
+        for example in list(dict.fromkeys([*lowest, *order[: count // 2].tolist(), *others.tolist()]))[:count]:
+            length = self.corpus.offsets[example + 1] - self.corpus.offsets[example]
+            total += len(self.places(example)) + length / 20  # a token of the prompt takes a few bytes, of the response about 90
             if total > most_tokens and chosen:
                 break
             chosen.append(example)
         return chosen
+
+    def lowest(self) -> list[int]:
+        """The examples with the lowest mean Q, to look at first."""
+        return np.argsort(self.means, kind="stable")[:LOWEST].tolist()
 
 
 # ------------------------------------------------------------------------------------------- drawings
@@ -443,7 +456,7 @@ def example_html(run: Run, example: int) -> str:
     begin = max(int(run.corpus.offsets[example]), places[0] - 60)
     asked = run.tokenizer.decode(run.corpus.tokens[begin : places[0]].tolist(), skip_special=False).lstrip("\ufffd")
     whole, file = escape(visible(run.whole_text(example))), escape(source.rpartition(":")[0])
-    return (f'<section data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" data-at="{example}" '
+    return (f'<section id="row-{example}" data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" data-at="{example}" '
             f'data-file="{file}" data-text="{whole}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
             f'{run.means[example]:.3f}</h4><p class="asked">{escape(visible(asked))}</p><p class="tokens">{tokens}</p></section>')
 
@@ -467,13 +480,14 @@ def token_types(run: Run, count: int = 40) -> str:
     return f"<p>Of those seen at least {min(5, seen.max())} times.</p><table>{head}{''.join(lines)}</table>"
 
 
-def lowest_rows(run: Run, count: int = 20) -> str:
-    """The rows with the lowest mean Q."""
+def lowest_rows(run: Run, examples: list[int]) -> str:
+    """The rows with the lowest mean Q, each with a link to its tokens below."""
     lines = []
-    for example in np.argsort(run.means, kind="stable")[:count].tolist():
+    for example in (example for example in run.lowest() if example in examples):
         text = run.tokenizer.decode(run.corpus.tokens[list(run.places(example))].tolist())
-        cells = (run.corpus.sources[example], f"{run.means[example]:.3f}", text[:160])
-        lines.append("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells) + "</tr>")
+        source = escape(visible(run.corpus.sources[example]))
+        lines.append(f'<tr><td><a href="#row-{example}">{source}</a></td><td>{run.means[example]:.3f}</td>'
+                     f"<td>{escape(visible(text[:160]))}</td></tr>")  # fmt: skip
     return f"<table><tr><th>row</th><th>mean Q</th><th>response</th></tr>{''.join(lines)}</table>"
 
 
@@ -498,6 +512,7 @@ pre, .wide { overflow-x: auto; } pre { font-size: 12px; overflow-wrap: normal; }
 svg { width: 100%; max-width: 31rem; } .curves svg { max-width: 15rem; } svg text { font-size: 10px; fill: currentColor; }
 svg polyline { fill: none; stroke: rgb(var(--p)); stroke-width: 1.5; } svg line { stroke: currentColor; stroke-dasharray: 3; }
 svg .p { fill: rgb(var(--p)); } svg .n { fill: rgb(var(--n)); } svg .o { fill: #888; } .dim, .asked { opacity: .65; font-size: 12px; }
+section { content-visibility: auto; contain-intrinsic-size: auto 6rem; }
 .tokens { margin: .2rem 0; white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px; }
 .tokens b { font-weight: 400; unicode-bidi: isolate; border-radius: 3px; } .tokens i { opacity: .6; font-style: normal; unicode-bidi: isolate; }
 .tokens b.p { background: rgba(var(--p), var(--a)); } .tokens b.n { background: rgba(var(--n), var(--a)); }
@@ -513,13 +528,16 @@ function show() {
     e.hidden = (file && e.dataset.file !== file) || (text && !e.dataset.text.toLowerCase().includes(text)); list.append(e); });
 }
 ["text", "file", "sort"].forEach((id) => $(id).addEventListener("input", show));
+document.addEventListener("click", (event) => {  // a row that the filter hides is shown when a link leads to it
+  const link = event.target.closest('a[href^="#row-"]'); if (link) $(link.hash.slice(1)).hidden = false; });
 list.addEventListener("click", (event) => { if (event.target.title) $("value").textContent = event.target.title; });
 """
 
 
 def page(run: Run, count: int) -> str:
     """report.html: nothing in it comes from elsewhere, and every text of the rows is escaped."""
-    path, examples = run.folder / "results.md", run.shown(count)
+    path = run.folder / "results.md"
+    examples = sorted(run.shown(count), key=lambda example: run.sums[example])
     done = finished(run.folder, {})
     results = report(done, "Results") if done else "No method of this run is finished yet."
     if path.is_file():
@@ -538,10 +556,10 @@ def page(run: Run, count: int) -> str:
 <h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} examples: mean {quality.mean():.4f}, deviation {quality.std():.4f};
 threshold {run.threshold:.4f}, {n_p:,} in <b class="p">P</b>, {n_n:,} in <b class="n">N</b>.</p>{found}{histogram(run)}{scatter(run)}
 <h2>Training</h2>{trained}
-<h2>Look at these rows first</h2><div class="wide">{lowest_rows(run)}</div>
+<h2>Look at these rows first</h2><div class="wide">{lowest_rows(run, examples)}</div>
 <h2>Tokens</h2><p>Blue: kept in P; orange: in N; plain: left out. {len(examples):,} of {len(run.corpus):,} examples:
-the most negative sums of Q, and an even sample of the others. Hover or tap for values.</p>
-<p><input id="text" placeholder="filter by text"> <select id="file"><option value="">all files</option>{choices}</select>
+the lowest means and the most negative sums of Q, and others at random. Hover or tap for values.</p>
+<p><label>Search the {len(examples):,} rows shown: <input id="text"></label> <select id="file"><option value="">all files</option>{choices}</select>
 <select id="sort"><option value="sum">most negative sum</option><option value="mean">lowest mean</option><option value="at">order</option></select></p>
 <div id="examples">{"".join(example_html(run, example) for example in examples)}</div><p id="value" aria-live="polite"></p>
 <h2>Types of tokens</h2><div class="wide">{token_types(run)}</div>"""
@@ -550,7 +568,7 @@ the most negative sums of Q, and an even sample of the others. Hover or tap for 
             f"<body>{body}<script>{SCRIPT}</script></body></html>\n")
 
 
-def write_page(run: Run, count: int = 200, path: Path | None = None) -> None:
+def write_page(run: Run, count: int = SHOWN, path: Path | None = None) -> None:
     """RUN/report.html, or another path."""
     path = path or run.folder / "report.html"
     write_text(page(run, count), path)
@@ -587,7 +605,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
-    parser.add_argument("--examples", type=AT_LEAST_1, default=200, help="how many rows to show [200]")
+    parser.add_argument("--examples", type=AT_LEAST_1, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
     parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
     arguments = parser.parse_args(argv)
     try:
