@@ -1,10 +1,14 @@
 """The demo's world, whose noise is known, and how a low Q is measured against it."""
 
+import shutil
+
 import numpy as np
 import pytest
 from test_equations import scored_corpus
+from test_look import make_run
 
 from data import Tokenizer, build_corpus, read_rows, write_rows
+from eval import load_tool
 from forgetting import METHODS, Options, choose_signs
 from tools import demo
 
@@ -74,3 +78,18 @@ def test_detection_of_known_noise():
     assert set(found) == {"noise share", "AUC", "AUC wrong", "AUC boilerplate", "precision of N", "recall of N"}
     noise[:] = 0
     assert demo.detection(quality, signs < 0, corpus, noise) == {}
+
+
+def test_the_pages_show_the_panels_whole_table(tmp_path):
+    """They were of the first seed alone, n = 1."""
+    run = make_run(tmp_path / "made", "llama3")
+    for name in ("world-0/clean", "world-1/clean"):
+        shutil.copytree(run, tmp_path / "demo" / name)
+    figures = [{"tasks": {"demo_mc": {"acc": acc, "acc_stderr": 0.1, "n": 8}}} for acc in (0.5, 0.75)]
+    results = {"full": dict(enumerate(figures)), "forgetting": dict(enumerate(figures))}
+    parts = {"clean": [load_tool("look").report(results, "Panel"), demo.detection_table({"AUC": [0.5, 0.7]})]}
+    demo.write_pages(Options(out=str(tmp_path / "demo"), seeds=[0, 1]), parts)
+    for seed in (0, 1):
+        text = (tmp_path / "demo" / f"world-{seed}" / "clean" / "report.html").read_text()
+        assert "62.5 +- 17.7" in text and "forgetting - full" in text and "(0/2)" in text and "0.60 +- 0.14" in text
+        assert "Over seeds 0, 1 of" in text and f"of seed {seed}." in text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -171,6 +172,21 @@ def test_a_field_noise_of_another_meaning_is_one_line(run_folder):
     write_rows(rows, run_folder.parent / "rows.jsonl")
     load_tool("look").main([str(run_folder)])
     assert "Known noise is not shown: " in (run_folder / "report.html").read_text()
+
+
+def test_a_demos_folder_gives_all_its_pages(run_folder, tmp_path, capsys):
+    look, demo = load_tool("look"), tmp_path / "demo"
+    for name in ("world-0/clean", "world-1/clean"):
+        shutil.copytree(run_folder, demo / name)
+    look.main([str(demo)])
+    assert "2 runs in it" in capsys.readouterr().out
+    assert (demo / "world-0/clean/report.html").is_file() and (demo / "world-1/clean/report.html").is_file()
+    look.main([str(demo), "--text"])
+    assert capsys.readouterr().out.count("rows.jsonl:12") == 2
+    with pytest.raises(SystemExit) as stop:
+        look.main([str(demo), "--out", str(tmp_path / "page.html")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "world-0/clean" in error
 
 
 def test_a_folder_without_scores_is_one_line(tmp_path, capsys):

@@ -11,6 +11,7 @@ on rows as noisy as the training set. Methods that do not look at the reference 
 import argparse, dataclasses, json, random, sys  # noqa: E401
 from dataclasses import dataclass
 from html import escape
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -326,6 +327,18 @@ def detection_table(found: dict[str, list]) -> str:
     return line + "\n\n" + look.table(list(found), [[look.spread(values, 2) for values in found.values()]])
 
 
+def write_pages(options: forgetting.Options, parts: dict[str, list[str]]) -> None:
+    """report.html of every seed and panel, below the panel's table over all seeds; rank 0 alone."""
+    if rank_and_world()[0] > 0:
+        return
+    look = load_tool("look")
+    for seed, panel in product(options.seeds, parts):
+        folder = Path(options.out) / f"world-{seed}" / panel
+        note = f"Over seeds {', '.join(map(str, options.seeds))} of {options.out}, mean +- sample standard deviation."
+        write_text("\n\n".join([*parts[panel], f"{note} All below is of seed {seed}.\n"]), folder / "results.md")
+        look.write_page(look.Run(folder))
+
+
 # ----------------------------------------------------------------------------------------------- the picture
 
 
@@ -411,14 +424,12 @@ def main(argv: list[str] | None = None) -> None:
         prepare_world(options, own.world)
         results, found = run_demo(options)
         look = load_tool("look")
-        parts = []
+        parts = {}
         for panel, title in PANELS.items():
-            parts += [look.report(results[panel], title), detection_table(found[panel])]
+            parts[panel] = [look.report(results[panel], title), detection_table(found[panel])]
         content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
-        look.write_report(parts, content, options)
-        if rank_and_world()[0] == 0:
-            for panel in PANELS:
-                look.write_page(look.Run(Path(options.out) / f"world-{options.seeds[0]}" / panel))
+        look.write_report(sum(parts.values(), []), content, options)
+        write_pages(options, parts)
         if own.svg and rank_and_world()[0] == 0:
             runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
             examples = choose_examples(runs["clean"])

@@ -1,6 +1,7 @@
 """What a run found, to look at: the table of its methods, and every token with its Q, in RUN/report.html.
 
     python tests/tools/look.py runs/mine                   # writes runs/mine/report.html, one file, opens offline
+    python tests/tools/look.py runs/demo                   # a page for every run of the demo
     python tests/tools/look.py runs/mine --text            # the same rows coloured in the terminal
 
 Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold; known noise is underlined.
@@ -568,6 +569,12 @@ the lowest means and the most negative sums of Q, and others at random. Hover or
             f"<body>{body}<script>{SCRIPT}</script></body></html>\n")
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or the runs of a demo's folder, which has no scores of its own."""
+    found = sorted(path.parent for path in folder.glob("world-*/*/scores.safetensors"))
+    return found if found and not (folder / "scores.safetensors").is_file() else [folder]
+
+
 def write_page(run: Run, count: int = SHOWN, path: Path | None = None) -> None:
     """RUN/report.html, or another path."""
     path = path or run.folder / "report.html"
@@ -603,17 +610,22 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str],
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("run", type=Path, help="folder of a run, or of a demo")
     parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
     parser.add_argument("--examples", type=AT_LEAST_1, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
     parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
     arguments = parser.parse_args(argv)
     try:
-        run = Run(arguments.run)
-        if arguments.text:
-            print_tokens(run, arguments.examples)
-        else:
-            write_page(run, arguments.examples, arguments.out)
+        folders = runs_in(arguments.run)
+        if len(folders) > 1 and arguments.out:
+            raise ValueError(f"{arguments.run} holds {len(folders)} runs and --out is one page: name one, such as {folders[0]}")
+        if folders != [arguments.run]:
+            print(f"{arguments.run} is a demo's: {len(folders)} run{'s' * (len(folders) > 1)} in it")
+        for run in map(Run, folders):
+            if arguments.text:
+                print_tokens(run, arguments.examples)
+            else:
+                write_page(run, arguments.examples, arguments.out)
     except (ValueError, OSError) as error:
         print(f"look.py: {error}", file=sys.stderr)
         sys.exit(2)
