@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -529,6 +530,11 @@ def test_an_adapter_folder_is_whole_for_others(finished):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "- t_max: 0.25" in card and "library_name: peft" in card
     assert (folder / "chat_template.jinja").read_text() == (finished / "full/seed-0/merged/chat_template.jinja").read_text()
+    assert "- rho: 0.7\n" in card, "the method's own, where --rho does not say"
+    for name, rho in (("full/seed-0", 1.0), ("reference", 1.0), ("ignoring/seed-0", 0.5)):
+        card = (finished / name / "README.md").read_text()
+        assert f"- rho: {rho}\n" in card and "t_max" not in card, name
+        assert (finished / name / "tokenizer.json").is_file() and (finished / name / "chat_template.jinja").is_file()
 
 
 def test_a_model_card_of_ones_own_stays(finished, tmp_path, monkeypatch):
@@ -572,6 +578,18 @@ def test_a_typo_is_answered_before_torch_is_loaded(program):
     done = subprocess.run([*command, "--modle", "m"], capture_output=True, text=True)
     said = f"{program.replace('run.sh', 'forgetting.py')}: unrecognized arguments: --modle (--help lists the flags)\n"
     assert done.returncode == 2 and done.stderr == said and time.perf_counter() - began < 1
+    done = subprocess.run([*command, "-m", "m"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized arguments: -m" in done.stderr
+
+
+@pytest.mark.parametrize("program", ["forgetting.py", "eval.py", "tests/tools/launch.py"])
+def test_an_interrupt_while_loading_is_one_line(program):
+    """It was a traceback of up to 40 lines out of torch's imports."""
+    process = subprocess.Popen([sys.executable, str(ROOT / program), "--help"], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)  # torch takes longer
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said == "\nstopped while loading\n"
 
 
 def test_every_flag_is_known_to_the_quick_check():

@@ -1,4 +1,4 @@
-"""Answer a mistyped flag at once: torch, which the programs load before they parse, takes seconds.
+"""Answer a mistyped flag, and Ctrl-C, at once: torch, which the programs load before they parse, takes seconds.
 
     python tests/tools/check_flags.py forgetting.py --epoch 2     # exit code 2, and one line
 
@@ -6,7 +6,7 @@ Flags are read off the sources: fields of Options, and texts that look like a fl
 with it; whatever else can be wrong, their own parsers say.
 """
 
-import ast, re, sys  # noqa: E401
+import ast, os, re, signal, sys  # noqa: E401
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,10 +26,19 @@ def known_flags(program: str) -> set[str]:
     return flags
 
 
+def stop_in_one_line(*_: object) -> None:
+    """What Ctrl-C does until the program's main has its own answer: imports would end in a traceback."""
+    if os.environ.get("RANK", "0") == "0":
+        print("\nstopped while loading", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def check_flags(program: str, words: list[str]) -> None:
     """End the program if one of its words is a flag that it does not have."""
+    signal.signal(signal.SIGINT, stop_in_one_line)
     if program in ("forgetting.py", "eval.py"):
-        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in known_flags(program)]
+        flags = [word for word in words if re.match(r"--|-[a-zA-Z]", word) and word != "-h"]  # no number has a letter there
+        unknown = [word for word in flags if word.partition("=")[0] not in known_flags(program)]
         if unknown:
             print(f"{program}: unrecognized arguments: {' '.join(unknown)} (--help lists the flags)", file=sys.stderr)
             sys.exit(2)

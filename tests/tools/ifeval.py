@@ -5,19 +5,20 @@
 Kinds that need langdetect or nltk are left out, and counted as not scored, where the package is missing.
 """
 
-import functools, importlib.util, json, re, sys  # noqa: E401
+import functools, importlib.util, inspect, json, re, sys  # noqa: E401
 from typing import Any, Callable
 
 
 def score(row: dict, reply: str) -> dict:
     """Strict: the reply as it is. Loose: any of eight ways to trim it. A row without its checker is not scored.
 
-    Raises ValueError for an id that is none of IFEval's, and TypeError where an argument is missing.
+    Raises ValueError for an id that is none of IFEval's, and for arguments that its check cannot use.
     """
+    if len(row["instruction_id_list"]) != len(row["kwargs"]):
+        raise ValueError(f"{len(row['instruction_id_list'])} instruction ids, but {len(row['kwargs'])} kwargs")
     checks = list(zip(row["instruction_id_list"], row["kwargs"]))
-    for name, _ in checks:
-        if name not in IFEVAL:
-            raise ValueError(f"unknown instruction id {name!r}")
+    for name, arguments in checks:
+        check_arguments(name, arguments)
     missing = [name for name, _ in checks if name not in ifeval_checks()]
     if missing:
         return {"prediction": reply, "target": None, "metrics": {}, "not_scored": missing}
@@ -32,6 +33,29 @@ def score(row: dict, reply: str) -> dict:
     for kind, kept in (("strict", strict), ("loose", loose)):
         metrics[f"inst_level_{kind}_acc"] = list(map(float, kept))
     return {"prediction": reply, "target": None, "metrics": metrics}
+
+
+RELATIONS = ("less than", "at least")
+PATTERNS = ("keywords", "keyword", "forbidden_words", "section_spliter")  # these become regular expressions
+
+
+def check_arguments(name: str, arguments: dict) -> None:
+    """Raise ValueError, before anything is generated, for an instruction that could not be checked."""
+    if name not in IFEVAL:
+        raise ValueError(f"unknown instruction id {name!r}")
+    given = {key: value for key, value in arguments.items() if value}
+    try:
+        inspect.signature(IFEVAL[name]).bind("", **given)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+    for key, value in given.items():
+        if key.endswith("relation") and value not in RELATIONS:
+            raise ValueError(f"{name}: {key} {value!r} is not one of {', '.join(RELATIONS)}")
+        for pattern in (value if isinstance(value, list) else [value]) if key in PATTERNS else []:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"{name}: {key} {pattern!r} is not a pattern ({error})") from None
 
 
 def follows(reply: str, name: str, arguments: dict) -> bool:

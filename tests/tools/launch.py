@@ -6,12 +6,18 @@ torchrun itself answers a signal with a traceback of its own and exit code 1.
 """
 
 import logging
+import signal
 import sys
+from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.run import main
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from check_flags import stop_in_one_line  # noqa: E402
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop_in_one_line)  # until main, below, has handlers of its own
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.run import main
+
     logging.disable(logging.WARNING)  # here, not in the ranks: which process got which signal
     try:
         main()

@@ -188,12 +188,25 @@ def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
     return bool((now > start).all())
 
 
+def notes_on(name: str, log: list[dict]) -> list[str]:
+    """What the table must not hide about a training: that it moved nothing, learned nothing or unlearned nothing."""
+    method, notes = METHODS.get(name.partition("/")[0].partition(":")[0]), []
+    if log and not any(line["lr"] for line in log):
+        notes.append("all its steps had rate 0, so it is the base model")
+    if method is not None and method.unlearn and all(line["L_N"] is None for line in log):
+        notes.append("no token was unlearned: N is empty, or lambda stayed 0")
+    if log and all(line["L_P"] is None for line in log):
+        notes.append("no token was learned: P is empty")
+    return notes
+
+
 def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
     """The end of a run: the table of all that is finished in its folder, on screen and in files, and report.html."""
     out = Path(options.out)
     results = finished(out, results)
-    write_report([report(results, f"{options.model} on {', '.join(options.data)}")], results, options)
     run = Run(out)
+    notes = [f"Warning: {out / name}: {note}." for name, log in run.logs().items() for note in notes_on(name, log)]
+    write_report([report(results, f"{options.model} on {', '.join(options.data)}"), *notes], results, options)
     for name, log in run.logs().items():
         if forgetting_hurts(log):
             print(f"warning: {out / name}: L_P is above its start, and L_N too: lambda up to {log[-1]['lambda']:.3g} unlearns "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, read_object, write_text  # noqa: E402
-from forgetting import METHODS, VARIANT_OPTIONS, Options, method_of  # noqa: E402
+from forgetting import METHODS, UNLEARNING, VARIANT_OPTIONS, Options, method_of  # noqa: E402
 from lora import load_adapter, merge_lora  # noqa: E402
 from model import DTYPES, TEXT_FILES, checkpoint_folder, load_model, save_model  # noqa: E402
 
@@ -34,6 +34,11 @@ def publish_run(options: Options) -> None:
     """Publish every trained adapter of options.out; with options.export a merged checkpoint of each, too."""
     checkpoint = checkpoint_folder(options.model)
     tokenizer = Tokenizer(checkpoint)
+    reference = Path(options.out) / "reference"
+    if (reference / "adapter_model.safetensors").is_file():
+        epochs = read_object(Path(options.out) / "config.json")["reference_epochs"]  # where the default depends on D_ref
+        its_options = dataclasses.replace(options, lr=options.reference_lr, epochs=epochs, export=False)
+        publish(reference, checkpoint, tokenizer, "reference", its_options)
     for weights in sorted(Path(options.out).glob("*/seed-*/adapter_model.safetensors")):
         folder, name = weights.parent, weights.parent.parent.name
         if name.partition(":")[0] in METHODS:
@@ -57,7 +62,10 @@ def publish(folder: Path, checkpoint: Path, tokenizer: Tokenizer, name: str, opt
 
 def model_card(name: str, options: Options) -> str:
     """The README.md of an adapter, as the Hub reads it."""
-    trained = {key: getattr(options, key) for key in VARIANT_OPTIONS if getattr(options, key) is not None}
+    method = METHODS.get(name.partition(":")[0], METHODS["full"])  # the reference is trained as full is
+    read = [key for key in VARIANT_OPTIONS if method.unlearn or key not in UNLEARNING]
+    trained = {key: getattr(options, key) for key in read if getattr(options, key) is not None}
+    trained["rho"] = method.rho if options.rho is None or method.rho == 1 else options.rho
     settings = "\n".join(f"- {key}: {value}" for key, value in trained.items())
     return (
         f"---\nbase_model: {options.model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
