@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from data import Tokenizer, build_corpus, write_rows, write_text
 from eval import load_tool
+from forgetting import Options
 
+ROOT = Path(__file__).resolve().parent.parent
 NASTY = "</script><script>alert(1)</script> \" ' & \u202edlrow \u05e9\u05dc\u05d5\u05dd \x07 <b onclick=x>"
 LETTERS = "\u05e9\u05dc\u05d5\u05dd \u4f60\u597d \U0001f642 caf\u00e9"
 
@@ -187,6 +192,30 @@ def test_a_demos_folder_gives_all_its_pages(run_folder, tmp_path, capsys):
         look.main([str(demo), "--out", str(tmp_path / "page.html")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "world-0/clean" in error
+
+
+def test_a_reader_that_stops_early_is_no_error(run_folder):
+    command = f"{sys.executable} {ROOT / 'tests/tools/look.py'} {run_folder} --text | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_token_types_show_their_spaces_and_are_marked_in_their_context(run_folder):
+    look = load_tool("look")
+    drawn = look.token_types(look.Run(run_folder))
+    assert "<td><code>\u2423" in drawn and len(re.findall("<mark>[^<]+</mark>", drawn)) == drawn.count("<tr>") - 1
+
+
+def test_words_and_numbers_of_tables_are_not_broken():
+    """The page's overflow-wrap: anywhere was inherited, and columns shrank to a letter's width."""
+    rules = dict(re.findall(r"([^{}]+?) \{ ([^}]*) \}", load_tool("look").STYLE.replace("\n", " ")))
+    assert "overflow-wrap: break-word" in rules[" table"] and "nowrap" in rules[" th, td:not(:last-child)"]
+
+
+def test_the_command_of_a_run_can_be_given_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", "--data", "my rows.jsonl"])
+    load_tool("look").write_report([], {}, Options(out=str(tmp_path)))
+    assert "Made by `python forgetting.py --data 'my rows.jsonl'`." in (tmp_path / "results.md").read_text()
 
 
 def test_a_folder_without_scores_is_one_line(tmp_path, capsys):

@@ -8,7 +8,7 @@ Blue tokens are in P, orange ones in N, stronger the farther Q is from the thres
 forgetting.py and the demo call it at the end of a run. Order: tables, the run, drawings, tokens, page, command line.
 """
 
-import argparse, dataclasses, json, sys, types, unicodedata  # noqa: E401
+import argparse, dataclasses, json, os, shlex, sys, types, unicodedata  # noqa: E401
 from collections import Counter
 from functools import cached_property
 from html import escape
@@ -172,7 +172,7 @@ def write_report(parts: list[str], results: dict, options: Options) -> None:
     text += "L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns.\n"
     if options.limit is not None:
         text += f"Only the first {options.limit} documents of each task (--limit).\n"
-    text += f"Made by `{' '.join(['python forgetting.py', *sys.argv[1:]])}`.\n"
+    text += f"Made by `{shlex.join(['python', 'forgetting.py', *sys.argv[1:]])}`.\n"
     out = Path(options.out)
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
@@ -487,11 +487,14 @@ def token_types(run: Run, count: int = 40) -> str:
     lines = []
     for token in dict.fromkeys([*order[:count].tolist(), *order[-count:].tolist()]):
         place = first_place[token]
-        around = "".join(run.texts(range(max(place - 8, 0), min(place + 5, len(run.corpus.tokens)))))
-        cells = (run.name_of(token), f"{sums[token] / seen[token]:.3f}", str(seen[token]), around)
-        lines.append("<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells) + "</tr>")
+        first, last = max(place - 8, 0), min(place + 5, len(run.corpus.tokens))
+        around = [escape(visible(text)) for text in run.texts(range(first, last))]
+        around[place - first] = f"<mark>{around[place - first]}</mark>"
+        name = escape(visible(run.name_of(token))).replace(" ", "\u2423").replace("\n", "\u23ce")
+        cells = (f"<code>{name}</code>", f"{sums[token] / seen[token]:.3f}", f"{seen[token]:,}", "".join(around))
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>token</th><th>mean Q</th><th>count</th><th>where</th></tr>"
-    return f"<p>Of those seen at least {min(5, seen.max())} times.</p><table>{head}{''.join(lines)}</table>"
+    return f"<p>Of those seen at least {min(5, seen.max())} times; \u2423 is a space.</p><table>{head}{''.join(lines)}</table>"
 
 
 def lowest_rows(run: Run, examples: list[int]) -> str:
@@ -500,7 +503,9 @@ def lowest_rows(run: Run, examples: list[int]) -> str:
     for example in (example for example in run.lowest() if example in examples):
         text = run.tokenizer.decode(run.corpus.tokens[list(run.places(example))].tolist())
         source = escape(visible(run.corpus.sources[example]))
-        lines.append(f'<tr><td><a href="#row-{example}">{source}</a></td><td>{run.means[example]:.3f}</td>'
+        name = source.rpartition("/")[2]  # the whole path would fill a narrow screen
+        link = f'<a href="#row-{example}" title="{source}">{name}</a>'
+        lines.append(f"<tr><td>{link}</td><td>{run.means[example]:.3f}</td>"
                      f"<td>{escape(visible(text[:160]))}</td></tr>")  # fmt: skip
     return f"<table><tr><th>row</th><th>mean Q</th><th>response</th></tr>{''.join(lines)}</table>"
 
@@ -531,8 +536,10 @@ section { content-visibility: auto; contain-intrinsic-size: auto 6rem; }
 .tokens b { font-weight: 400; unicode-bidi: isolate; border-radius: 3px; } .tokens i { opacity: .6; font-style: normal; unicode-bidi: isolate; }
 .tokens b.p { background: rgba(var(--p), var(--a)); } .tokens b.n { background: rgba(var(--n), var(--a)); }
 .tokens b.k { text-decoration: underline 2px; } .asked { margin: 0; white-space: pre-wrap; unicode-bidi: isolate; }
-table { border-collapse: collapse; font-size: 13px; } td, th { border-bottom: 1px solid var(--line); padding: .1rem .5rem; text-align: left;
-unicode-bidi: isolate; } input, select { font: inherit; max-width: 100%; } #value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
+table { border-collapse: collapse; font-size: 13px; overflow-wrap: break-word; } mark { border-radius: 3px; }
+td, th { border-bottom: 1px solid var(--line); padding: .1rem .5rem; text-align: left; vertical-align: top; unicode-bidi: isolate; }
+th, td:not(:last-child) { white-space: nowrap; } td:last-child { min-width: 14rem; } td code { font-size: 12px; }
+input, select { font: inherit; max-width: 100%; } #value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
 """
 SCRIPT = """
 const list = document.getElementById("examples"), all = [...list.children], $ = (id) => document.getElementById(id);
@@ -639,6 +646,9 @@ def main(argv: list[str] | None = None) -> None:
                 print_tokens(run, arguments.examples)
             else:
                 write_page(run, arguments.examples, arguments.out)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too
     except (ValueError, OSError) as error:
         print(f"look.py: {error}", file=sys.stderr)
         sys.exit(2)
