@@ -93,3 +93,15 @@ def test_the_pages_show_the_panels_whole_table(tmp_path):
         text = (tmp_path / "demo" / f"world-{seed}" / "clean" / "report.html").read_text()
         assert "62.5 +- 17.7" in text and "forgetting - full" in text and "(0/2)" in text and "0.60 +- 0.14" in text
         assert "Over seeds 0, 1 of" in text and f"of seed {seed}." in text
+
+
+def test_two_demos_in_one_folder(tmp_path, monkeypatch, capsys):
+    """They wrote over each other: the demo's folder had no lock."""
+    from data import locked
+
+    monkeypatch.setattr(demo, "run_and_report", lambda *_: (tmp_path / "began").touch())
+    with locked(tmp_path / "out" / "lock"), pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path / "out")])
+    assert "is in use by another run" in capsys.readouterr().err and not (tmp_path / "began").exists()
+    demo.main(["--out", str(tmp_path / "out")])
+    assert (tmp_path / "began").exists() and not list((tmp_path / "out").iterdir()), "the lock leaves nothing"

@@ -9,6 +9,7 @@ on rows as noisy as the training set. Methods that do not look at the reference 
 """
 
 import argparse, dataclasses, json, random, sys  # noqa: E401
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from itertools import product
@@ -20,7 +21,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import forgetting  # noqa: E402
-from data import Corpus, Tokenizer, covers, read_rows, render, write_rows, write_text  # noqa: E402
+from data import Corpus, Tokenizer, covers, locked, read_rows, render, write_rows, write_text  # noqa: E402
 from eval import load_tool, measure, prepare, rank_and_world, start_ranks, wait_for_all  # noqa: E402
 from model import DTYPES, load_model  # noqa: E402
 
@@ -231,6 +232,7 @@ DEMO = {  # small model, few steps: the paper's rate of 1e-4 would leave it wher
     "reference_epochs": 2,
     "rho": 0.7,
     "max_grad_norm": 1.0,
+    "micro_tokens": 4096,  # the tables of README to the digit: other packs are other masks and sums
     "methods": ["base", "reference", "full", "ignoring-random", "ignoring", "forgetting", "forgetting-clipped"],
 }
 PANELS = {
@@ -416,31 +418,39 @@ def parse_demo(argv: list[str] | None) -> tuple[forgetting.Options, argparse.Nam
     return options, own
 
 
+def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> None:
+    """Both panels of every seed, the table, the pages, and the picture where one is asked for."""
+    prepare_world(options, world)
+    results, found = run_demo(options)
+    look, parts = load_tool("look"), {}
+    for panel, title in PANELS.items():
+        parts[panel] = [look.report(results[panel], title), detection_table(found[panel])]
+    content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
+    look.write_report(sum(parts.values(), []), content, options)
+    write_pages(options, parts)
+    if svg and rank_and_world()[0] == 0:
+        runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
+        examples = choose_examples(runs["clean"])
+        titles = {"clean": "reference trained on clean rows", "same": "reference as noisy as the training rows"}
+        rows = {titles[panel]: token_rows(run, examples) for panel, run in runs.items()}
+        write_text(draw_tokens(rows), svg)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     try:
         options, own = parse_demo(argv)
         options.device = start_ranks(options.device)
-        prepare_world(options, own.world)
-        results, found = run_demo(options)
-        look = load_tool("look")
-        parts = {}
-        for panel, title in PANELS.items():
-            parts[panel] = [look.report(results[panel], title), detection_table(found[panel])]
-        content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
-        look.write_report(sum(parts.values(), []), content, options)
-        write_pages(options, parts)
-        if own.svg and rank_and_world()[0] == 0:
-            runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
-            examples = choose_examples(runs["clean"])
-            titles = {"clean": "reference trained on clean rows", "same": "reference as noisy as the training rows"}
-            rows = {titles[panel]: token_rows(run, examples) for panel, run in runs.items()}
-            write_text(draw_tokens(rows), own.svg)
+        # a folder of its own: locked() asks for a run's, and the demo's holds several
+        with locked(Path(options.out) / "lock") if rank_and_world()[0] == 0 else nullcontext():
+            run_and_report(options, own.world, own.svg)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        where = f"stopped {stop}".strip()
+        if rank_and_world()[0] == 0:
+            print(f"\n{Path(sys.argv[0]).name}: {where}; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

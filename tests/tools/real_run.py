@@ -71,7 +71,7 @@ def main() -> None:
         methods = ["base", "reference", *(name for name in names if not name.startswith("oracle"))]
         defaults = {"model": own.model, "data": [files["train"]], "reference_data": [files["reference"]],
                     "eval_data": [files["held-out"]], "methods": methods, "lr": RATES[0], "reference_lr": RATES[1],
-                    "dropout": 0.0, "max_grad_norm": 1.0, "dtype": "float32", "out": str(own.out / "run")}  # fmt: skip
+                    "dropout": 0.0, "micro_tokens": 4096, "max_grad_norm": 1.0, "dtype": "float32", "out": str(own.out / "run")}  # fmt: skip
         options = forgetting.parse_options(rest, **defaults)
         results = forgetting.run(options)
         for name in names:
