@@ -362,7 +362,7 @@ class Run:
         chosen, total = [], 0.0
         for example in list(dict.fromkeys([*lowest, *order[: count // 2].tolist(), *others.tolist()]))[:count]:
             length = self.corpus.offsets[example + 1] - self.corpus.offsets[example]
-            total += len(self.places(example)) + length / 20  # a token of the prompt takes a few bytes, of the response about 90
+            total += len(self.places(example)) + length / 20  # in bytes a prompt's token is cheap
             if total > most_tokens and chosen:
                 break
             chosen.append(example)
@@ -415,8 +415,8 @@ def histogram(run: Run, bins: int = 60) -> str:
         for sign, count in ((sign, counts[sign][i]) for sign in counts if counts[sign][i]):
             tall = 110 * count / highest
             below -= tall
-            parts.append(f'<rect class="{"opn"[sign]}" x="{x:.1f}" y="{below:.2f}" width="{480 / bins - 1:.1f}" height="{tall:.2f}">'
-                         f"<title>{count:,} {SIDES[sign]}</title></rect>")
+            parts.append(f'<rect class="{"opn"[sign]}" x="{x:.1f}" y="{below:.2f}" width="{480 / bins - 1:.1f}" '
+                         f'height="{tall:.2f}"><title>{count:,} {SIDES[sign]}</title></rect>')
     for x, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
         parts.append(f'<line x1="{at(x):.1f}" x2="{at(x):.1f}" y1="5" y2="125"/><text x="{at(x) + 3:.1f}" y="{y}">{name}</text>')
     parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, what lies outside (1 %) at the ends</text>')
@@ -470,8 +470,8 @@ def example_html(run: Run, example: int) -> str:
     begin = max(int(run.corpus.offsets[example]), places[0] - 60)
     asked = run.tokenizer.decode(run.corpus.tokens[begin : places[0]].tolist(), skip_special=False).lstrip("\ufffd")
     whole, file = escape(visible(run.whole_text(example))), escape(source.rpartition(":")[0])
-    return (f'<section id="row-{example}" data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" data-at="{example}" '
-            f'data-file="{file}" data-text="{whole}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
+    return (f'<section id="row-{example}" data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" '
+            f'data-at="{example}" data-file="{file}" data-text="{whole}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
             f'{run.means[example]:.3f}</h4><p class="asked">{escape(visible(asked))}</p><p class="tokens">{tokens}</p></section>')
 
 
@@ -537,7 +537,8 @@ section { content-visibility: auto; contain-intrinsic-size: auto 6rem; }
 .tokens b.p { background: rgba(var(--p), var(--a)); } .tokens b.n { background: rgba(var(--n), var(--a)); }
 .tokens b.k { text-decoration: underline 2px; } .asked { margin: 0; white-space: pre-wrap; unicode-bidi: isolate; }
 table { border-collapse: collapse; font-size: 13px; overflow-wrap: break-word; } mark { border-radius: 3px; }
-td, th { border-bottom: 1px solid var(--line); padding: .1rem .5rem; text-align: left; vertical-align: top; unicode-bidi: isolate; }
+td, th { border-bottom: 1px solid var(--line); padding: .1rem .5rem; text-align: left; vertical-align: top;
+unicode-bidi: isolate; }
 th, td:not(:last-child) { white-space: nowrap; } td:last-child { min-width: 14rem; } td code { font-size: 12px; }
 input, select { font: inherit; max-width: 100%; } #value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
 """
@@ -580,7 +581,8 @@ threshold {run.threshold:.4f}, {n_p:,} in <b class="p">P</b>, {n_n:,} in <b clas
 <h2>Look at these rows first</h2><div class="wide">{lowest_rows(run, examples)}</div>
 <h2>Tokens</h2><p>Blue: kept in P; orange: in N; plain: left out. {len(examples):,} of {len(run.corpus):,} examples:
 the lowest means and the most negative sums of Q, and others at random. Hover or tap for values.</p>
-<p><label>Search the {len(examples):,} rows shown: <input id="text"></label> <select id="file"><option value="">all files</option>{choices}</select>
+<p><label>Search the {len(examples):,} rows shown: <input id="text"></label>
+<select id="file"><option value="">all files</option>{choices}</select>
 <select id="sort"><option value="sum">most negative sum</option><option value="mean">lowest mean</option><option value="at">order</option></select></p>
 <div id="examples">{"".join(example_html(run, example) for example in examples)}</div><p id="value" aria-live="polite"></p>
 <h2>Types of tokens</h2><div class="wide">{token_types(run)}</div>"""
