@@ -590,9 +590,8 @@ def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) ->
 
 
 def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
-    """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps.
-
-    Its rate begins at 0 and ends near it: fewer teach nothing, and all Q are equal."""
+    """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps."""
+    # the rate begins at 0 and ends near it: fewer steps teach nothing, and all Q are equal
     steps = math.ceil(n_reference / options.batch_size)
     epochs = options.reference_epochs or max(options.epochs, math.ceil(8 / steps))
     if epochs > options.epochs and options.reference_epochs is None:
@@ -634,6 +633,8 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     """
     out, (rank, ranks) = Path(options.out), rank_and_world()
     check_folder(out)
+    if (out / "scores.safetensors").is_file():
+        read_scores(out / "scores.safetensors")  # one that was cut off is found before anything is written
     inputs = {"model": model_fingerprint(checkpoint)}
     inputs |= {"reference data": d_ref.fingerprint(), "training data": d_train.fingerprint()}
     inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
@@ -734,9 +735,8 @@ class Options:
         """Options that follow others unless given, and ValueError for those that do not go together."""
         self.reference_lr = self.reference_lr or self.lr
         self.score_dtype = self.score_dtype or self.dtype
-        # a CPU's small packs save memory; in bfloat16 each casts the adapter and the head anew
-        usual = 8192 if self.device != "cpu" else 4096 if self.dtype == "bfloat16" else 1024
-        self.micro_tokens = self.micro_tokens or usual
+        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # it saves memory; bfloat16 casts in every pack
+        self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
         if self.eval_every and not self.eval_data:
             raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
         if self.lambda_schedule == "balanced" and not self.watch_gradients:

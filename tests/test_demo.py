@@ -100,8 +100,8 @@ def test_two_demos_in_one_folder(tmp_path, monkeypatch, capsys):
     from data import locked
 
     monkeypatch.setattr(demo, "run_and_report", lambda *_: (tmp_path / "began").touch())
-    with locked(tmp_path / "out" / "lock"), pytest.raises(SystemExit):
+    with locked(tmp_path / "out"), pytest.raises(SystemExit):
         demo.main(["--out", str(tmp_path / "out")])
     assert "is in use by another run" in capsys.readouterr().err and not (tmp_path / "began").exists()
     demo.main(["--out", str(tmp_path / "out")])
-    assert (tmp_path / "began").exists() and not list((tmp_path / "out").iterdir()), "the lock leaves nothing"
+    assert (tmp_path / "began").exists() and not (tmp_path / "out").exists(), "the lock leaves nothing"

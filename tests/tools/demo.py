@@ -441,8 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         options, own = parse_demo(argv)
         options.device = start_ranks(options.device)
-        # a folder of its own: locked() asks for a run's, and the demo's holds several
-        with locked(Path(options.out) / "lock") if rank_and_world()[0] == 0 else nullcontext():
+        with locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
             run_and_report(options, own.world, own.svg)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
