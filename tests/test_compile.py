@@ -5,6 +5,7 @@ import tiny
 import torch
 import torch.multiprocessing
 from torch._dynamo.utils import counters
+from torch.nn.attention import varlen as kernels
 
 import forgetting
 import model as transformer
@@ -77,7 +78,7 @@ def kernel(q, k, v, cq, ck, longest_q, longest_k, *, scale, window_size, enable_
 def test_compiled_blocks_are_the_eager_ones_in_few_graphs(tmp_path, monkeypatch, checkpointed):
     """Twenty packs of other lengths, adapter on and off: no break, at most four graphs, equal to 1e-5."""
     monkeypatch.setattr("model.flash_runs_on", lambda x: True)
-    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     torch.manual_seed(0)
     folder = tiny.make_checkpoint(tmp_path, "llama3")
     eager, compiled = load_model(folder), load_model(folder)
@@ -115,7 +116,7 @@ def test_compile_without_its_kernel_is_refused(tmp_path):
 def compiled_on_rank(rank, folder, store):
     """The gradient of one step on one of two ranks, with compiled blocks under DDP."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    transformer.flash_runs_on, transformer.varlen.varlen_attn = (lambda x: True), kernel
+    transformer.flash_runs_on, kernels.varlen_attn = (lambda x: True), kernel
     model, corpus, signs = setting(folder)
     adapt(model)
     model.train().compile_blocks(backend="eager")
@@ -138,7 +139,7 @@ def test_compiled_blocks_under_ddp(tmp_path):
 def test_a_compiled_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     """Stopped between two checkpoints and given again, it ends in the same bytes; names carry no mark of the compiler."""
     monkeypatch.setattr("model.flash_runs_on", lambda x: True)
-    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     torch._dynamo.reset()
     model, corpus, signs = setting(tmp_path / "m")
     model.compile_blocks(backend="eager")
@@ -151,7 +152,7 @@ def test_a_compiled_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         forgetting.train(model, Lesson(corpus, signs), tmp_path / "stopped", options, seed=5)
     monkeypatch.undo()
     monkeypatch.setattr("model.flash_runs_on", lambda x: True)
-    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     remove_lora(model)
     ran = []
     monkeypatch.setattr(forgetting, "step_gradient", lambda *rest: ran.append(1) or step_gradient(*rest))

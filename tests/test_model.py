@@ -111,7 +111,7 @@ def test_the_flash_path_gives_what_the_cpu_path_gives(tmp_path, monkeypatch, kin
 
     expected = both()
     monkeypatch.setattr("model.flash_runs_on", lambda x: True)
-    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(both(), expected))
 
 
@@ -127,7 +127,7 @@ def test_the_flash_kernel_gets_half_precision_from_adapted_layers(tmp_path, monk
         return naive_varlen(q, *args, enable_gqa=enable_gqa, **rest)
 
     monkeypatch.setattr("model.flash_runs_on", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr("model.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     model(torch.randint(0, 90, (9,)), torch.tensor([0, 4, 9], dtype=torch.int32))
     assert seen == [torch.bfloat16] * model.config.num_hidden_layers
 
