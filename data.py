@@ -122,12 +122,13 @@ def read_rows(files: Iterable[str]) -> list[dict]:
     rows: list[dict] = []
     for entry in files:
         path, _, count = entry.rpartition(":")
-        if not count.isdigit():
-            path, count = entry, ""
+        path, count = (path, count) if count.isdigit() else (entry, "")
+        if (kind := Path(path).suffix.lower()) == ".gguf":
+            raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
         if not os.path.isfile(path):
             what = "a folder, not a file" if os.path.isdir(path) else "no such file"
             raise ValueError(f"{path}: {what} (public sets by name: python tests/tools/get_data.py --help)")
-        if (kind := Path(path).suffix.lower()) in CONVERTERS:
+        if kind in CONVERTERS:
             convert = f"pandas.read_{CONVERTERS[kind]}.to_json('rows.jsonl', orient='records', lines=True)"
             raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {convert}")
         read = list(_parse(Path(path)))

@@ -671,11 +671,13 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     Only what is read here is fetched: the safetensors and JSON files at the top, no pickles, GGUF files or
     subfolders. Raises ValueError saying what is not there, or what the Hub wants first.
     """
-    if os.path.isdir(path_or_repo):
-        return Path(path_or_repo)
-    if str(path_or_repo).endswith(".gguf"):
+    is_folder = os.path.isdir(path_or_repo)
+    kinds = {Path(at).suffix.lower() for at in (os.listdir(path_or_repo) if is_folder else [path_or_repo])}
+    if ".gguf" in kinds and ".safetensors" not in kinds:
         hint = "transformers converts it: from_pretrained(folder, gguf_file=NAME), then save_pretrained"
         raise ValueError(f"{path_or_repo}: GGUF is not read ({hint})")
+    if is_folder:
+        return Path(path_or_repo)
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")

@@ -565,9 +565,31 @@ def test_bfloat16_without_instructions_for_it_is_warned_about(setting, tmp_path,
     assert ("no instructions for bfloat16" in said) == warned
 
 
-def test_gguf_is_named(setting, tmp_path, monkeypatch, capsys):
-    said = in_process(monkeypatch, capsys, "--model", "m.gguf", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", code=2)
-    assert "m.gguf: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("name", ["m.gguf", "M.GGUF"])
+def test_gguf_is_named(setting, tmp_path, monkeypatch, capsys, name):
+    said = in_process(monkeypatch, capsys, "--model", name, "--data", setting / "rows.jsonl", "--out", tmp_path / "run", code=2)
+    assert f"{name}: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_gguf_is_named(setting, tmp_path, monkeypatch, capsys):
+    """Its config or tokenizer was said to be missing; one with safetensors beside the GGUF is read."""
+    from model import checkpoint_folder
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/model-Q4.GGUF").touch()
+    common = ["--model", tmp_path / "m", "--data", setting / "rows.jsonl", "--out", tmp_path / "run"]
+    said = in_process(monkeypatch, capsys, *common, code=2)
+    assert "m: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
+    (tmp_path / "m/model.safetensors").touch()
+    assert checkpoint_folder(str(tmp_path / "m")) == tmp_path / "m"
+
+
+@pytest.mark.parametrize("entry", ["a.gguf", "A.GGUF:5"])
+def test_gguf_for_rows_is_named(setting, tmp_path, monkeypatch, capsys, entry):
+    (tmp_path / entry.partition(":")[0]).write_bytes(b"GGUF\xff")
+    common = ["--model", setting / "model", "--data", tmp_path / entry, "--out", tmp_path / "run"]
+    said = in_process(monkeypatch, capsys, *common, code=2)
+    assert f"{entry.partition(':')[0]}: GGUF, a model, not rows; transformers converts it" in said
 
 
 @pytest.mark.parametrize("program", ["forgetting.py", "eval.py", "run.sh"])
