@@ -213,6 +213,7 @@ CASES = [
     flag_case("--methods fulll", "unknown method fulll; known: base, reference, full, ignoring"),
     flag_case("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
     flag_case("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from"),
+    flag_case("--dtype float16", "argument --dtype: invalid choice: 'float16' (choose from"),
     flag_case("--targets wq", "LoRA target wq names no linear layer of the model; it has down_proj, gate_proj"),
     flag_case("--device tpu", "--device tpu is not supported: cpu or cuda"),
     flag_case("--device cuda", "--device cuda: torch sees no CUDA device here"),
