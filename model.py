@@ -226,7 +226,6 @@ def attend(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
 def flash_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
     """attend() by torch's kernel for sequences of unequal lengths, in 16 bits on CUDA."""
     from torch.nn.attention import varlen  # here, as it takes two seconds to load and a CPU never needs it
-
     q, k = q.to(v.dtype), k.to(v.dtype)
     reach = (-1 if window is None else window - 1, 0)  # tokens seen to the left (-1: all) and to the right
     if layout.longest[0] == 1 and window is None:
