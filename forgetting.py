@@ -75,8 +75,8 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
 
-    # for the table only: its rows have the losses on plain forgetting's P and N, of at most 512 examples;
-    # those in metrics.jsonl are a step's, on the P and N of the method itself
+    # for the table only: mean loss on plain forgetting's P and N, the same tokens for every row (a sample of
+    # at most 512 examples, eval.mean_losses); metrics.jsonl has each step's own, on the method's own P and N
     table_signs = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (C,)
     say(load_tool("look").describe_scores(base_loss, ref_loss, table_signs))
     table_masks = [(d_train, {"L_P": table_signs > 0, "L_N": table_signs < 0})]
@@ -108,13 +108,13 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
 def quality_scores(base_loss: Array, ref_loss: Array) -> Array:
     """Equations 4 and 5: Q = loss(y; theta) - loss(y; theta'), how much easier the reference finds a token.
 
-    Both (C,) float32 nats, and so is Q; NaN stays NaN. High: worth learning. Low: the reference moved away.
+    Both (C,) float32 nats, and so is Q; NaN stays NaN. High: theta' finds the token easier; low: harder.
     """
     return base_loss - ref_loss
 
 
 def quantile(values: Array, share: float) -> float:
-    """F(share), a score that occurs: np.quantile(values, share, method="higher")."""
+    """F(share), the quantile function of Q; always one of the scores: np.quantile(..., method="higher")."""
     # round: 1 - 0.7 is 0.30000000000000004, which could put the threshold one token too high
     place = math.ceil(round(share * (len(values) - 1), 6))
     return float(np.partition(values, place)[place])  # a selection, O(n): no need to sort a whole corpus
@@ -226,7 +226,7 @@ UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not tra
 
 # options that only methods which unlearn read
 UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "balance", "watch_gradients")
-# a change of these keeps theta' and the scores (of lr and epochs where --reference-lr and -epochs are given)
+# only stage 4 reads these: theta' and scores survive a change (lr, epochs: if the reference has its own)
 STAGE_4_ONLY = ("rho", *UNLEARNING, "lr", "epochs")
 # what a variant of a method may change for its stage 4: these, and some that stage 1 reads as well
 VARIANT_OPTIONS = STAGE_4_ONLY + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")
@@ -301,7 +301,7 @@ class Lesson:
 def data_parallel(model: Transformer) -> nn.Module:
     """The model itself, or under torchrun in DistributedDataParallel with gradients summed, not averaged.
 
-    Equation 8's weights already count the tokens of all ranks: DDP averages, but leaves what a hook reduces.
+    The weights already count all ranks' tokens. DDP divides by the ranks, but not after a communication hook.
     init_sync would broadcast the frozen weights; every rank has read the same file, drawn the same adapter.
     """
     if not dist.is_initialized():
@@ -320,8 +320,8 @@ def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
                   options: "Options") -> tuple[Tensor, tuple[int, int]]:
     """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
 
-    examples: the whole step's; a rank runs its share. Returns this rank's sums (4,): objective, losses on P,
-    losses on N, tokens of N less probable than 1e-3; and the whole step's counts (n_P, n_N).
+    examples: the whole step's; a rank runs its share. Returns this rank's sums (4,): objective (damped),
+    losses on P, on N (undamped; 0 at lambda 0), tokens of N rarer than 1e-3; and the step's (n_P, n_N).
     """
     rank, world = rank_and_world()
     corpus, signs = lesson.corpus, lesson.signs
@@ -335,9 +335,9 @@ def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     sums = torch.zeros(4, device=head.device)
     net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
     for i, batch in enumerate(micro_batches):
-        sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8
+        sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8, all 0 with no share
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        weighted = weights != 0  # (T,) bool, n true: the head runs for no others, at lambda 0 not for N
+        weighted = weights != 0  # (T,) bool, n of them true; the rest (at lambda 0 N as well) skip the head
         before, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,) each
         base_losses = None  # (n,)
         if lesson.base_loss is not None:
@@ -369,7 +369,7 @@ def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[
     """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or `balanced`.
 
     Balanced: the paper's, but at most --balance times |grad mean_P loss| / |grad mean_N loss| (damped, if the
-    method is), as they were at the last step that --watch-gradients looked at; it looks at step 0.
+    method is) of the latest earlier step that --watch-gradients looked at and that had both; step 0 is one.
     """
     if options.lambda_schedule == "constant":
         return options.t_max
