@@ -265,3 +265,20 @@ def test_scores_of_a_stopped_run_are_named(run_folder, capsys):
     with pytest.raises(SystemExit):
         load_tool("look").main([str(run_folder)])
     assert f"covers 3 of {len(arrays['offsets']) - 1} examples: give the run's command again" in capsys.readouterr().err
+
+
+def test_what_a_table_would_hide_is_noted_under_it():
+    """An empty N, an empty P and a training of rate 0 gave a normal table."""
+    look = load_tool("look")
+    line = {"lr": 1e-3, "L_P": 1.0, "L_N": 2.0}
+    assert look.notes_on("forgetting/seed-0", [line]) == [] and look.notes_on("full/seed-0", [line | {"L_N": None}]) == []
+    assert "N is empty" in look.notes_on("forgetting:rho=1/seed-0", [line | {"L_N": None}])[0]
+    assert "P is empty" in look.notes_on("full/seed-0", [line | {"L_P": None}])[0]
+    assert "rate 0" in look.notes_on("reference", [line | {"lr": 0.0}])[0]
+    nothing = look.describe_scores(np.array([2.0, 1.0]), np.array([1.0, 1.0]), np.array([1, 1]))
+    assert "no token is in N" in nothing
+
+
+def test_tables_are_at_most_100_columns_wide():
+    text = load_tool("look").table(["method", *(f"a column of many words {i}" for i in range(9))], [["forgetting"] + ["1.23 +- 4.5"] * 9])
+    assert max(map(len, text.splitlines())) <= 100

@@ -277,7 +277,7 @@ def test_balanced_lambda_is_held_back_by_the_last_watched_step():
         Options(lambda_schedule="balanced")
 
 
-def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch):
+def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch, capsys):
     """lambda hangs on the log, which a stopped run reads again."""
     model, corpus, signs = setting(tmp_path / "m")
     options = Options(model="m", rank=4, batch_size=4, lr=1e-2, save_every=1, t_max=5.0, lambda_schedule="balanced", watch_gradients=2)
@@ -297,7 +297,9 @@ def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch):
         train(model, Lesson(corpus, signs), tmp_path / "broken", options, seed=5)
     monkeypatch.undo()
     remove_lora(model)
+    capsys.readouterr()
     train(model, Lesson(corpus, signs), tmp_path / "broken", options, seed=5)
+    assert f"{tmp_path / 'broken'}: continuing from step 4 of 6" in capsys.readouterr().out
     remove_lora(model)
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "broken")]
     lams = [json.loads(line)["lambda"] for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
