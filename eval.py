@@ -10,7 +10,7 @@ A task is a function from a data row to requests, and one from the answers to fi
 in tests/tools/benchmarks.py. Requests with one context share its computation: it runs once, and each
 continuation goes on from the cache. Losses of whole corpora, which Algorithm 1 is made of, are here, too.
 Order: requests, log-likelihoods and generation, losses of a corpus, tasks, evaluation, ranks, command line.
-Shapes: T tokens of a pack; N of a corpus; D width; V vocabulary; n tokens that are judged.
+Shapes: T tokens of a pack; C of a corpus; D width; V vocabulary; n tokens that are judged.
 """
 
 import argparse, datetime, hashlib, importlib.util, json, math, os, runpy, signal, sys  # noqa: E401
