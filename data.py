@@ -13,7 +13,11 @@ tokens came from: to store what a batch yields, or fetch what it needs, is one l
 Shapes: C tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
 
-import fcntl, hashlib, json, os, re  # noqa: E401
+import hashlib
+import json
+import os
+import re
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +27,10 @@ from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -127,7 +133,7 @@ def read_rows(files: Iterable[str]) -> list[dict]:
             raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
         if not os.path.isfile(path):
             what = "a folder, not a file" if os.path.isdir(path) else "no such file"
-            raise ValueError(f"{path}: {what} (public sets by name: python tests/tools/get_data.py --help)")
+            raise ValueError(f"{path}: {what} (public sets: python tests/tools/get_data.py {Path(path).stem})")
         if kind in CONVERTERS:
             convert = f"pandas.read_{CONVERTERS[kind]}.to_json('rows.jsonl', orient='records', lines=True)"
             raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {convert}")
@@ -419,6 +425,74 @@ def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
     return at - 1, tokens[at]
 
 
+# ----------------------------------------------------------------------------------------------- ranks
+#
+# Every rank reads the same rows and draws the same examples; it works on its share, [rank::world], and the
+# results are summed. Without torchrun there is one rank, and nothing is exchanged.
+
+
+def start_ranks(device: str) -> str:
+    """Join the process group if torchrun started this process; this rank's device ("cuda:1" for "cuda")."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is not supported: cpu or cuda (see CUDA_VISIBLE_DEVICES)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here")
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device == "cpu":
+        dist.init_process_group("gloo")
+        return device
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=torch.device(device))
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's place among the ranks, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise sum of x over all ranks, on every rank, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def join_over_ranks(mine: dict) -> dict:
+    """The entries of every rank's dict in one, on every rank."""
+    if not dist.is_initialized():
+        return mine
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def wait_for_all() -> None:
+    """No rank goes on before every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def print0(text: str) -> None:
+    """Print on rank 0."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
+def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
+    """A tqdm bar on rank 0. keep: it stays on the screen. In a log file: a line every ten seconds, or none."""
+    seconds = {} if sys.stderr.isatty() else {"mininterval": 10, "delay": 10}
+    return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=total > 9999, leave=keep,
+                dynamic_ncols=True, disable=rank_and_world()[0] > 0, **seconds)  # fmt: skip
+
+
+def advance(bar: tqdm, count: int) -> None:
+    """Move the bar by `count` of this rank's work, and by as much for every other rank: they keep step."""
+    bar.update(min(count * rank_and_world()[1], bar.total - bar.n))
+
+
 # ----------------------------------------------------------------------------------------------- files
 
 
@@ -442,49 +516,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError for a run folder that has files in it and is not of a run: a user's files are safe."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file: a folder is needed")
-    config = folder / "config.json"
-    if config.is_file():
-        if not {"versions", "inputs"} <= read_object(config).keys():
-            raise ValueError(f"{folder}: its config.json is not of a run: use another --out")
-    elif folder.is_dir() and any(path.name != "config.json.tmp" for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds files that are not of a run: use another --out")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a run folder, and keep it from other runs until the block ends. Raises ValueError if one has it.
-
-    The lock is on the folder itself and goes with the process; a folder that stayed empty goes, too.
-    """
-    check_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "config.json.tmp").touch()  # a test
-        (folder / "config.json.tmp").unlink()
-    except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another run: wait for it, or use another --out") from None
-    except OSError as error:
-        raise OSError(f"{folder} could not be written ({error})") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
-        with suppress(OSError):  # not empty: there is a run in it
-            folder.rmdir()
-
-
 def read_object(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError naming the file for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig")) | {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON, or no object in it ({error})") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: an object is expected, not {type(content).__name__}")
+    return content
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:

@@ -1,42 +1,42 @@
-"""Log-likelihoods and greedy generation, and the tasks that are made of them. Works on any model and adapter.
+"""Log-likelihoods, greedy generation, and the benchmarks that are made of them. For any model and adapter.
 
-    python eval.py --model tests/demo_model --tasks demo_mc demo_qa --data-dir runs/demo/world-0
-    python eval.py --model M --adapter RUN/forgetting/seed-0 --tasks paper \
-                   --output results.json --samples samples.jsonl
+    python tests/tools/get_data.py boolq arc_challenge           # their rows, into runs/data
+    python eval.py --model M --tasks boolq arc_challenge
+    python eval.py --model M --adapter RUN/forgetting/seed-0 --tasks paper --output results.json
+    python eval.py --model M --tasks mc qa --data-dir my/rows    # your own questions: mc.jsonl, qa.jsonl
     python eval.py --model M --adapter RUN/full/seed-0 RUN/forgetting/seed-0 --prompt "Why is the sky blue?"
-    torchrun --nproc_per_node=2 eval.py ...             # documents spread over ranks, the same results
+    torchrun --nproc_per_node=2 eval.py ...                      # documents spread over ranks, same results
 
-A task is a function from a data row to requests, and one from the answers to figures; those of the paper are
-in tests/tools/benchmarks.py. Requests with one context share its computation: it runs once, and each
-continuation goes on from the cache. Losses of whole corpora, which Algorithm 1 is made of, are here, too.
-Order: requests, log-likelihoods and generation, losses of a corpus, tasks, evaluation, ranks, command line.
-Shapes: T tokens of a pack; C of a corpus; D width; V vocabulary; n tokens that are judged.
+A task turns a row into requests, and the answers into figures. Prompts, delimiters and metrics are those of
+lm-evaluation-harness 0.4.13, to the byte; TydiQA's are those of the paper. Requests with the same context
+share its computation: it runs once, and each continuation goes on from the cache.
+Order: requests, log-likelihoods and generation, kinds of task, benchmarks, evaluation, IFEval, command line.
+Shapes: T tokens of a pack; D width; V vocabulary; n tokens that are judged.
 """
 
-import argparse, datetime, hashlib, importlib.util, json, math, os, runpy, signal, sys  # noqa: E401
-from contextlib import suppress
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import string
+import sys
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache, partial
-from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Callable, NoReturn
-
-if __name__ == "__main__":  # a mistyped flag is answered at once: torch takes seconds to load
-    with suppress(FileNotFoundError):
-        check = Path(__file__).resolve().parent / "tests" / "tools" / "check_flags.py"
-        runpy.run_path(str(check), {"program": "eval.py"})
+from typing import Any, Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from data import Corpus, Tokenizer, check_ids, pack, read_object, shift, split_by_tokens, write_rows
-from data import write_text
-from lora import load_adapter
+from data import Tokenizer, advance, check_ids, join_over_ranks, print0, progress, rank_and_world, read_rows
+from data import render, split_by_tokens, start_ranks, sum_over_ranks, write_rows, write_text
+from lora import load_adapter, remove_lora
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, to_device
-from model import token_losses
 
 # --------------------------------------------------------------------------------------------- requests
 
@@ -93,7 +93,7 @@ def check_length(model: Transformer, continuation: list[int]) -> None:
 
 @torch.inference_mode()
 def loglikelihoods(model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096,
-                   bar: tqdm | None = None) -> list[Answer]:
+                   label: str = "log-likelihoods") -> list[Answer]:
     """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
     An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
@@ -109,13 +109,13 @@ def loglikelihoods(model: Transformer, pairs: list[tuple[list[int], list[int]]],
     contexts = list(members)
     sizes = [len(context) + sum(len(pairs[i][1]) - 1 for i in members[context]) for context in contexts]
     results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.lm_head.weight.device)
-    for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-        packed = [contexts[g] for g in group]
-        order = [i for context in packed for i in members[context]]
-        counts = [len(members[context]) for context in packed]
-        results[order] = _score_pack(model, packed, counts, [pairs[i][1] for i in order])
-        if bar is not None:
-            bar.update(len(order))
+    with progress(label, len(pairs), "requests") as bar:
+        for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
+            packed = [contexts[g] for g in group]
+            order = [i for context in packed for i in members[context]]
+            counts = [len(members[context]) for context in packed]
+            results[order] = _score_pack(model, packed, counts, [pairs[i][1] for i in order])
+            advance(bar, len(order))
     figures = sum_over_ranks(results).tolist()
     return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in figures]
 
@@ -167,7 +167,7 @@ def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] |
 
 @torch.inference_mode()
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-             stop: str | None = None, batch_tokens: int = 4096, bar: tqdm | None = None) -> list[str]:
+             stop: str | None = None, batch_tokens: int = 4096, label: str = "replies") -> list[str]:
     """Greedy continuations of token lists, up to an eos, `stop` or max_new_tokens, without special tokens.
 
     Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
@@ -178,15 +178,15 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     if room < 1:
         raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
     prompts = [ids[-room:] or [tokenizer.start_id] for ids in prompts]
-    written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=model.lm_head.weight.device)
+    written: dict[int, list[int]] = {}  # place in prompts: new token ids
     sizes = [len(ids) + max_new_tokens for ids in prompts]
-    for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-        replies = _generate_pack(model, tokenizer, [prompts[i] for i in group], max_new_tokens, stop)
-        for i, ids in zip(group, replies):
-            written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1  # 0 stays "nothing written"
-        if bar is not None:
-            bar.update(len(group))
-    texts = [tokenizer.decode([t - 1 for t in ids if t]) for ids in sum_over_ranks(written).tolist()]
+    with progress(label, len(prompts), "replies") as bar:
+        for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
+            replies = _generate_pack(model, tokenizer, [prompts[i] for i in group], max_new_tokens, stop)
+            written |= dict(zip(group, replies))
+            advance(bar, len(group))
+    written = join_over_ranks(written)
+    texts = [tokenizer.decode(written[i]) for i in range(len(prompts))]
     return [text.split(stop)[0] if stop else text for text in texts]
 
 
@@ -217,62 +217,16 @@ def _generate_pack(model: Transformer, tokenizer: Tokenizer, prompts: list[list[
     return written
 
 
-# ------------------------------------------------------------------------------------ losses of a corpus
-
-
-@torch.inference_mode()
-def response_losses(model: Transformer, corpus: Corpus, examples: np.ndarray, token_budget: int,
-                    bar: tqdm | None = None) -> np.ndarray:
-    """Equation 1 for the response tokens of some examples: losses (C,) float32 in nats, NaN elsewhere.
-
-    They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
-    spread over the ranks, the result is on all of them.
-    """
-    rank, world = rank_and_world()
-    head, device = model.lm_head.weight, model.lm_head.weight.device
-    losses = torch.zeros(len(corpus.tokens), device=device)  # (C,)
-    was_training = model.training
-    model.eval()
-    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
-    for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
-        judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-        rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
-        hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
-        losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
-        if bar is not None:
-            bar.update(len(batch.tokens))
-    model.train(was_training)
-    places = corpus.places(examples)
-    places = places[corpus.response[places]]
-    result = np.full(len(corpus.tokens), np.nan, np.float32)
-    result[places] = sum_over_ranks(losses).cpu().numpy()[places]
-    return result
-
-
-def mean_losses(model: Transformer, corpus: Corpus, masks: dict[str, np.ndarray], token_budget: int,
-                label: str = "") -> dict[str, float | None]:
-    """The mean loss, in nats, on each mask of the tokens (C,), of at most 512 examples; None: no token."""
-    if not len(corpus):
-        return dict.fromkeys(masks)
-    sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
-    total, named = int(corpus.lengths[sample].sum()), " and ".join(masks).replace("L_", "")
-    with progress(f"{label} loss on {named}", total, "token") as bar:
-        losses = response_losses(model, corpus, sample, token_budget, bar)
-    judged = {name: losses[mask & np.isfinite(losses)] for name, mask in masks.items()}
-    return {name: float(found.mean()) if len(found) else None for name, found in judged.items()}
-
-
-# ------------------------------------------------------------------------------------------------ tasks
+# ---------------------------------------------------------------------------------------- kinds of task
 
 
 @dataclass(frozen=True)
 class Task:
     """How a row becomes requests, and how the answers become figures.
 
-    requests(row, tokenizer) lists what to ask; score(row, answers) gives prediction, target and metrics of
-    the document (a metric may be a list: pooled over all documents). prepare(rows, folder) picks the task's
-    rows of the file and puts beside them what else it needs. example(row) is the row as a worked example, for
-    --num-fewshot.
+    requests(row, tokenizer) lists what to ask. score(row, answers) gives prediction, target and metrics of
+    the document; a metric may be a list, which is pooled over all documents. prepare(rows, folder) picks the
+    task's rows of the file and adds what else they need, from files beside it.
     """
 
     file: str
@@ -280,10 +234,250 @@ class Task:
     requests: Callable[[dict, Tokenizer], list[Request]]
     score: Callable[[dict, list[Answer]], dict]
     prepare: Callable[[list[dict], Path], list[dict]] = lambda rows, folder: rows
-    example: Callable[[dict], str] | None = None
     group: Callable[[dict], str] | None = None  # figures are means over the groups' means
-    beside: tuple[str, ...] = ()  # further files that prepare() reads
-    lower_is_better: tuple[str, ...] = ()  # metrics
+
+
+def choice_task(file: str, version: int, ask: Callable[[dict], tuple], normed: bool = False,
+                delimiter: str = " ", **rest: Any) -> Task:
+    """Multiple choice: ask(row) gives context, choices, place of the right one; delimiter + choice is scored.
+
+    acc takes the greatest log-likelihood, acc_norm that per character of the choice; the first wins a tie.
+    """
+
+    def requests(row: dict, _: Tokenizer) -> list[Request]:
+        context, choices, gold = ask(row)
+        if not choices or not 0 <= gold < len(choices):
+            raise ValueError(f"{row['_source']}: {len(choices)} choices, the right one is number {gold}")
+        return [Request(context, delimiter + choice) for choice in choices]
+
+    def score(row: dict, answers: list[Answer]) -> dict:
+        _, choices, gold = ask(row)
+        totals = [answer.loglikelihood for answer in answers]
+        by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
+        best = totals.index(max(totals))
+        metrics = {"acc": float(best == gold)}
+        if normed:
+            metrics["acc_norm"] = float(by_length.index(max(by_length)) == gold)
+        return {"prediction": best, "target": gold, "metrics": metrics}
+
+    return Task(file, version, requests, score, **rest)
+
+
+def exact_task(file: str, version: int, ask: Callable[[dict], tuple[str, str]], perplexity: bool = False,
+               **rest: Any) -> Task:
+    """The model must find every token of one target most probable (acc); on request its perplexity, too."""
+
+    def requests(row: dict, _: Tokenizer) -> list[Request]:
+        return [Request(*ask(row))]
+
+    def score(row: dict, answers: list[Answer]) -> dict:
+        metrics = {"acc": float(answers[0].greedy)}
+        if perplexity:
+            metrics["perplexity"] = answers[0].loglikelihood  # summarise() makes it one
+        return {"prediction": answers[0].greedy, "target": ask(row)[1], "metrics": metrics}
+
+    return Task(file, version, requests, score, **rest)
+
+
+def words_of(text: str) -> list[str]:
+    """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def f1_score(prediction: str, answer: str) -> float:
+    """Word overlap F1 of SQuAD, 0 to 1; 0 if nothing is shared."""
+    found, right = words_of(prediction), words_of(answer)
+    shared = sum((Counter(found) & Counter(right)).values())
+    return 2 * shared / (len(found) + len(right)) if shared else 0.0
+
+
+def squad_score(reply: str, right: list[str]) -> dict:
+    """F1 and exact match as SQuAD counts them, the best over the right answers."""
+    f1 = max(f1_score(reply, answer) for answer in right)
+    exact = float(any(words_of(reply) == words_of(answer) for answer in right))
+    return {"prediction": reply, "target": right, "metrics": {"f1": f1, "exact_match": exact}}
+
+
+# ------------------------------------------------------------------------------------------- benchmarks
+
+
+def boolq(row: dict) -> tuple:
+    """BoolQ: yes or no after a passage that begins with its title."""
+    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"]
+
+
+def logiqa(row: dict) -> tuple:
+    """LogiQA: the options are listed with letters, and scored as texts."""
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row["options"]))
+    context = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:{listed}\nAnswer:"
+    return context, row["options"], "abcd".index(row["label"].strip())
+
+
+def arc_challenge(row: dict) -> tuple:
+    """ARC: three to five choices, whatever their labels."""
+    choices = row["choices"]
+    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
+
+
+def truthfulqa_mc1(row: dict) -> tuple:
+    """TruthfulQA: six fixed pairs in front; the first choice is the true one."""
+    return f"{row['_prompt']}\n\nQ: {row['question']}\nA:", row["mc1_targets"]["choices"], 0
+
+
+def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
+    """TruthfulQA mc2: every true and false answer."""
+    return [Request(truthfulqa_mc1(row)[0], " " + choice) for choice in row["mc2_targets"]["choices"]]
+
+
+def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
+    """The share of probability that true answers get."""
+    labels = row["mc2_targets"]["labels"]
+    best = max(answer.loglikelihood for answer in answers)  # taken off everywhere, so that not all underflow
+    probabilities = [math.exp(answer.loglikelihood - best) for answer in answers]
+    true = sum(p for p, label in zip(probabilities, labels) if label == 1)
+    metrics = {"acc": true / sum(probabilities)}
+    return {"prediction": probabilities.index(1.0), "target": labels, "metrics": metrics}
+
+
+def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
+    """Each row with the fixed pairs."""
+    prompt = (folder / "truthfulqa_prompt.txt").read_text(encoding="utf-8")
+    return [row | {"_prompt": prompt} for row in rows]
+
+
+def lambada(row: dict) -> tuple[str, str]:
+    """LAMBADA: the last word, split at spaces alone."""
+    context, _, word = row["text"].rpartition(" ")
+    return context, " " + word
+
+
+def asdiv(row: dict) -> tuple[str, str]:
+    """ASDiv: the number alone, with no space in front."""
+    return f"{row['body']}\nQuestion:{row['question']}\nAnswer:", row["answer"].split(" (")[0]
+
+
+def arithmetic(row: dict) -> tuple[str, str]:
+    """Arithmetic: the GPT-3 rows, cleaned as lm-evaluation-harness cleans them."""
+    context = row["context"].strip().replace("\n\n", "\n").replace("Q:", "Question:").replace("A:", "Answer:")
+    return context, row["completion"]
+
+
+def arithmetic_task(name: str) -> Task:
+    """One of the ten subtasks, whose rows are in one file."""
+
+    def own_rows(rows: list[dict], _: Path) -> list[dict]:
+        return [row for row in rows if row["subtask"] == name]
+
+    return exact_task("arithmetic.jsonl", 2, arithmetic, prepare=own_rows)
+
+
+def language_of(row: dict) -> str:
+    """TydiQA: the first part of a row's id."""
+    return row["id"].split("-")[0]
+
+
+def tydiqa_rows(rows: list[dict], folder: Path) -> list[dict]:
+    """Each row with its language's words and demonstration."""
+    words = json.loads((folder / "tydiqa_templates.json").read_text(encoding="utf-8"))["with_context"]
+    shots = {language_of(row): row for row in read_rows([str(folder / "tydiqa_1shot.jsonl")])}
+    return [row | {"_words": words[language_of(row)], "_shot": shots[language_of(row)]} for row in rows]
+
+
+def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
+    """One demonstration, then the question; passages are cut to 512 tokens (a bos among them stays)."""
+    words, shot = row["_words"], row["_shot"]
+
+    def question(of: dict) -> str:
+        ids = tokenizer.encode([of["context"]])[0][0]
+        passage = of["context"] if len(ids) <= 512 else tokenizer.decode(ids[:512], skip_special=False)
+        return f"{words['passage']} {passage}\n{words['question']} {of['question']}\n{words['answer']}"
+
+    prompt = f"{words['instruction']}\n\n{question(shot)} {shot['answers']['text'][0]}\n\n{question(row)}"
+    return [Request(prompt, max_new_tokens=50, stop="\n")]
+
+
+def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
+    """SQuAD's figures, a mean over the languages."""
+    return squad_score(answers[0].text.strip(), row["answers"]["text"])
+
+
+def mc(row: dict) -> tuple:
+    """Your own multiple choice: prompt, choices, and answer: the right choice, or its place from 0.
+
+    A space joins prompt and choice unless the prompt ends in white space, as in prompt + completion rows.
+    """
+    choices, answer = row["choices"], row["answer"]
+    if answer in choices:
+        answer = choices.index(answer)
+    if type(answer) is not int:
+        raise ValueError(f"answer {answer!r} is none of the choices, nor a place among them")
+    joint = "" if row["prompt"][-1:].isspace() else " "
+    return row["prompt"] + joint, choices, answer
+
+
+def qa_requests(row: dict, _: Tokenizer) -> list[Request]:
+    """Your own questions with short answers: prompt, and answer or a list of them; one line is written."""
+    return [Request(row["prompt"], max_new_tokens=32, stop="\n")]
+
+
+def qa_score(row: dict, answers: list[Answer]) -> dict:
+    """SQuAD's F1 and exact match."""
+    right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    return squad_score(answers[0].text.strip(), right)
+
+
+def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
+    """IFEval: the prompt as it stands."""
+    return [Request(row["prompt"], max_new_tokens=1280)]
+
+
+def ifeval_score(row: dict, answers: list[Answer]) -> dict:
+    """Which instructions the reply keeps. Strict: the reply as it is; loose: any of eight ways to trim it.
+
+    A row with an instruction whose package is missing is not scored. Raises ValueError for an unknown one.
+    """
+    reply, checks = answers[0].text, list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
+    if unknown := [name for name, _ in checks if name not in IFEVAL]:
+        raise ValueError(f"unknown instruction id {unknown[0]!r}")
+    if missing := [name for name, _ in checks if not can_check(name)]:
+        return {"prediction": reply, "target": None, "metrics": {}, "not_scored": missing}
+    lines = reply.split("\n")
+    trimmed = [reply] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    variants = trimmed + [text.replace("*", "") for text in trimmed]
+    strict = [follows(reply, *check) for check in checks]
+    loose = [any(follows(variant, *check) for variant in variants) for check in checks]
+    metrics: dict[str, Any] = {}
+    for kind, kept in (("strict", strict), ("loose", loose)):
+        metrics[f"prompt_level_{kind}_acc"] = float(all(kept))
+    for kind, kept in (("strict", strict), ("loose", loose)):
+        metrics[f"inst_level_{kind}_acc"] = list(map(float, kept))
+    return {"prediction": reply, "target": None, "metrics": metrics}
+
+
+SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5da 5ds".split()]
+# a plain dict: another program may add its own tasks
+TASKS = {
+    "truthfulqa_mc1": choice_task("truthfulqa.jsonl", 2, truthfulqa_mc1, prepare=truthfulqa_rows),
+    "truthfulqa_mc2": Task("truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score,
+                           prepare=truthfulqa_rows),
+    "boolq": choice_task("boolq.jsonl", 2, boolq),
+    "logiqa": choice_task("logiqa.jsonl", 1, logiqa, normed=True),
+    "tydiqa": Task("tydiqa.jsonl", 1, tydiqa_requests, tydiqa_score, tydiqa_rows, group=language_of),
+    "asdiv": exact_task("asdiv.jsonl", 1, asdiv),
+    "arc_challenge": choice_task("arc_challenge.jsonl", 1, arc_challenge, normed=True),
+    "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True),
+    "ifeval": Task("ifeval.jsonl", 4, ifeval_requests, ifeval_score),
+    **{name: arithmetic_task(name) for name in SUBTASKS},
+    "mc": choice_task("mc.jsonl", 1, mc, normed=True, delimiter=""),
+    "qa": Task("qa.jsonl", 1, qa_requests, qa_score),
+}
+GROUPS = {
+    "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
+    "arithmetic": SUBTASKS,
+    "paper": ["truthfulqa_mc2", "boolq", "logiqa", "tydiqa", "asdiv"],
+    "paper-appendix": ["ifeval", "arc_challenge", "lambada", *SUBTASKS],
+}
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -297,25 +491,46 @@ class Documents:
     task: Task
     rows: list[dict]
     requests: list[list[Request]]
-    identity: dict  # what results depend on besides the model: version, sha256 of rows, limit, num_fewshot
+    identity: dict  # what results depend on besides the model: version, sha256 of rows and requests, limit
 
 
-def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike | None,
-            limit: int | None = None, num_fewshot: int = 0) -> list[Documents]:
+def expand_tasks(names: list[str]) -> list[str]:
+    """Task names with the groups spelled out; ValueError for a name that is neither."""
+    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*TASKS, *GROUPS])}")
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+
+
+def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike,
+            limit: int | None = None) -> list[Documents]:
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
-    benchmarks = load_tool("benchmarks")
-    for name in benchmarks.expand_tasks(tasks):
-        task = benchmarks.TASKS[name]
-        folder = benchmarks.rows_folder(name, task, data_dir)
-        rows = benchmarks.task_rows(task, folder / task.file, limit, num_fewshot)
+    for name in expand_tasks(tasks):
+        task = TASKS[name]
+        rows = task_rows(name, Path(data_dir))[:limit]
+        if not rows:
+            raise ValueError(f"{Path(data_dir) / task.file}: no document of {name} to evaluate")
         requests = [requests_of(task, row, tokenizer) for row in rows]
-        contents = [(folder / file).read_bytes() for file in (task.file, *task.beside)]
-        digests = [hashlib.sha256(content).hexdigest() for content in contents]
-        identity = {"version": task.version, "data_sha256": digests[0], "beside_sha256": digests[1:],
-                    "limit": limit, "num_fewshot": num_fewshot}
+        content = [{key: value for key, value in row.items() if key[0] != "_"} for row in rows]
+        text = json.dumps([content, [[vars(request) for request in group] for group in requests]])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        identity = {"version": task.version, "data_sha256": digest[:16], "limit": limit}
         documents.append(Documents(name, task, rows, requests, identity))
     return documents
+
+
+def task_rows(name: str, folder: Path) -> list[dict]:
+    """All documents of a task, each with its number in the file. Raises ValueError where a file is not."""
+    path = folder / TASKS[name].file
+    if not path.is_file():
+        fetch = f"python tests/tools/get_data.py {path.stem} fetches public rows into runs/data"
+        raise ValueError(f"--data-dir {folder} has no {path.name} ({fetch})")
+    rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
+    try:
+        return TASKS[name].prepare(rows, folder)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: what belongs beside its rows is missing or malformed ({error})") from None
 
 
 def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
@@ -327,7 +542,7 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
         task.score(row, [Answer()] * len(requests))  # a dry run: what scoring needs must be there
     except KeyError as error:
         raise ValueError(f"{row['_source']}: no field {error}") from None
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, re.error) as error:
         named = str(error).startswith(row["_source"])
         raise ValueError(str(error) if named else f"{row['_source']}: {error}") from None
     return requests
@@ -343,7 +558,6 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents
     model.eval()
     results: dict[str, dict] = {}
     samples: list[dict] = []
-    summarise = load_tool("benchmarks").summarise
     for prepared in documents:
         name, task = prepared.name, prepared.task
         answers = answer_requests(model, tokenizer, prepared, batch_tokens)
@@ -357,8 +571,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents
         groups = [task.group(row) for row in prepared.rows] if task.group else None
         results[name] = summarise([document["metrics"] for document in scored], groups)
         results[name] |= {"n": len(prepared.rows)} | prepared.identity
-        not_scored = sum("not_scored" in document for document in scored)
-        if not_scored:
+        if not_scored := sum("not_scored" in document for document in scored):
             results[name]["not_scored"] = not_scored
         samples += scored
     return results, samples
@@ -366,7 +579,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents
 
 def answer_requests(model: Transformer, tokenizer: Tokenizer, documents: Documents,
                     batch_tokens: int) -> list[list[Answer]]:
-    """The answers to a task's requests, document by document, under one progress bar."""
+    """The answers to a task's requests, document by document. Raises ValueError where one is not finite."""
     requests = [request for group in documents.requests for request in group]
     sources = [row["_source"] for row, group in zip(documents.rows, documents.requests) for _ in group]
     answers: list[Answer] = [Answer()] * len(requests)
@@ -384,280 +597,316 @@ def answer_requests(model: Transformer, tokenizer: Tokenizer, documents: Documen
         check_ids(pair[0] + pair[1], model.config.vocab_size, model.folder)
         scored.append(i)
         pairs.append(pair)
-    with progress(documents.name, len(requests), "request") as bar:
-        for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, bar)):
-            answers[i] = answer
-        for (max_new_tokens, stop), group in written.items():
-            prompts = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
-            check_ids([token for ids in prompts for token in ids], model.config.vocab_size, model.folder)
-            texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, bar)
-            for i, text in zip(group, texts):
-                answers[i] = Answer(text=text)
+    for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, documents.name)):
+        if not math.isfinite(answer.loglikelihood):  # an argmax of NaN would look like an answer
+            raise ValueError(f"{sources[i]}: {documents.name} has the log-likelihood {answer.loglikelihood}")
+        answers[i] = answer
+    for (max_new_tokens, stop), group in written.items():
+        prompts = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
+        check_ids([token for ids in prompts for token in ids], model.config.vocab_size, model.folder)
+        texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, documents.name)
+        for i, text in zip(group, texts):
+            answers[i] = Answer(text=text)
     ends = np.cumsum([len(group) for group in documents.requests]).tolist()
     return [answers[start:end] for start, end in zip([0, *ends], ends)]
 
 
-def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-            table_masks: list[tuple[Corpus, dict[str, np.ndarray]]], token_budget: int, folder: Path) -> dict:
-    """The figures of one model, also in folder/results.json: its tasks, and mean_losses by table_masks."""
-    path = folder / "results.json"
-    identity = {task.name: task.identity for task in documents}
-    identity |= {"held-out": c.fingerprint() for c, masks in table_masks if "held-out" in masks and len(c)}
-    if path.is_file() and (found := read_object(path)).get("identity") == identity:
-        return found
-    results: dict[str, Any] = {"identity": identity}
-    for corpus, masks in table_masks:
-        results |= mean_losses(model, corpus, masks, token_budget, "/".join(folder.parts[-2:]))
-    results["tasks"], samples = evaluate(model, tokenizer, documents)
-    if rank_and_world()[0] == 0:
-        write_rows(samples, folder / "samples.jsonl")
-        write_text(json.dumps(results, indent=2) + "\n", path)
-    wait_for_all()
-    return results
+def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
+    """Mean and standard error of every metric over the documents that have it; lists are pooled.
+
+    With groups (a name per document) the figures are unweighted means over the groups' figures. The
+    perplexity of a task is exp of minus the mean log-likelihood.
+    """
+    if groups is not None:
+        parts = [summarise([m for m, g in zip(metrics, groups) if g == name]) for name in sorted(set(groups))]
+        means = {key: sum(part[key] for part in parts) / len(parts) for key in metrics_of(parts[0])}
+        squares = {key: sum(part[f"{key}_stderr"] ** 2 for part in parts) for key in means}
+        return means | {f"{key}_stderr": math.sqrt(square) / len(parts) for key, square in squares.items()}
+    summary = {}
+    for key in dict.fromkeys(key for one in metrics for key in one):
+        found = [one[key] for one in metrics if key in one]
+        values = [x for value in found for x in (value if isinstance(value, list) else [value])]
+        mean = sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+        error = math.sqrt(variance / len(values))
+        if key == "perplexity":
+            mean = math.exp(-mean) if mean > -700 else math.inf
+            error *= mean
+        summary |= {key: mean, f"{key}_stderr": error}
+    return summary
 
 
-# ------------------------------------------------------------------------------------------------ ranks
+def metrics_of(result: dict) -> list[str]:
+    """The metrics of a task's result; the first stands for the task."""
+    return [key for key in result if f"{key}_stderr" in result]
 
 
-def start_ranks(device: str) -> str:
-    """Join the process group when started by torchrun; this rank's device ("cuda" becomes "cuda:0", ...)."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} is not supported: cpu or cuda (see CUDA_VISIBLE_DEVICES)")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here")
-    if "RANK" not in os.environ or dist.is_initialized():
-        return device
-    settings: dict[str, Any] = {"backend": "gloo", "timeout": datetime.timedelta(hours=2)}  # for exports
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-        settings |= {"backend": "nccl", "device_id": torch.device(device)}
-    try:
-        dist.init_process_group(**settings)
-    except dist.DistError as error:
-        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        reason = f"{where} (MASTER_ADDR:MASTER_PORT; is the port in use?): {str(error).splitlines()[0]}"
-        raise ValueError(f"the ranks cannot meet at {reason}") from None
-    return device
+def headlines(results: dict[str, dict]) -> dict[str, float]:
+    """What stands for each task, in percent: its first metric; arithmetic is one, the mean of ten."""
+    percents = {}
+    for task, result in results.items():
+        for first in metrics_of(result)[:1]:  # none, if no document could be scored
+            percents[task] = 100 * result[first]
+    sums = [percents.pop(task) for task in SUBTASKS if task in percents]
+    return percents | ({"arithmetic": sum(sums) / len(sums)} if sums else {})
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's place among the ranks, and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that also reads well on a screen."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    ruled = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in ruled)
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The elementwise sum of x over all ranks, on every rank, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+# ----------------------------------------------------------------------------------------------- IFEval
+#
+# A checker takes a reply and the instruction's arguments, named as in the data's kwargs. Inside all() and any()
+# stand lists, not generators: then the dry run in requests_of meets every pattern of a row.
 
 
-def wait_for_all() -> None:
-    """No rank goes on before every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
+def follows(reply: str, name: str, arguments: dict) -> bool:
+    """Whether a reply that is not blank keeps one instruction."""
+    given = {key: value for key, value in arguments.items() if value}
+    return bool(IFEVAL[name](reply, **given)) and bool(reply.strip())
 
 
-def first_rank_first(work: Callable[[], Any]) -> Any:
-    """What work() returns, on every rank; a node's first rank fetches, the others find what it fetched."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = work() if first else None
-    wait_for_all()
-    return result if first else work()
+def related(count: int, relation: str, bound: int) -> bool:
+    """The two relations of IFEval."""
+    if relation not in ("less than", "at least"):
+        raise ValueError(f"relation {relation!r} is not one of less than, at least")
+    return count < bound if relation == "less than" else count >= bound
 
 
-class Bar(tqdm):
-    """A tqdm bar that writes whole lines where there is no terminal, and whose Ctrl-C says where it was."""
+def split_ends(text: str, pattern: str) -> list[str]:
+    """Parts between separators; a blank first or last one is dropped, a blank one in between leaves none."""
+    parts = re.split(pattern, text)
+    parts = parts[not parts[0].strip() : len(parts) - (not parts[-1].strip())]
+    return parts if all(part.strip() for part in parts) else []
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the bar; msg is "" where it is to be wiped out."""
-        if sys.stderr.isatty():
-            return super().display(msg, pos)
-        if msg != "":
-            print(self, file=sys.stderr, flush=True)
+
+def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """The first word of the nth of exactly so many paragraphs."""
+    parts, first_word = v.split("\n\n"), first_word.lower()
+    if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
-
-    def __exit__(self, kind: type | None, *rest: object) -> None:
-        super().__exit__(kind, *rest)
-        if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(f"at {self.desc}, {self.n:,} of {self.total:,} {self.unit}s")
+    words = parts[nth_paragraph - 1].split()
+    return bool(words) and re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() == first_word
 
 
-def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> Bar:
-    """A bar on rank 0 that fits its terminal; where there is none, a line of text every half minute."""
-    shape, often = "{desc} {bar:6} {n_fmt}/{total_fmt} {remaining} {postfix}", {"dynamic_ncols": True}
-    if not sys.stderr.isatty():
-        shape, keep = "{desc} {percentage:.0f} % of {total_fmt} {unit}s, {remaining} left {postfix}", False
-        often = {"mininterval": 30, "delay": 30}
-    if len(label) > 28:  # a variant's name: its figures are wanted more
-        label = f"{label[:10]}...{label[-15:]}"
-    return Bar(desc=label, total=total, unit=unit, initial=done, unit_scale=total > 9999, bar_format=shape,
-               leave=keep, disable=rank_and_world()[0] > 0, **often)
+def postscript(v: str, postscript_marker: str) -> bool:
+    """A postscript with the marker."""
+    known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
+    pattern = known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$")
+    return bool(re.findall(pattern, v.lower(), re.M))
 
 
-def warn_if_slow(device: str, *dtypes: str, listed: Path = Path("/proc/cpuinfo")) -> None:
-    """Say that bfloat16 is slow here, where Linux lists the CPU's instructions and none is for it."""
-    if device == "cpu" and "bfloat16" in dtypes and listed.is_file() and "bf16" not in listed.read_text():
-        say("warning: this CPU has no instructions for bfloat16: --dtype float32 is many times faster")
+def highlighted(v: str, num_highlights: int) -> bool:
+    """Enough spans between asterisks that are not blank."""
+    spans = re.findall(r"\*[^\n\*]*\*", v) + re.findall(r"\*\*[^\n\*]*\*\*", v)
+    return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
 
 
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if rank_and_world()[0] == 0:
-        print(text, flush=True)
+def is_json(v: str) -> bool:
+    """JSON, in a code block or not."""
+    v = v.strip()
+    for opening in ("```json", "```Json", "```JSON", "```"):
+        v = v.removeprefix(opening)
+    try:
+        json.loads(v.removesuffix("```").strip())
+    except ValueError:
+        return False
+    return True
+
+
+def two_responses(v: str) -> bool:
+    """Exactly two different parts around six asterisks."""
+    parts = v.split("******")
+    found = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
+    return len(found) == 2 and all(found) and found[0] != found[1]
+
+
+def bullets(v: str) -> int:
+    """Lines that begin with one asterisk or a dash."""
+    return len(re.findall(r"^\s*\*[^\*].*$", v, re.M)) + len(re.findall(r"^\s*-.*$", v, re.M))
+
+
+def detected(v: str, language: str) -> bool:
+    """Whether langdetect takes a text for this language; a text it cannot judge passes."""
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # it draws at random unless told not to
+    try:
+        return langdetect.detect(v) == language
+    except langdetect.LangDetectException:
+        return True
+
+
+def pieces(v: str, of: str) -> list[str]:
+    """nltk's sentences or words of a text."""
+    import nltk
+
+    return nltk.sent_tokenize(v) if of == "sentences" else nltk.word_tokenize(v)
+
+
+IFEVAL = {
+    "keywords:existence": lambda v, keywords: all([re.search(k, v, re.I) for k in keywords]),
+    "keywords:frequency": lambda v, keyword, frequency, relation:
+        related(len(re.findall(keyword.strip(), v, re.I)), relation, frequency),
+    "keywords:forbidden_words": lambda v, forbidden_words:
+        not any([re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words]),
+    "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation:
+        related(v.lower().count(letter.lower()), let_relation, let_frequency),
+    "length_constraints:number_words": lambda v, num_words, relation:
+        related(len(re.findall(r"\w+", v)), relation, num_words),
+    "length_constraints:number_paragraphs": lambda v, num_paragraphs:
+        len(split_ends(v, r"\s?\*\*\*\s?")) == num_paragraphs,
+    "length_constraints:nth_paragraph_first_word": nth_first_word,
+    "length_constraints:number_sentences": lambda v, num_sentences, relation:
+        related(len(pieces(v, "sentences")), relation, num_sentences),
+    "detectable_content:number_placeholders": lambda v, num_placeholders:
+        len(re.findall(r"\[.*?\]", v)) >= num_placeholders,
+    "detectable_content:postscript": postscript,
+    "detectable_format:number_bullet_lists": lambda v, num_bullets: bullets(v) == num_bullets,
+    "detectable_format:constrained_response": lambda v:
+        any(f"My answer is {answer}." in v for answer in ("yes", "no", "maybe")),
+    "detectable_format:number_highlighted_sections": highlighted,
+    "detectable_format:multiple_sections": lambda v, section_spliter, num_sections:
+        len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections,
+    "detectable_format:json_format": is_json,
+    "detectable_format:title": lambda v: any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", v)),
+    "combination:two_responses": two_responses,
+    "combination:repeat_prompt": lambda v, prompt_to_repeat:
+        v.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "startend:end_checker": lambda v, end_phrase:
+        v.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "startend:quotation": lambda v: len(v.strip()) > 1 and v.strip()[0] == v.strip()[-1] == '"',
+    "punctuation:no_comma": lambda v: "," not in v,
+    "language:response_language": detected,
+    "change_case:english_capital": lambda v: v.isupper() and detected(v, "en"),
+    "change_case:english_lowercase": lambda v: v.islower() and detected(v, "en"),
+    "change_case:capital_word_frequency": lambda v, capital_frequency, capital_relation:
+        related(sum(word.isupper() for word in pieces(v, "words")), capital_relation, capital_frequency),
+}  # fmt: skip
+IFEVAL_NEEDS = {
+    "language:response_language": "langdetect",
+    "change_case:english_capital": "langdetect",
+    "change_case:english_lowercase": "langdetect",
+    "length_constraints:number_sentences": "nltk",
+    "change_case:capital_word_frequency": "nltk",
+}
+
+
+@cache
+def can_check(name: str) -> bool:
+    """Whether what an instruction's checker needs is installed: nltk comes without its tokenizers' data."""
+    try:
+        if IFEVAL_NEEDS.get(name) == "langdetect":
+            detected("One.", "en")
+        if IFEVAL_NEEDS.get(name) == "nltk":
+            pieces("One. Two.", "sentences")
+    except (ImportError, LookupError):
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------- command line
 
 
-@cache
-def load_tool(name: str) -> ModuleType:
-    """A program of tests/tools/ as a module: get_data knows public rows' homes, ifeval scores, demo runs."""
-    path = Path(__file__).parent / "tests" / "tools" / f"{name}.py"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: the program needs its tools, only its functions do without")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def local_files(entries: list[str]) -> list[str]:
-    """Entries of --data as local files, with their :count; public ones are fetched, once a node.
-
-    An entry is a path, a public set's name, or hf://datasets/owner/name/file; a local file wins over a name.
-    """
-    found = []
-    for entry in entries:
-        name, colon, count = entry.rpartition(":")
-        if not count.isdigit():
-            name, colon, count = entry, "", ""
-        if not os.path.exists(name) and (name.startswith("hf://") or "/" not in name):
-            get_data = load_tool("get_data")
-            if get_data.is_public(name):
-                name = str(first_rank_first(partial(get_data.fetch_rows, name)))
-        found.append(name + colon + count)
-    return found
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose flags cannot be shortened."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Exit code 2, without the usage that argparse prints first."""
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
-def number(kind: type, allowed: str, fits: Callable[[float], bool]) -> Callable[[str], Any]:
-    """An argparse type: a finite number that fits; `allowed` says in words which do."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and fits(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: {allowed}")
-        return value
-
-    return parse
-
-
-AT_LEAST_1 = number(int, "from 1, a whole number", lambda x: x >= 1)
-WHOLE = number(int, "from 0, a whole number", lambda x: x >= 0)
-AT_LEAST_0 = number(float, "from 0, finite", lambda x: x >= 0)
-ABOVE_0 = number(float, "more than 0, finite", lambda x: x > 0)
-BELOW_1 = number(float, "from 0 to below 1, finite", lambda x: 0 <= x < 1)
-UP_TO_1 = number(float, "from 0 to 1, finite", lambda x: 0 <= x <= 1)
-SHARE = number(float, "more than 0 to 1, finite", lambda x: 0 < x <= 1)
-
-
-def option(default: Any, text: str, **rest: Any) -> Any:
-    """A field of a dataclass of options with its line of --help; a default may be a function."""
-    place = "default_factory" if callable(default) else "default"
-    return field(**{place: default}, metadata={"help": text, **rest})
-
-
-def add_flags(parser: Parser, options: type, groups: dict[str, str], defaults: dict[str, Any]) -> Parser:
-    """A flag for each of the options; `groups`: the field that opens a group, and the group's title."""
-    group: Any = parser
-    for flag in fields(options):
-        settings = dict(flag.metadata)
-        default = flag.default_factory() if flag.default is MISSING else flag.default
-        default = defaults.get(flag.name, default)
-        text = settings.pop("help")
-        if isinstance(default, list):
-            settings["nargs"] = "+"
-        if flag.name in groups:
-            group = parser.add_argument_group(groups[flag.name])
-        if default not in (None, [], False) and "[" not in text:
-            text += f" [{' '.join(map(str, default)) if isinstance(default, list) else default}]"
-        group.add_argument(f"--{flag.name.replace('_', '-')}", default=default, help=text, **settings)
-    return parser
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises ValueError, before any work, for what cannot be meant."""
-    parser = Parser(description=__doc__)
+    usage = "python eval.py --model M --tasks T ... (--help lists the flags)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, dtype = parser.add_argument, "bfloat16" if torch.cuda.is_available() else "float32"
     add("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
     add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
-    add("--tasks", nargs="+", default=[], help="of tests/tools/benchmarks.py; `paper`: its five")
+    add("--tasks", nargs="+", default=[], help=f"of {', '.join([*TASKS, *GROUPS])}")
     add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
-    add("--data-dir", help="folder of the row files; without it they are fetched from their public homes")
-    add("--limit", type=AT_LEAST_1, help="only the first LIMIT documents of each task")
-    add("--num-fewshot", type=WHOLE, default=0, help="worked examples a question [0]")
+    add("--data-dir", default="runs/data", help="folder of the row files [runs/data]")
+    add("--limit", type=int, help="only the first LIMIT documents of each task")
     add("--output", help="write the results here (.json)")
     add("--samples", help="write one line per document here (.jsonl)")
-    add("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of the weights [{dtype}]")
+    add("--dtype", choices=sorted(DTYPES), default=dtype,
+        help=f"of the weights; bfloat16 is slow on a CPU without instructions for it [{dtype}]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--batch-tokens", type=AT_LEAST_1, default=4096, help="tokens of a packed forward pass [4096]")
+    add("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass [4096]")
     arguments = parser.parse_args()
+    for flag, value in (("--limit", arguments.limit), ("--batch-tokens", arguments.batch_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value} is not allowed: at least 1")
     if bool(arguments.tasks) == (arguments.prompt is not None):
         raise ValueError("either --tasks or --prompt is needed")
     if arguments.tasks and len(arguments.adapter) > 1:
         raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
-    load_tool("benchmarks").expand_tasks(arguments.tasks)
-    for path in filter(None, (arguments.output, arguments.samples)):
-        below_a_file = any(parent.is_file() for parent in Path(path).absolute().parents)
-        if below_a_file or Path(path).is_dir():
-            flag = "output" if path == arguments.output else "samples"
-            raise ValueError(f"--{flag} {path} is not allowed: the path of a file, in a folder")
+    expand_tasks(arguments.tasks)
     return arguments
 
 
 def write_results(results: dict[str, dict], samples: list[dict], arguments: argparse.Namespace) -> None:
-    """Print the table, and write what --output and --samples ask for; rank 0 alone."""
+    """Print the table, and write what --output and --samples ask for."""
+    rows = []
+    for task, result in results.items():
+        for metric in metrics_of(result):
+            cells = [f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])]
+            rows.append([task, metric, *cells])
+        if "not_scored" in result:
+            what = "not scored (a checker's package is missing)"
+            rows.append([task, what, "", "", str(result["not_scored"])])
+    percents = headlines(results).values()
+    average = sum(percents) / max(len(percents), 1)
+    rows.append(["average", "of the tasks' first metrics, percent", f"{average:.2f}", "", ""])
+    print0(table(["task", "metric", "value", "stderr", "n"], rows))
+    if arguments.limit is not None:
+        print0(f"only the first {arguments.limit} documents of each task (--limit)")
     source = {"model": arguments.model, "adapter": (arguments.adapter or [None])[0], "dtype": arguments.dtype}
     results = {task: result | source for task, result in results.items()}
-    say(load_tool("look").show(results))
-    if arguments.limit is not None:
-        say(f"only the first {arguments.limit} documents of each task (--limit)")
     if arguments.output and rank_and_world()[0] == 0:
         write_text(json.dumps(results, indent=2) + "\n", arguments.output)
     if arguments.samples and rank_and_world()[0] == 0:
         write_rows(samples, arguments.samples)
 
 
+def read_prompts(prompt: str) -> list[str]:
+    """The prompt itself, or the lines of stdin for "-"; a line ends at a newline and nothing else."""
+    if prompt != "-":
+        return [prompt]
+    content = sys.stdin.buffer.read()
+    try:
+        return [line for line in content.decode("utf-8").split("\n") if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: stdin is not UTF-8 (byte {error.start})") from None
+
+
+def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
+    """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
+    texts = []
+    for prompt in prompts:
+        parts = render({"instruction": prompt, "output": "-"}, tokenizer.eos)
+        texts.append("".join(text for text, is_response in parts if not is_response))
+    ids = [ids for ids, _ in tokenizer.encode(texts)]
+    length = min(256, model.config.max_position_embeddings // 2)
+    answers = {"base": generate(model, tokenizer, ids, length)}
+    for adapter in adapters:
+        load_adapter(model, adapter)
+        answers[adapter] = generate(model, tokenizer, ids, length)
+        remove_lora(model)
+    for i, prompt in enumerate(prompts):
+        print0(f"> {prompt}")
+        for name, replies in answers.items():
+            print0(f"[{name}] {replies[i].strip()}")
+
+
 def main() -> None:
-    """The command line: exit code 2, and one line, for what the user can mend."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # while loading, check_flags answered Ctrl-C
+    """The command line: exit code 2, and a line or two, for what the user can mend."""
     try:
         arguments = parse_arguments()
         device = start_ranks(arguments.device)
-        folder = first_rank_first(partial(checkpoint_folder, arguments.model))
+        folder = checkpoint_folder(arguments.model)
         tokenizer = Tokenizer(folder)
-        which = (arguments.data_dir, arguments.limit, arguments.num_fewshot)
-        documents = prepare(arguments.tasks, tokenizer, *which)
-        warn_if_slow(device, arguments.dtype)
+        documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
-            lines = sys.stdin.read().splitlines() if arguments.prompt == "-" else [arguments.prompt]
-            load_tool("look").answer_prompts(model, tokenizer, lines, arguments.adapter)
+            answer_prompts(model, tokenizer, read_prompts(arguments.prompt), arguments.adapter)
         else:
             for adapter in arguments.adapter:
                 load_adapter(model, adapter)
@@ -665,9 +914,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        if rank_and_world()[0] == 0:
-            print("\neval.py:", f"stopped {stop}".strip(), file=sys.stderr)
+    except KeyboardInterrupt:
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

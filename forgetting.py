@@ -1,8 +1,8 @@
 """Forgetting (arXiv 2508.04329): score every response token, learn the best of them, unlearn the rest.
 
-    python forgetting.py                                         # the demo: no model, no data needed
-    python forgetting.py --model M --data rows.jsonl --out RUN   # a LLaMA-style checkpoint and your rows
+    python forgetting.py --model M --data rows.jsonl --reference-data trusted.jsonl --out RUN
     torchrun --nproc_per_node=8 forgetting.py --model meta-llama/Llama-3.2-1B --data rows.jsonl --out RUN
+    ./run.sh                                                     # a demo: no model, no data needed
 
     1. reference   theta' = a brief LoRA fine-tune of theta on D_ref
     2. scores      Q(y) = loss(y; theta) - loss(y; theta'), every response token of D_train      eq. 4, 5
@@ -12,40 +12,48 @@
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
 Order: Algorithm 1, equations, methods (stage 3), training (1 and 4), scoring (2), data, run folder, options.
+tests/plain.py is the same algorithm in a hundred plain lines.
 Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack, n of them
 weighted; E examples; D width; V vocabulary.
 """
 
-import dataclasses, hashlib, importlib.metadata, json, math, runpy, shutil, signal, sys, time  # noqa: E401
-from contextlib import AbstractContextManager, nullcontext, suppress
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import typing
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Callable
-
-if __name__ == "__main__":  # a mistyped flag ends the program here, before torch's seconds of loading
-    with suppress(FileNotFoundError):
-        checker = Path(__file__).resolve().parent / "tests" / "tools" / "check_flags.py"
-        runpy.run_path(str(checker), {"program": "forgetting.py"})
+from typing import Any, Iterator
 
 import numpy as np
+import safetensors
+import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Corpus, Tokenizer, build_corpus, check_folder, check_ids, locked, pack, read_object
-from data import read_rows, shift, split_rows, unique_rows, whole_file, write_rows, write_text
-from eval import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, SHARE, UP_TO_1, WHOLE, Parser, add_flags
-from eval import first_rank_first, load_tool, local_files, mean_losses, measure, option, prepare, progress
-from eval import rank_and_world, response_losses, say, start_ranks, sum_over_ranks, wait_for_all, warn_if_slow
+from data import Corpus, Tokenizer, advance, build_corpus, check_ids, pack, print0, progress, rank_and_world
+from data import read_object, read_rows, shift, split_rows, start_ranks, sum_over_ranks, unique_rows
+from data import wait_for_all, whole_file, write_rows, write_text
+from eval import Documents, evaluate, headlines, metrics_of, prepare, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
-from model import DTYPES, TEXT_FILES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model
-from model import model_fingerprint, read_config, to_device
+from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model, model_fingerprint
+from model import read_config, to_device, token_losses
 
 Array = np.ndarray
 
@@ -57,28 +65,27 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
 
     Each stage leaves its result in the run folder; given again, the command finds it there and goes on.
     """
-    checkpoint = first_rank_first(partial(checkpoint_folder, options.model))
+    plans = {name: method_of(name, options) for name in options.methods if name not in UNTRAINED}
+    checkpoint = checkpoint_folder(options.model)
     tokenizer = Tokenizer(checkpoint)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
     held_out = read_held_out(options, tokenizer, d_ref, d_train)  # an empty corpus without --eval-data
-    options = with_reference_epochs(options, len(d_ref))
     model = load_base(options, checkpoint, d_ref, d_train, held_out)
     out = open_run(options, checkpoint, d_ref, d_train)  # the first to write; input was checked above
 
     # 1. theta': every response token of D_ref has sign +1
-    reference_options = dataclasses.replace(options, lr=options.reference_lr, epochs=options.reference_epochs)
-    everything = Lesson(d_ref, d_ref.response.astype(np.int8))
-    train(model, everything, out / "reference", reference_options, seed=0)
+    learn_all = d_ref.response.astype(np.int8)  # (C,)
+    train(model, d_ref, learn_all, out / "reference", reference_options(options, len(d_ref)), seed=0)
 
     # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
 
     # for the table only: mean loss on plain forgetting's P and N, the same tokens for every row (a sample of
-    # at most 512 examples, eval.mean_losses); metrics.jsonl has each step's own, on the method's own P and N
+    # at most 512 examples, see mean_losses); metrics.jsonl has each step's own, on the method's own P and N
     table_signs = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (C,)
-    say(load_tool("look").describe_scores(base_loss, ref_loss, table_signs))
+    print0(describe_scores(base_loss, ref_loss, table_signs))
     table_masks = [(d_train, {"L_P": table_signs > 0, "L_N": table_signs < 0})]
     table_masks += [(held_out, {"held-out": held_out.response})]
     measured = partial(measure, model, tokenizer, documents, table_masks, options.micro_tokens)
@@ -90,13 +97,11 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
         results["base"][0] = measured(out / "base")
 
     # 3 and 4. for each method and seed: signs from Q, then a fresh adapter on theta
-    trained = [name for name in options.methods if name not in UNTRAINED]
-    for name, seed in product(trained, options.seeds):
-        method, method_options = method_of(name, options)
+    for name, seed in product(plans, options.seeds):
+        method, its_options = plans[name]
+        signs = choose_signs(method, quality, d_train, its_options, seed)  # (C,) +1, -1 or 0
         folder = out / name / f"seed-{seed}"
-        signs = choose_signs(method, quality, d_train, method_options, seed)  # (C,) +1, -1 or 0
-        lesson = Lesson(d_train, signs, method.damping, base_loss if method.damping else None)
-        train(model, lesson, folder, method_options, seed, held_out)
+        train(model, d_train, signs, folder, its_options, seed, held_out)
         results[name][seed] = measured(folder)
         remove_lora(model)
     return results
@@ -156,12 +161,8 @@ def token_weights(positive: Tensor, negative: Tensor, lam: float, counts: tuple 
     return positive / max(n_positive, 1) - negative * (lam / max(n_negative, 1))
 
 
-Damping = Callable[[Tensor, Tensor | None], Tensor]  # (losses, losses under theta) -> factors on N, (n,) each
-
-
 def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor,
-                        damping: Damping | None = None, base_losses: Tensor | None = None,
-                        losses_out: Tensor | None = None) -> Tensor:
+                        ceiling: float | None = None, return_losses: bool = False) -> Any:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
@@ -172,8 +173,8 @@ def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, we
         loss = losses[positive].mean() - lam * losses[negative].mean()
 
     Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time, loss and gradient at once.
-    A damping, such as `clipped`, multiplies the negative weights, as a constant; base_losses (n,) are what it
-    may compare with. Each token's loss goes into losses_out (n,), if given. Raises ValueError for hidden
+    ceiling: a token whose loss is above it, in nats, is not unlearned any further. With return_losses the
+    result is (loss, losses): the loss of each token (n,), without a gradient. Raises ValueError for hidden
     states of another shape, and for a head that is trained, too: its gradient is not computed.
     """
     if hidden.dim() != 2:
@@ -181,22 +182,11 @@ def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, we
     if head_weight.requires_grad:
         raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
     weights, targets = weights.masked_fill(targets < 0, 0), targets.clamp_min(0)
-    return WeightedTokenLoss.apply(hidden, head_weight, targets, weights, damping, base_losses, losses_out)
+    loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling)
+    return (loss, losses) if return_losses else loss
 
 
 # ---------------------------------------------------------------------------------------------- methods
-
-RARE = -math.log(1e-3)  # the loss, in nats, of a token of probability 1e-3
-
-
-def clipped(losses: Tensor, base_losses: Tensor | None) -> Tensor:
-    """A damping: no ascent on a token that is less probable than 1e-3; (n,) nats -> (n,)."""
-    return (losses <= RARE).float()
-
-
-def npo(losses: Tensor, base_losses: Tensor) -> Tensor:
-    """A damping as in negative preference optimisation (beta 1): 2 p / (p + p_theta), (n,) nats -> (n,)."""
-    return 2 * torch.sigmoid(base_losses - losses)  # of log p - log p_theta: 1 at theta, to 0 as p falls
 
 
 @dataclass(frozen=True)
@@ -207,7 +197,7 @@ class Method:
     unlearn: bool = False  # N gets sign -1 instead of 0
     by_sequence: bool = False  # partition sequences by their mean Q instead of tokens
     random: bool = False  # a control: the same share, drawn at random
-    damping: Damping | None = None  # bounds the ascent
+    ceiling: float | None = None  # nats: no ascent on a token whose loss is above, if --ceiling does not say
 
 
 METHODS = {
@@ -217,19 +207,17 @@ METHODS = {
     "full-P": Method(rho=0.7, random=True),  # as many as forgetting keeps: is it the amount of data?
     "forgetting": Method(rho=0.7, unlearn=True),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True),  # is it *which* tokens are unlearned?
-    "forgetting-clipped": Method(rho=0.7, unlearn=True, damping=clipped),
-    "forgetting-npo": Method(rho=0.7, unlearn=True, damping=npo),
+    "forgetting-clipped": Method(rho=0.7, unlearn=True, ceiling=-math.log(1e-3)),  # until they are rare
     "ignoring-sequence": Method(rho=0.5, by_sequence=True),
     "forgetting-sequence": Method(rho=0.7, unlearn=True, by_sequence=True),
 }
 UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not train
 
 # options that only methods which unlearn read
-UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "balance", "watch_gradients")
-# only stage 4 reads these: theta' and scores survive a change (lr, epochs: if the reference has its own)
-STAGE_4_ONLY = ("rho", *UNLEARNING, "lr", "epochs")
-# what a variant of a method may change for its stage 4: these, and some that stage 1 reads as well
-VARIANT_OPTIONS = STAGE_4_ONLY + ("warmup", "batch_size", "max_grad_norm", "rank", "alpha", "dropout")
+UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "ceiling", "watch_gradients")
+# what a variant of a method may change for its stage 4
+VARIANT_OPTIONS = ("rho", *UNLEARNING, "lr", "epochs", "warmup", "batch_size", "max_grad_norm", "rank",
+                   "alpha", "dropout")  # fmt: skip
 
 
 def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
@@ -241,7 +229,7 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
     if stem not in METHODS:
         known = ", ".join([*UNTRAINED, *METHODS])
         raise ValueError(f"unknown method {stem}; known: {known}; a variant: forgetting:rho=0.5,t_max=1.0")
-    method, flags, keys = METHODS[stem], [], []
+    method, changed = METHODS[stem], {}
     for change in changes.split(",") if colon else []:
         key, _, value = change.partition("=")
         if key not in VARIANT_OPTIONS or not value:
@@ -249,13 +237,18 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
             raise ValueError(f"--methods {name}: {change!r} is not option=value; options: {known}")
         if (key == "rho" and method.rho == 1) or (key in UNLEARNING and not method.unlearn):
             raise ValueError(f"--methods {name}: {stem} does not read {key}")
-        keys.append(key)
-        flags.append(f"--{key.replace('_', '-')}={value}")
-    given = make_parser(f"forgetting.py: --methods {name}").parse_args(flags)
-    changed = {key: getattr(given, key) for key in keys}
+        try:
+            changed[key] = value_types()[key][0](value)
+        except ValueError:
+            raise ValueError(f"--methods {name}: {value!r} is not a value of {key}") from None
     if not method.unlearn:  # it reads no forget rate, which Options would hold against its rho
         changed["forget_rate"] = None
-    return method, dataclasses.replace(options, **changed)
+    if method.ceiling is not None and options.ceiling is None:
+        changed = {"ceiling": method.ceiling} | changed
+    try:
+        return method, dataclasses.replace(options, **changed)
+    except ValueError as error:
+        raise ValueError(f"--methods {name}: {error}") from None
 
 
 def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
@@ -288,16 +281,6 @@ def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Optio
 # --------------------------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What a training is given: a corpus, and for each of its tokens what to do with it."""
-
-    corpus: Corpus
-    signs: Array  # (C,) int8: +1 learn, -1 unlearn, 0 leave out
-    damping: Damping | None = None
-    base_loss: Array | None = None  # (C,) float32 nats under theta, for a damping that compares
-
-
 def data_parallel(model: Transformer) -> nn.Module:
     """The model itself, or under torchrun in DistributedDataParallel with gradients summed, not averaged.
 
@@ -316,15 +299,15 @@ def data_parallel(model: Transformer) -> nn.Module:
     return net
 
 
-def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
+def step_gradient(net: nn.Module, corpus: Corpus, signs: Array, examples: Array, lam: float,
                   options: "Options") -> tuple[Tensor, tuple[int, int]]:
     """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
 
-    examples: the whole step's; a rank runs its share. Returns this rank's sums (4,): objective (damped),
-    losses on P, on N (undamped; 0 at lambda 0), tokens of N rarer than 1e-3; and the step's (n_P, n_N).
+    signs (C,) say what to do with each token, examples are the whole step's; a rank runs its share. Returns
+    this rank's sums (3,) of the objective, of the losses on P and of those on N (0 at lambda 0, where N is
+    not run), and the whole step's (n_P, n_N).
     """
     rank, world = rank_and_world()
-    corpus, signs = lesson.corpus, lesson.signs
     head = getattr(net, "module", net).lm_head.weight  # (V, D); DDP keeps the model as its module
     step_signs = signs[corpus.places(examples)]  # all ranks' share, so that counting needs no communication
     counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
@@ -332,28 +315,22 @@ def step_gradient(net: nn.Module, lesson: Lesson, examples: Array, lam: float,
     mine = longest_first[rank::world]
     # with fewer examples than ranks some have none: DDP waits for every rank, so they run one with signs 0
     micro_batches = list(pack(corpus, mine or longest_first[-1:], options.micro_tokens))
-    sums = torch.zeros(4, device=head.device)
+    sums = torch.zeros(3, device=head.device)
     net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
     for i, batch in enumerate(micro_batches):
         sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8, all 0 with no share
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
         weighted = weights != 0  # (T,) bool, n of them true; the rest (at lambda 0 N as well) skip the head
         before, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,) each
-        base_losses = None  # (n,)
-        if lesson.base_loss is not None:
-            base_losses = torch.from_numpy(lesson.base_loss[batch.places[weighted].numpy()])
-            base_losses = to_device(base_losses, head.device)
         weights = to_device(weights[weighted], head.device)  # (n,)
-        losses = torch.empty(len(targets), device=head.device)  # (n,)
         # DDP reduces after the last micro-batch only; no_sync has to hold the forward pass, too
         quiet = world > 1 and i + 1 < len(micro_batches)
         with net.no_sync() if quiet else nullcontext():
             hidden = net(to_device(batch.tokens, head.device), batch.cu_seqlens)[before]  # (n, D)
-            loss = weighted_token_loss(hidden, head, targets, weights, lesson.damping, base_losses, losses)
+            loss, losses = weighted_token_loss(hidden, head, targets, weights, options.ceiling, True)
             loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
         on_positive, on_negative = losses @ (weights > 0).float(), losses @ (weights < 0).float()
-        rare = ((losses > RARE) & (weights < 0)).sum()
-        sums += torch.stack((loss.detach(), on_positive, on_negative, rare))
+        sums += torch.stack((loss.detach(), on_positive, on_negative))
     return sums, counts
 
 
@@ -365,19 +342,19 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) ->
     return peak * (total_steps - step) / max(total_steps - rising, 1)
 
 
-def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
-    """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or `balanced`.
+BALANCE = 0.5  # of --lambda-schedule balanced: the most that unlearning may weigh beside learning
 
-    Balanced: the paper's, but at most --balance times |grad mean_P loss| / |grad mean_N loss| (damped, if the
-    method is) of the latest earlier step that --watch-gradients looked at and that had both; step 0 is one.
+
+def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
+    """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or balanced.
+
+    Balanced: the paper's, but at most BALANCE |grad mean_P loss| / |grad mean_N loss| as last watched.
     """
     if options.lambda_schedule == "constant":
         return options.t_max
     lam = lambda_at(step, total_steps, options.t_min, options.t_max)
     ratios = [line["ratio"] for line in log if line.get("ratio")]
-    if options.lambda_schedule == "balanced" and ratios:
-        lam = min(lam, options.balance * ratios[-1])
-    return lam
+    return min(lam, BALANCE * ratios[-1]) if options.lambda_schedule == "balanced" and ratios else lam
 
 
 def examples_of(step: int, count: int, batch_size: int, seed: int) -> Array:
@@ -393,9 +370,9 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", seed: int,
+def train(model: Transformer, corpus: Corpus, signs: Array, folder: Path, options: "Options", seed: int,
           held_out: Corpus | None = None) -> None:
-    """Put an adapter on the model: towards tokens of sign +1, away from those of -1.
+    """Put an adapter on the model: towards tokens of sign +1, away from those of -1; signs (C,) int8.
 
     The one loop: the reference and every method are this with other signs. A finished adapter in `folder` is
     loaded, a checkpoint continued: all that is random is drawn anew from the seed at every step. Raises
@@ -403,39 +380,40 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     """
     finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
     if finished.is_file():
-        say(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
+        print0(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
         return load_adapter(model, folder)
     add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets),
              generator=torch.Generator().manual_seed(seed))  # fmt: skip
     parameters, rank = list(lora_parameters(model).values()), rank_and_world()[0]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     first = load_checkpoint(state_file, model, optimizer)  # steps done: 0 without a checkpoint
-    total = options.epochs * math.ceil(len(lesson.corpus) / options.batch_size)
+    total = options.epochs * math.ceil(len(corpus) / options.batch_size)
     if total == 1 and options.warmup:
-        say(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
-    net = data_parallel(model.train())
-    with StepLog(folder, first, total) as log:
+        print0(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
+    net, log = data_parallel(model.train()), open_log(folder, first, total)
+    with progress("/".join(folder.parts[-2:]), total, "steps", first, keep=True) as bar:
         for step in range(first, total):
-            examples = examples_of(step, len(lesson.corpus), options.batch_size, seed)
-            lam = scheduled_lambda(step, total, options, log.lines)
+            examples = examples_of(step, len(corpus), options.batch_size, seed)
+            lam = scheduled_lambda(step, total, options, log)
             rate = learning_rate_at(step, total, options.lr, options.warmup)
-            watched = watch_gradients(net, lesson, examples, lam, options, seed, step)
+            watched = watch_gradients(net, corpus, signs, examples, options, seed, step)
             began = time.perf_counter()
             seed_dropout(seed, step)
-            sums, counts = step_gradient(net, lesson, examples, lam, options)
+            sums, counts = step_gradient(net, corpus, signs, examples, lam, options)
             # inf: the norm is measured only; it is the same on all ranks, as the gradient is
             norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
-            totals = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # (5,) the one wait for a GPU
-            figures = step_figures(step, totals, counts, lam, rate) | watched
-            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+            *totals, norm = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # waits for the GPU, once
+            figures = {"step": step} | step_means(totals, counts, lam)
+            figures |= {"lambda": lam, "lr": rate, "grad_norm": norm} | watched
+            if not math.isfinite(figures["loss"] + norm):
                 raise FloatingPointError(f"{folder}: not finite: {figures}, examples {examples.tolist()}")
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            tokens = int(lesson.corpus.lengths[examples].sum())
-            figures["tokens/s"] = tokens / (time.perf_counter() - began)
+            figures["tokens/s"] = int(corpus.lengths[examples].sum()) / (time.perf_counter() - began)
             if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
-                figures |= mean_losses(model, held_out, {"held-out": held_out.response}, options.micro_tokens)
-            log.add(figures)
+                masks = {"held-out": held_out.response}
+                figures |= mean_losses(model, held_out, masks, options.micro_tokens, "loss on")
+            append_log(folder, figures, log, bar)
             if rank == 0 and (step + 1) % options.save_every == 0 and step + 1 < total:
                 save_checkpoint(state_file, model, optimizer)
     if rank == 0:
@@ -444,73 +422,93 @@ def train(model: Transformer, lesson: Lesson, folder: Path, options: "Options", 
     wait_for_all()
 
 
-def step_figures(step: int, totals: list[float], counts: tuple[int, int], lam: float, rate: float) -> dict:
-    """A line of metrics.jsonl. L_P and L_N are means over the step's P and N, None where nothing was run."""
-    (loss, on_positive, on_negative, rare, norm), (n_positive, n_negative) = totals, counts
-    ran = n_negative if lam else 0  # a token of weight 0 is not run
-    losses = {"loss": loss, "L_P": on_positive / n_positive if n_positive else None}
-    losses |= {"L_N": on_negative / ran if ran else None, "rare_N": rare / ran if ran else None}
-    return {"step": step} | losses | {"lambda": lam, "lr": rate, "grad_norm": norm}
+def step_means(totals: list[float], counts: tuple[int, int], lam: float) -> dict[str, float | None]:
+    """loss, L_P and L_N of a step from its sums; L_P and L_N are means, None where no token was run."""
+    (loss, on_positive, on_negative), (n_positive, n_negative) = totals, counts
+    l_p = on_positive / n_positive if n_positive else None
+    l_n = on_negative / n_negative if n_negative and lam else None  # a token of weight 0 is not run
+    return {"loss": loss, "L_P": l_p, "L_N": l_n}
 
 
-def watch_gradients(net: nn.Module, lesson: Lesson, examples: Array, lam: float, options: "Options",
+def watch_gradients(net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: "Options",
                     seed: int, step: int) -> dict[str, float | None]:
-    """Every --watch-gradients steps: norms, cosine of the gradients of mean_P loss and -lambda mean_N loss.
+    """Every --watch-gradients steps: norms and cosine of the gradients of mean_P loss and -mean_N loss.
 
-    ratio: of the norms, without lambda. Two passes with the step's masks; step_gradient clears their .grad.
+    ratio is that of the norms. Two more passes, with the step's masks; step_gradient clears their .grad.
     """
     every = options.watch_gradients
-    if not every or step % every or not (lesson.signs < 0).any():
+    if not every or step % every or not (signs < 0).any():
         return {}
     gradients = []
-    for signs in (np.maximum(lesson.signs, 0), np.minimum(lesson.signs, 0)):  # P alone, N alone
+    for side in (np.maximum(signs, 0), np.minimum(signs, 0)):  # P alone, N alone
         seed_dropout(seed, step)
-        step_gradient(net, dataclasses.replace(lesson, signs=signs), examples, 1.0, options)
+        step_gradient(net, corpus, side, examples, 1.0, options)
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
     norm_p, norm_n = (float(gradient.norm()) for gradient in gradients)
     cosine = float(gradients[0] @ gradients[1]) / (norm_p * norm_n) if norm_p * norm_n else None
     ratio = norm_p / norm_n if norm_n else None
-    return {"grad_P": norm_p, "grad_N": lam * norm_n, "cosine": cosine, "ratio": ratio}
+    return {"grad_P": norm_p, "grad_N": norm_n, "cosine": cosine, "ratio": ratio}
 
 
-class StepLog(AbstractContextManager):
-    """metrics.jsonl of a training and its bar; rank 0 writes."""
+def open_log(folder: Path, first: int, total: int) -> list[dict]:
+    """The lines of metrics.jsonl up to step `first`; what was logged after the checkpoint will come again."""
+    path, log = folder / "metrics.jsonl", []
+    if first:
+        print0(f"{folder}: continuing from step {first} of {total}")
+        rows = read_rows([str(path)])[:first] if path.is_file() else []
+        log = [{name: value for name, value in row.items() if name != "_source"} for row in rows]
+    wait_for_all()  # every rank has read it
+    if rank_and_world()[0] == 0:
+        write_rows(log, path)
+    return log
 
-    def __init__(self, folder: Path, first: int, total: int):
-        self.path, self.total = folder / "metrics.jsonl", total
-        if first:
-            say(f"{folder}: continuing from step {first} of {total}")
-        # what was logged after the checkpoint comes again: cut it off
-        rows = read_rows([str(self.path)])[:first] if first and self.path.is_file() else []
-        self.lines = [{name: value for name, value in row.items() if name != "_source"} for row in rows]
-        wait_for_all()  # every rank has read it
-        if rank_and_world()[0] == 0:
-            write_rows(self.lines, self.path)
-        self.bar = progress("/".join(folder.parts[-2:]), total, "step", first, keep=True)
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.bar.close()  # before an error is printed
-        if kind is KeyboardInterrupt:  # main shows the text
-            raise KeyboardInterrupt(f"at {self.path.parent} after step {len(self.lines)} of {self.total}")
-
-    def add(self, figures: dict) -> None:
-        """Log one step. Raises OSError naming the file."""
-        self.lines.append(figures)
-        if rank_and_world()[0] > 0:
-            return
-        short = {"loss": "loss", "L_P": "P", "L_N": "N", "lambda": "lam", "tokens/s": "tok/s"}
-        names = short if figures["L_N"] is not None else ("loss", "tokens/s")
-        shown = [f"{short[name]} {figures[name]:.3g}" for name in names if figures[name] is not None]
-        self.bar.set_postfix_str(" ".join(shown), refresh=False)
-        self.bar.update()
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
-        except OSError as error:
-            raise OSError(f"{self.path}: could not be written ({error})") from None
+def append_log(folder: Path, figures: dict, log: list[dict], bar: Any) -> None:
+    """Log one step, on rank 0 to the file as well, and show it. Raises OSError naming the file."""
+    log.append(figures)
+    shown = {"loss": "loss", "L_P": "P", "L_N": "N", "lambda": "lam", "tokens/s": "tok/s"}
+    pairs = [(name, figures[key]) for key, name in shown.items() if figures[key] is not None]
+    bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in pairs), refresh=False)
+    bar.update()
+    if rank_and_world()[0] > 0:
+        return
+    try:
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+    except OSError as error:
+        raise OSError(f"{folder / 'metrics.jsonl'}: could not be written ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def response_losses(model: Transformer, corpus: Corpus, examples: Array, token_budget: int,
+                    label: str) -> Array:
+    """Equation 3 for the response tokens of some examples: losses (C,) float32 in nats, NaN elsewhere.
+
+    They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
+    spread over the ranks, the result is on all of them.
+    """
+    rank, world = rank_and_world()
+    head, device = model.lm_head.weight, model.lm_head.weight.device
+    losses = torch.zeros(len(corpus.tokens), device=device)  # (C,)
+    was_training = model.training
+    model.eval()
+    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
+    with progress(label, int(corpus.lengths[examples].sum()), "tokens") as bar:
+        for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
+            judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
+            rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
+            hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
+            losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
+            advance(bar, len(batch.tokens))
+    model.train(was_training)
+    places = corpus.places(examples)
+    places = places[corpus.response[places]]
+    result = np.full(len(corpus.tokens), np.nan, np.float32)
+    result[places] = sum_over_ranks(losses).cpu().numpy()[places]
+    return result
 
 
 def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
@@ -524,25 +522,25 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     if path.is_file():
         base_loss, ref_loss, done = read_scores(path)
         what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
-        say(f"found {path}, {what_next}")
+        print0(f"found {path}, {what_next}")
     if done < count and options.score_dtype != options.dtype:  # a second model, for this function only
         model = load_model(model.folder, options.device, DTYPES[options.score_dtype])
         load_adapter(model, out / "reference")
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
-    part_size, work = options.save_every * options.batch_size, 2 * corpus.offsets  # two passes over a token
-    with progress(f"{out.name}/scores", int(work[-1]), "token", int(work[done])) as bar:
-        for first in range(done, count, part_size):
-            last = min(first + part_size, count)
-            tokens = slice(corpus.offsets[first], corpus.offsets[last])
-            part = corpus.part(first, last), np.arange(last - first)
-            ref_loss[tokens] = response_losses(model, *part, options.micro_tokens, bar)
-            with lora_disabled(model):
-                base_loss[tokens] = response_losses(model, *part, options.micro_tokens, bar)
-            if rank_and_world()[0] == 0:
-                with whole_file(path) as file:
-                    losses = {"base_loss": base_loss, "ref_loss": ref_loss}
-                    save_arrays(arrays | losses, file, {"done": str(last)})
+    part_size = options.save_every * options.batch_size
+    for first in range(done, count, part_size):
+        last = min(first + part_size, count)
+        tokens = slice(corpus.offsets[first], corpus.offsets[last])
+        part, examples = corpus.part(first, last), np.arange(last - first)
+        label, budget = f"scores to example {last:,} of {count:,}", options.micro_tokens
+        ref_loss[tokens] = response_losses(model, part, examples, budget, f"{label}: theta'")
+        with lora_disabled(model):
+            base_loss[tokens] = response_losses(model, part, examples, budget, f"{label}: theta")
+        if rank_and_world()[0] == 0:
+            with whole_file(path) as file:
+                losses = {"base_loss": base_loss, "ref_loss": ref_loss}
+                save_arrays(arrays | losses, file, {"done": str(last)})
     wait_for_all()
     quality = quality_scores(base_loss, ref_loss)
     if np.nanmin(quality) == (same := np.nanmax(quality)):
@@ -562,17 +560,36 @@ def read_scores(path: Path) -> tuple[Array, Array, int]:
         raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
 
 
+def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
+    """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
+    judged = np.isfinite(base_loss)
+    quality, signs = quality_scores(base_loss, ref_loss)[judged], signs[judged]  # (n,) each
+    low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
+    lines = [
+        f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
+        f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
+        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'",
+        "warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1",
+    ]
+    kept, unlearned = quality[signs > 0], quality[signs < 0]
+    if len(unlearned):
+        counts = f"{len(kept):,} tokens in P, {len(unlearned):,} in N"
+        lines[-1] = f"threshold {kept.min():.3f}: {counts}; {(unlearned > 0).mean():.0%} of N with Q > 0"
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------- data
 
 
 def select_data(options: "Options", tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """D_ref and D_train, the same for every seed and method."""
-    rows, reference = (read_rows(local_files(files)) for files in (options.data, options.reference_data))
+    rows, reference = (read_rows(files) for files in (options.data, options.reference_data))
     chosen = split_rows(rows, reference, tokenizer.eos, options.n_reference, options.n_train)
     d_ref, d_train = (build_corpus(part, tokenizer, options.max_length) for part in chosen)
     for name, corpus in (("D_ref", d_ref), ("D_train", d_train)):
-        say(f"{name} {len(corpus):,} examples, {len(corpus.tokens):,} tokens, {corpus.response.sum():,} of "
-            f"them response; {corpus.dropped} rows dropped: no response within {options.max_length} tokens")
+        counts = f"{len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response"
+        dropped = f"{corpus.dropped} rows dropped: no response within {options.max_length} tokens"
+        print0(f"{name} {len(corpus):,} examples, {counts}; {dropped}")
     return d_ref, d_train
 
 
@@ -580,7 +597,7 @@ def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) ->
     """The rows of --eval-data, none without it. Raises ValueError if some are in D_ref or D_train."""
     if not options.eval_data:
         return trained[0].part(0, 0)  # an empty corpus
-    rows = unique_rows(read_rows(local_files(options.eval_data)), tokenizer.eos)
+    rows = unique_rows(read_rows(options.eval_data), tokenizer.eos)
     held_out = build_corpus(rows, tokenizer, options.max_length)
     known = {tokens.tobytes() for corpus in trained for tokens in corpus.split()}
     shared = sum(tokens.tobytes() in known for tokens in held_out.split())
@@ -589,21 +606,20 @@ def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) ->
     return held_out
 
 
-def with_reference_epochs(options: "Options", n_reference: int) -> "Options":
-    """Options with --reference-epochs settled: --epochs, or more, so that theta' takes at least 8 steps."""
+def reference_options(options: "Options", n_reference: int) -> "Options":
+    """The options of stage 1: --reference-lr, and --reference-epochs, or as many as make at least 8 steps."""
     # the rate begins at 0 and ends near it: fewer steps teach nothing, and all Q are equal
     steps = math.ceil(n_reference / options.batch_size)
     epochs = options.reference_epochs or max(options.epochs, math.ceil(8 / steps))
     if epochs > options.epochs and options.reference_epochs is None:
-        say(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
-    return dataclasses.replace(options, reference_epochs=epochs)
+        print0(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
+    return dataclasses.replace(options, lr=options.reference_lr, epochs=epochs)
 
 
 def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transformer:
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
     for corpus in corpora:
         check_ids(corpus.tokens, read_config(checkpoint).vocab_size, checkpoint)
-    warn_if_slow(options.device, options.dtype, options.score_dtype)
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     if options.compile:
@@ -612,76 +628,188 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     return model
 
 
-# ------------------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------- the run folder and its table
 
 # options that may change: what was made stays valid (of model and rows open_run compares the fingerprints)
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
         "tasks", "data_dir", "limit", "eval_data", "eval_every", "device", "micro_tokens", "save_every",
-        "overwrite", "export", "checkpoint_activations", "compile")  # fmt: skip
-# what a run writes into its methods' folders; only these and the scores are ever deleted
-MEASURED = ("results.json", "samples.jsonl")
-TRAINED = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "README.md", *TEXT_FILES,
-           "chat_template.jinja", "checkpoint/state.safetensors", "merged/*.json", "merged/*.safetensors",
-           "merged/chat_template.jinja")  # fmt: skip
+        "checkpoint_activations", "compile")  # fmt: skip
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a run folder, and keep it from other runs until the block ends. Raises ValueError if one has it.
+
+    The lock is on the folder itself and goes with the process; a folder that stayed empty goes, too.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: a folder is needed")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "config.json.tmp").touch()  # a test: is the place writable?
+        (folder / "config.json.tmp").unlink()
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another run: wait for it, or use another --out") from None
+    except OSError as error:
+        raise OSError(f"{folder} could not be written ({error})") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # not empty: there is a run in it
+            folder.rmdir()
 
 
 def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpus) -> Path:
     """The run folder, with config.json: every option, the packages' versions, what the run is made from.
 
-    What was made from other inputs is a ValueError that names them, or, with --overwrite, removed: all of it,
-    or, where only options of stage 4 differ, all but theta' and the scores.
+    Raises ValueError for a folder with files of somebody else, and for a run that was made from other inputs.
     """
-    out, (rank, ranks) = Path(options.out), rank_and_world()
-    check_folder(out)
-    if (out / "scores.safetensors").is_file():
-        read_scores(out / "scores.safetensors")  # one that was cut off is found before anything is written
+    out, config = Path(options.out), Path(options.out) / "config.json"
     inputs = {"model": model_fingerprint(checkpoint)}
     inputs |= {"reference data": d_ref.fingerprint(), "training data": d_train.fingerprint()}
     inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
-    config = out / "config.json"
-    there = read_object(config) if config.is_file() else {"inputs": inputs}
-    # an option that the run's config.json does not know yet had its default
-    defaults = {name: value for name, value in vars(Options()).items() if name not in FREE}
-    before, made = defaults | there["inputs"], made_in(out)
-    differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
-    if differing and made and not options.overwrite:
-        pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
-        raise ValueError(f"{out} was made with other {'; '.join(pairs)}: use another --out, or --overwrite")
-    packing = {"micro_tokens": options.micro_tokens, "ranks": ranks}
-    packings = there.get("packings", []) if made else []  # all that parts of the run were made with
-    packings += [packing] * (packing not in packings)
-    if len(packings) > 1 and options.dropout:
-        say(f"warning: {out} was made with several of {packings}: dropout masks depend on them")
-    wait_for_all()  # every rank has looked before rank 0 changes anything
-    if rank == 0:
-        if differing:  # before config.json is replaced: a crash must not pass old files off as new ones
-            for path in made_in(out, keep_reference=set(differing) <= set(STAGE_4_ONLY)):
-                path.unlink()
-        packages = ("torch", "numpy", "tokenizers", "safetensors")
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        content = dataclasses.asdict(options) | {"packings": packings, "versions": versions, "inputs": inputs}
+    if config.is_file():
+        before = read_object(config).get("inputs")
+        if not isinstance(before, dict):
+            raise ValueError(f"{out}: its config.json is not of a run: use another --out")
+        differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
+        if differing:
+            pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
+            raise ValueError(f"{out} was made with other {'; '.join(pairs)}: use another --out")
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files that are not of a run: use another --out")
+    if (out / "scores.safetensors").is_file():
+        read_scores(out / "scores.safetensors")  # one that was cut off is found before anything is written
+    wait_for_all()  # every rank has looked before rank 0 writes
+    if rank_and_world()[0] == 0:
+        versions = {package.__name__: package.__version__ for package in (torch, np, safetensors, tokenizers)}
+        content = dataclasses.asdict(options) | {"versions": versions, "inputs": inputs}
         write_text(json.dumps(content, indent=2) + "\n", config)
-    wait_for_all()
-    say(f"{out}: {options.model}")
+    print0(f"{out}: {options.model}")
     return out
 
 
-def made_in(out: Path, keep_reference: bool = False) -> list[Path]:
-    """The files that stages have left in a run folder; keep_reference leaves out theta' and the scores."""
-    patterns = [f"*/seed-*/{name}" for name in MEASURED + TRAINED]
-    patterns += [f"{folder}/{name}" for folder in UNTRAINED for name in MEASURED]
-    if not keep_reference:
-        patterns += [f"reference/{name}" for name in TRAINED] + ["scores.safetensors"]
-    return [path for pattern in patterns for path in out.glob(pattern)]
+def mean_losses(model: Transformer, corpus: Corpus, masks: dict[str, Array], token_budget: int,
+                label: str = "") -> dict[str, float | None]:
+    """The mean loss, in nats, on each mask of the tokens (C,), of at most 512 examples; None: no token."""
+    if not len(corpus):
+        return dict.fromkeys(masks)
+    sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
+    losses = response_losses(model, corpus, sample, token_budget, f"{label} {' and '.join(masks)}")
+    judged = {name: losses[mask & np.isfinite(losses)] for name, mask in masks.items()}
+    return {name: float(found.mean()) if len(found) else None for name, found in judged.items()}
+
+
+def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
+            table_masks: list[tuple[Corpus, dict[str, Array]]], token_budget: int, folder: Path) -> dict:
+    """The figures of one model, also in folder/results.json: its tasks, and mean_losses by table_masks."""
+    path = folder / "results.json"
+    identity = {task.name: task.identity for task in documents}
+    identity |= {"held-out": c.fingerprint() for c, masks in table_masks if "held-out" in masks and len(c)}
+    if path.is_file() and (found := read_object(path)).get("identity") == identity:
+        return found
+    results: dict[str, Any] = {"identity": identity}
+    for corpus, masks in table_masks:
+        results |= mean_losses(model, corpus, masks, token_budget, "/".join(folder.parts[-2:]))
+    results["tasks"], samples = evaluate(model, tokenizer, documents)
+    if rank_and_world()[0] == 0:
+        write_rows(samples, folder / "samples.jsonl")
+        write_text(json.dumps(results, indent=2) + "\n", path)
+    wait_for_all()
+    return results
+
+
+def columns(figures: dict) -> dict[str, float]:
+    """A model's row of the table: the average of its tasks, every metric in percent, and its losses."""
+    metrics = {}
+    for task, result in figures["tasks"].items():
+        for metric in metrics_of(result):
+            metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
+    first = headlines(figures["tasks"])
+    average = {"average": sum(first.values()) / len(first)} if first else {}
+    losses = {name: figures[name] for name in ("L_P", "L_N", "held-out") if figures.get(name) is not None}
+    if "held-out" in losses:
+        losses["held-out perplexity"] = math.exp(losses["held-out"])
+    return average | metrics | losses
+
+
+def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
+    """mean +- sample standard deviation; the mean alone of a single value."""
+    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
+
+
+LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
+
+
+def comparison(results: dict[str, dict[int, dict]]) -> str:
+    """The table: a row per method, its figures as mean +- sample standard deviation over seeds."""
+    rows_by_method = {name: [columns(f) for f in seeds.values()] for name, seeds in results.items()}
+    names = list(dict.fromkeys(name for rows in rows_by_method.values() for row in rows for name in row))
+    lines = []
+    for method, rows in rows_by_method.items():
+        cells = [method, str(len(rows))]
+        for name in names:
+            values = [row[name] for row in rows if name in row]
+            cells.append(spread(values, 3 if name in LOSSES else 1) if values else "")
+        lines.append(cells)
+    return table(["method", "seeds", *names], lines)
+
+
+def finished(out: Path, results: dict[str, dict[int, dict]]) -> tuple[dict[str, dict[int, dict]], list[str]]:
+    """All that is finished in a run folder with the identity of `results`, and what is left out, and why."""
+    identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
+    everything, left_out = {name: dict(seeds) for name, seeds in results.items()}, []
+    for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
+        method, *seed = path.relative_to(out).parts[:-1]
+        found = read_object(path)
+        identity = found.get("identity") if identity is None else identity
+        if found.get("identity") == identity:
+            everything.setdefault(method, {}).setdefault(int(seed[0][5:]) if seed else 0, found)
+        else:
+            left_out.append(f"{path.parent.relative_to(out)}: measured on other tasks or held-out rows")
+    return everything, left_out
+
+
+def report(results: dict[str, dict[int, dict]], options: "Options") -> None:
+    """The end of a run: the table of all that is finished, on screen and in results.md and results.json."""
+    out = Path(options.out)
+    results, left_out = finished(out, results)
+    notes = ["mean +- sample standard deviation over seeds; tasks in percent",
+             "L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns"]  # fmt: skip
+    if options.limit is not None:
+        notes.append(f"only the first {options.limit} documents of each task (--limit)")
+    notes += [f"not in the table: {what}" for what in left_out]
+    title = f"{options.model} on {', '.join(options.data)}"
+    text = "\n\n".join([title, comparison(results), "\n".join(notes)]) + "\n"
+    write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
+    write_text(text, out / "results.md")
+    print0(f"\n{text}\nevery token with its Q: python tests/tools/look.py {out}")
 
 
 # ---------------------------------------------------------------------------------------------- options
 
-on_cuda = torch.cuda.is_available  # asked when Options are made, not when this file is imported
 
-# the field that opens each group of --help, and the group's title
-FLAG_GROUPS = {"model": "data", "methods": "method", "rank": "LoRA", "lr": "training",
-               "device": "memory and speed", "tasks": "evaluation", "out": "run"}  # fmt: skip
+def option(default: Any, text: str, allowed: Any = None) -> Any:
+    """A field of Options: a default or a function that makes it, the line of --help, and what is allowed.
+
+    allowed is an interval of numbers such as "(0, 1]", a tuple of words, or None for anything.
+    """
+    place = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{place: default}, metadata={"help": text, "allowed": allowed})
+
+
+def default_device() -> str:
+    """cuda where torch has it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype() -> str:
+    """bfloat16 on a GPU; a CPU without instructions for it is many times slower."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 @dataclass
@@ -689,54 +817,50 @@ class Options:
     """The command line; the defaults are the paper's recipe."""
 
     model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision")
-    data: list[str] = option(list, "rows: .jsonl or .json files, public sets, hf://datasets/...; each :count")
-    reference_data: list[str] = option(list, "rows of D_ref; without it D_ref is drawn from --data")
-    n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", type=int)
-    n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", type=int)
-    max_length: int = option(2048, "tokens an example is cut to", type=AT_LEAST_1)
+    data: list[str] = option(list, "rows: .jsonl or .json files, each with an optional :count")
+    reference_data: list[str] = option(list, "rows of D_ref that you trust; else D_ref is drawn from --data")
+    n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", "[1, inf)")
+    n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", "[1, inf)")
+    max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
     methods: list[str] = option("base reference full ignoring forgetting".split, "or forgetting:rho=0.5")
-    seeds: list[int] = option(lambda: [0], "one training per method and seed", type=WHOLE)
-    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", type=SHARE)
-    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", type=UP_TO_1)
-    lambda_schedule: str = option("linear", "of lambda", choices=["linear", "constant", "balanced"])
-    t_min: float = option(1e-5, "lambda has slope t-max - t-min (paper: 1e-5; 3B, 8B: 1e-4)", type=AT_LEAST_0)
-    t_max: float = option(0.25, "lambda nears t-max - t-min at the end of training", type=AT_LEAST_0)
-    balance: float = option(0.5, "balanced: most lambda |grad L_N| / |grad L_P|", type=ABOVE_0)
-    watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", type=WHOLE)
-    rank: int = option(64, "LoRA rank", type=AT_LEAST_1)
-    alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank", type=ABOVE_0)
-    dropout: float = option(0.1, "LoRA dropout", type=BELOW_1)
+    seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
+    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")
+    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", "[0, 1]")
+    lambda_schedule: str = option("linear", "of lambda", ("linear", "constant", "balanced"))
+    t_min: float = option(1e-5, "lambda has slope t-max - t-min (paper: 1e-5; 3B, 8B: 1e-4)", "[0, inf)")
+    t_max: float = option(0.25, "lambda nears t-max - t-min at the end of training", "[0, inf)")
+    ceiling: float | None = option(None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)")
+    watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", "[0, inf)")
+    rank: int = option(64, "LoRA rank", "[1, inf)")
+    alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
+    dropout: float = option(0.1, "LoRA dropout", "[0, 1)")
     targets: list[str] = option(lambda: list(DEFAULT_TARGETS), "layers with an adapter, if they are there")
-    lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)", type=ABOVE_0)
-    warmup: float = option(0.03, "share of the steps in which the rate rises; then it falls", type=BELOW_1)
-    batch_size: int = option(24, "sequences a step, over all ranks", type=AT_LEAST_1)
-    epochs: int = option(1, "passes over D_train", type=AT_LEAST_1)
-    reference_lr: float | None = option(None, "peak rate of the reference [--lr]", type=ABOVE_0)
-    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", type=AT_LEAST_1)
-    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", type=AT_LEAST_0)
-    device: str = option(lambda: "cuda" if on_cuda() else "cpu", "cpu or cuda")
-    dtype: str = option(lambda: "bfloat16" if on_cuda() else "float32", "of the frozen weights",
-                        choices=["bfloat16", "float32"])  # float16 gradients would underflow
-    score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", choices=sorted(DTYPES))
-    micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", type=AT_LEAST_1)
-    checkpoint_activations: bool = option(False, "less memory: blocks run twice", action="store_true")
-    compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)", action="store_true")
+    lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)", "(0, inf)")
+    warmup: float = option(0.03, "share of the steps in which the rate rises; then it falls", "[0, 1)")
+    batch_size: int = option(24, "sequences a step, over all ranks", "[1, inf)")
+    epochs: int = option(1, "passes over D_train", "[1, inf)")
+    reference_lr: float | None = option(None, "peak rate of the reference [--lr]", "(0, inf)")
+    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)")
+    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)")
+    device: str = option(default_device, "cpu or cuda")
+    dtype: str = option(default_dtype, "of the frozen weights; bfloat16 is slow on most CPUs",
+                        ("bfloat16", "float32"))  # float16 gradients would underflow  # fmt: skip
+    score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", tuple(sorted(DTYPES)))
+    micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", "[1, inf)")
+    checkpoint_activations: bool = option(False, "less memory: blocks run twice")
+    compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)")
     tasks: list[str] = option(list, "tasks of eval.py for the table")
-    data_dir: str | None = option(None, "folder of the tasks' rows [fetched from their public homes]")
+    data_dir: str = option("runs/data", "folder of the tasks' rows")
     eval_data: list[str] = option(list, "rows held out: their response loss and perplexity, in the table")
-    eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", type=WHOLE)
-    limit: int | None = option(None, "only the first LIMIT documents of each task", type=AT_LEAST_1)
+    eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)")
+    limit: int | None = option(None, "only the first LIMIT documents of each task", "[1, inf)")
     out: str = option("runs/latest", "run folder, continued by the same command")
-    save_every: int = option(100, "steps between checkpoints", type=AT_LEAST_1)
-    overwrite: bool = option(False, "start over where results of other inputs are", action="store_true")
-    export: bool = option(False, "also save each model with its adapter merged in", action="store_true")
+    save_every: int = option(100, "steps between checkpoints", "[1, inf)")
 
     def __post_init__(self) -> None:
-        """Options that follow others unless given, and ValueError for those that do not go together."""
-        self.reference_lr = self.reference_lr or self.lr
-        self.score_dtype = self.score_dtype or self.dtype
-        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # it saves memory; bfloat16 casts in every pack
-        self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
+        """Check each option, then those that go together, then fill in those that follow others."""
+        for field in dataclasses.fields(self):
+            check_option(field.name, getattr(self, field.name), field.metadata["allowed"])
         if self.eval_every and not self.eval_data:
             raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
         if self.lambda_schedule == "balanced" and not self.watch_gradients:
@@ -746,51 +870,80 @@ class Options:
         highest = 1 - (METHODS["forgetting"].rho if self.rho is None else self.rho)
         if self.forget_rate is not None and self.forget_rate > highest + 1e-9:
             raise ValueError(f"forget rate {self.forget_rate} is not allowed: 0 to 1 - rho = {highest:.4g}")
+        self.methods = list(dict.fromkeys(self.methods))
+        self.seeds = list(dict.fromkeys(self.seeds))
+        self.reference_lr = self.reference_lr or self.lr
+        self.score_dtype = self.score_dtype or self.dtype
+        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # it saves memory; bfloat16 casts in every pack
+        self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
 
 
-def make_parser(prog: str | None = None, **defaults: Any) -> Parser:
-    """A flag for every field of Options; `defaults` stand in for some of theirs."""
-    return add_flags(Parser(prog=prog, description=__doc__), Options, FLAG_GROUPS, defaults)
+def check_option(name: str, value: Any, allowed: Any) -> None:
+    """Raise ValueError for a value outside its interval or choice; a list is looked at value by value."""
+    flag = f"--{name.replace('_', '-')}"
+    for one in value if isinstance(value, list) else [value]:
+        if one is None or allowed is None:
+            continue
+        if isinstance(allowed, tuple):
+            if one not in allowed:
+                raise ValueError(f"{flag} {one} is not one of {', '.join(allowed)}")
+            continue
+        low, high = map(float, allowed[1:-1].split(","))
+        above = low <= one if allowed[0] == "[" else low < one
+        below = one <= high if allowed[-1] == "]" else one < high
+        if not (above and below):
+            raise ValueError(f"{flag} {one} is not in {allowed}")
+
+
+def value_types() -> dict[str, tuple[type, bool]]:
+    """For every option the type of a value, and whether there may be several."""
+    types = {}
+    for name, hint in typing.get_type_hints(Options).items():
+        parts = typing.get_args(hint)  # (str,) of list[str]; (int, NoneType) of int | None
+        types[name] = (parts[0] if parts else hint, typing.get_origin(hint) is list)
+    return types
 
 
 def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
-    """The command line as Options; `defaults` stand in for some of its defaults. Raises ValueError."""
-    options = Options(**vars(make_parser(**defaults).parse_args(argv)))
-    options.methods = list(dict.fromkeys(options.methods))
-    options.seeds = list(dict.fromkeys(options.seeds))
-    for name in options.methods:
-        if name not in UNTRAINED:
-            method_of(name, options)
-    return options
+    """The command line as Options; `defaults` stand in for some of theirs. Raises ValueError."""
+    usage = "python forgetting.py --model M --data rows.jsonl --out RUN ... (--help lists the flags)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    types = value_types()
+    for field in dataclasses.fields(Options):
+        kind, several = types[field.name]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = defaults.get(field.name, default)
+        text = field.metadata["help"]
+        if default not in (None, [], False) and "[" not in text:
+            text += f" [{' '.join(map(str, default)) if several else default}]"
+        kinds = {"action": "store_true"} if kind is bool else {"type": kind}
+        kinds |= {"nargs": "+"} if several else {}
+        if isinstance(field.metadata["allowed"], tuple):
+            kinds["choices"] = field.metadata["allowed"]
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **kinds)
+    return Options(**vars(parser.parse_args(argv)))
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
-    """The command line: exit code 2, and one line, for what the user can mend."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # while loading, check_flags answered Ctrl-C
-    flags = {word.partition("=")[0] for word in sys.argv[1:]}
+    """The command line: exit code 2, and a line or two, for what the user can mend."""
     try:
-        if not flags & {"--model", "--data", "--help", "-h"}:
-            return load_tool("demo").main()
         options = parse_options()
         if options.model is None or not options.data:
-            raise ValueError("--model and --data go together (with neither, the embedded demo runs)")
+            raise ValueError("--model and --data are needed (./run.sh alone runs a demo that needs neither)")
         options.device = start_ranks(options.device)
-        rank, publish, look = rank_and_world()[0], load_tool("publish"), load_tool("look")  # before any work
-        with locked(Path(options.out)) if rank == 0 else nullcontext():
+        with locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
             results = run(options)
-            if rank == 0:
-                publish.publish_run(options)
-                look.report_run(results, options)
+            if rank_and_world()[0] == 0:
+                report(results, options)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"forgetting.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        if rank_and_world()[0] == 0:
-            where = f"stopped {stop}".strip()
-            print(f"\nforgetting.py: {where}; the same command goes on from what was saved", file=sys.stderr)
+    except KeyboardInterrupt:
+        print0("\nstopped; the same command goes on from what was saved")
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

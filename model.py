@@ -638,27 +638,27 @@ class WeightedTokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, weights, damping, base_losses, losses):
+    def forward(ctx, hidden, head_weight, targets, weights, ceiling):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)  # (n, D)
+        losses = torch.empty(len(targets), device=hidden.device)
         for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
             weight = weights[rows]  # (chunk,)
-            if damping is not None:  # negative weights shrink; the others do not grow to make up for it
-                base = None if base_losses is None else base_losses[rows]
-                weight = torch.where(weight < 0, weight * damping(loss, base), weight)
+            if ceiling is not None:
+                weight = torch.where((weight < 0) & (loss > ceiling), 0, weight)
             total += weight @ loss
-            if losses is not None:
-                losses[rows] = loss
+            losses[rows] = loss
             # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
             dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
             dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
             grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
         ctx.save_for_backward(grad)  # all that backward needs
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0] * upstream, None, None, None, None, None, None
+    def backward(ctx, upstream, _):
+        return ctx.saved_tensors[0] * upstream, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- checkpoint folders

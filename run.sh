@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# ./run.sh            the whole method on the embedded demo; prints the table
-# ./run.sh test       the tests
-# ./run.sh --model M --data rows.jsonl ...     everything is passed on to forgetting.py (torchrun if there are more GPUs)
+# ./run.sh                                     the whole method on the embedded demo; prints its table
+# ./run.sh demo --seeds 3 4                    the same with other flags
+# ./run.sh test                                the tests
+# ./run.sh --model M --data rows.jsonl ...     forgetting.py with these flags, under torchrun where there are several GPUs
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -21,20 +22,13 @@ if ! cmp -s "$root/requirements.txt" "$installed"; then
     cp "$root/requirements.txt" "$installed"
 fi
 
-if [ "${1:-}" = test ]; then
-    shift
-    exec python -m pytest -q "$root/tests" "$@"
-fi
 export THP_MEM_ALLOC_ENABLE=1 # large buffers in huge pages: 5 to 10 % faster on a CPU
-python "$root/tests/tools/check_flags.py" forgetting.py "$@"
-gpus=0
-if command -v nvidia-smi >/dev/null; then # not asked of torch, which takes seconds to load
-    gpus=$(nvidia-smi --list-gpus | wc -l)
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-    fi
-fi
+case "${1:-demo}" in
+test) exec python -m pytest -q "$root/tests" "${@:2}" ;;
+demo) exec python "$root/tests/tools/demo.py" "${@:2}" ;;
+esac
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 1 ]; then
-    exec python "$root/tests/tools/launch.py" --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
+    exec torchrun --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
 fi
 exec python "$root/forgetting.py" "$@"

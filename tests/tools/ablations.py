@@ -8,7 +8,11 @@ difference to the baseline with a 95 % bootstrap interval over seeds. Minutes ad
 Results on the default seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
 """
 
-import argparse, json, shlex, sys, time  # noqa: E401
+import argparse
+import json
+import shlex
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +22,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
+import demo  # noqa: E402
 import forgetting  # noqa: E402
 from data import read_object, read_rows, write_rows, write_text  # noqa: E402
-from eval import load_tool  # noqa: E402
-
-demo, look = load_tool("demo"), load_tool("look")
+from eval import headlines, table  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ ABLATIONS = {
                       [f"forgetting:t_max={value}" for value in (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)]),
     "schedule": Ablation("how lambda goes", "ignoring:rho=0.7",
                          ["forgetting", "forgetting:lambda_schedule=constant",
-                          "forgetting:lambda_schedule=balanced,watch_gradients=5", "forgetting-clipped", "forgetting-npo"]),
+                          "forgetting:lambda_schedule=balanced,watch_gradients=5", "forgetting-clipped"]),
     "controls": Ablation("is it the amount of data, or which tokens?", "full",
                          ["full-P", "ignoring:rho=0.7", "forgetting-random", "forgetting"]),
     "level": Ablation("tokens or whole sequences", "full",
@@ -89,7 +92,7 @@ def recorded_minutes(record: Path) -> dict[str, float]:
 
 def stamps(folder: Path) -> dict[Path, int]:
     """When each file that stages leave in a run folder was written."""
-    return {path: path.stat().st_mtime_ns for path in forgetting.made_in(folder)}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
 @contextmanager
@@ -118,7 +121,7 @@ def figures_of(ablation: Ablation, options: forgetting.Options, record: Path) ->
             with timed(record, seed, Path(here.out)):
                 results = forgetting.run(here)
             for method, by_seed in results.items():
-                percents = look.headlines(by_seed[seed]["tasks"]).values()
+                percents = headlines(by_seed[seed]["tasks"]).values()
                 found[panel][method].append(sum(percents) / len(percents))
     return found
 
@@ -148,14 +151,14 @@ def differences(found: dict[str, list[float]], baseline: str) -> dict[str, list[
 
 def comparison(found: dict[str, list[float]], baseline: str) -> str:
     """A table: averages, and differences to the baseline with their intervals."""
-    rows = [[baseline, look.spread(found[baseline]), "", ""]]
+    rows = [[baseline, forgetting.spread(found[baseline]), "", ""]]
     for name, values in differences(found, baseline).items():
         low, high = extent(values)
         few = no_interval(len(values))
         between = f"({few})" if few else f"[{low:+.1f}, {high:+.1f}]"
         cells = f"{np.mean(values):+.1f} {between}", f"{sum(v > 0 for v in values)}/{len(values)}"
-        rows.append([name, look.spread(found[name]), *cells])
-    return look.table(["method", "average, %", f"minus {baseline}", "better"], rows)
+        rows.append([name, forgetting.spread(found[name]), *cells])
+    return table(["method", "average, %", f"minus {baseline}", "better"], rows)
 
 
 def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:

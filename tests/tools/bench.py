@@ -48,7 +48,7 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
 
     import forgetting
     from data import Corpus, Tokenizer
-    from eval import evaluate, prepare, response_losses
+    from eval import evaluate, prepare
     from lora import add_lora, lora_disabled, lora_parameters
     from model import DTYPES, load_model
 
@@ -70,9 +70,9 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
             parameter.data.normal_(0, 0.02)
 
         def score(examples: list[int]) -> None:
-            response_losses(model, corpus, np.array(examples), options.micro_tokens)
+            forgetting.response_losses(model, corpus, np.array(examples), options.micro_tokens, "theta'")
             with lora_disabled(model):
-                response_losses(model, corpus, np.array(examples), options.micro_tokens)
+                forgetting.response_losses(model, corpus, np.array(examples), options.micro_tokens, "theta")
 
         return score
     places = np.arange(len(response))  # about 30 % of the response tokens are unlearned, as in the recipe
@@ -81,7 +81,7 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     def step(examples: list[int]) -> None:
         model.train()
         optimizer.zero_grad(set_to_none=False)
-        forgetting.step_gradient(model, forgetting.Lesson(corpus, signs), np.array(examples), 0.1, options)
+        forgetting.step_gradient(model, corpus, signs, np.array(examples), 0.1, options)
         optimizer.step()
 
     return step
@@ -335,14 +335,14 @@ def losses_of_training(model: str, files: list[str], rounded: bool, steps: int =
         lora._LoRAProduct.forward = staticmethod(rounded_product)
     corpus, net = build_corpus(read_rows(files), Tokenizer(model), 96), load_model(model)
     unlearned = np.random.default_rng(0).random(len(corpus.tokens)) < 0.3
-    lesson = forgetting.Lesson(corpus, np.where(corpus.response, np.where(unlearned, -1, 1), 0).astype(np.int8))
+    signs = np.where(corpus.response, np.where(unlearned, -1, 1), 0).astype(np.int8)
     lora.add_lora(net, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(lora.lora_parameters(net.train()).values(), weight_decay=0.0, fused=True)
     options, found = forgetting.Options(micro_tokens=512), []
     for step in range(steps):
         forgetting.seed_dropout(0, step)
         lam, examples = forgetting.lambda_at(step, steps, 1e-5, 0.25), forgetting.examples_of(step, len(corpus), 4, 0)
-        sums, counts = forgetting.step_gradient(net, lesson, examples, lam, options)
+        sums, counts = forgetting.step_gradient(net, corpus, signs, examples, lam, options)
         optimizer.param_groups[0]["lr"] = forgetting.learning_rate_at(step, steps, 1e-3, 0.03)
         optimizer.step()
         found.append((sums[1] / counts[0], sums[2] / counts[1]))
@@ -402,11 +402,10 @@ def evaluation_tokens(arguments: argparse.Namespace, documents: int) -> tuple[li
     import eval as evaluation
     from data import Tokenizer
 
-    benchmarks = evaluation.load_tool("benchmarks")
-    tokenizer, task = Tokenizer(arguments.model), benchmarks.TASKS[arguments.task]
+    tokenizer = Tokenizer(arguments.model)
     lengths, judged = [], 0
-    for row in benchmarks.task_rows(task, Path(arguments.data_dir) / task.file, documents, 0):
-        pairs = [evaluation.encode_pair(tokenizer, r.context, r.continuation) for r in task.requests(row, tokenizer)]
+    for requests in evaluation.prepare([arguments.task], tokenizer, arguments.data_dir, documents)[0].requests:
+        pairs = [evaluation.encode_pair(tokenizer, request.context, request.continuation) for request in requests]
         lengths.append(len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs))
         judged += sum(len(continuation) for _, continuation in pairs)
     return lengths, judged
@@ -419,18 +418,8 @@ def in_a_process(who: str, task: dict, arguments: argparse.Namespace) -> dict:
         json.dump(task, file)
         file.flush()
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-arguments.threads :]))
-        command = [
-            "taskset",
-            "-c",
-            cores,
-            python,
-            str(HERE / "bench.py"),
-            arguments.job,
-            "--worker",
-            who,
-            "--task-file",
-            file.name,
-        ]
+        worker = [str(HERE / "bench.py"), arguments.job, "--worker", who, "--task-file", file.name]
+        command = ["taskset", "-c", cores, python, *worker]
         environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
         environment |= {"THP_MEM_ALLOC_ENABLE": "1"}  # for everybody: see run.sh
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

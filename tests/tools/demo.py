@@ -1,6 +1,6 @@
 """The demo: Algorithm 1 in a small world whose noise is known, written with the public functions of forgetting.py.
 
-    python tests/tools/demo.py                                   # also: ./run.sh, python forgetting.py
+    python tests/tools/demo.py                                   # also: ./run.sh, ./run.sh demo --seeds 3 4
     python tests/tools/demo.py --world random --seeds 3 4 5      # all flags of forgetting.py but --tasks and --data*
     python tests/tools/demo.py --svg tests/tokens.svg            # and the picture of README, from the first seed
 
@@ -8,24 +8,27 @@ For each seed a corpus of its own, and the method twice: with a reference traine
 on rows as noisy as the training set. Methods that do not look at the reference are trained once and shown twice.
 """
 
-import argparse, dataclasses, json, random, sys  # noqa: E401
+import argparse
+import dataclasses
+import json
+import random
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import forgetting  # noqa: E402
-from data import Corpus, Tokenizer, covers, locked, read_rows, render, write_rows, write_text  # noqa: E402
-from eval import load_tool, measure, prepare, rank_and_world, start_ranks, wait_for_all  # noqa: E402
+import look  # noqa: E402
+from data import Tokenizer, print0, rank_and_world, read_rows, render, start_ranks, wait_for_all, write_rows  # noqa: E402
+from data import write_text  # noqa: E402
+from eval import TASKS, Answer, Request, Task, choice_task, f1_score, mc, prepare, table  # noqa: E402
 from model import DTYPES, load_model  # noqa: E402
-
-NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # of a row's field noise: [[start, end, kind], ...]
 
 # ---------------------------------------------------------------------------------------------------- the world
 #
@@ -172,54 +175,27 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
             "answer": item.answer, "popular": popular}  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- the known noise
+def multiple_choice(row: dict) -> tuple:
+    """The task demo_mc: the answer begins, and the choices are its next word."""
+    return mc(row | {"prompt": row["prompt"] + row["head"]})
 
 
-def known_noise(corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, dict]) -> np.ndarray:
-    """(C,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows, by source.
-
-    Raises ValueError where the rows do not give the corpus's tokens.
-    """
-    kinds = np.zeros(len(corpus.tokens), np.int8)
-    for begin in range(0, len(corpus), 1000):
-        examples = range(begin, min(begin + 1000, len(corpus)))
-        rendered = [render(rows[corpus.sources[example]], tokenizer.eos) for example in examples]
-        encoded = tokenizer.encode(["".join(text for text, _ in pieces) for pieces in rendered])
-        for example, pieces, (ids, spans) in zip(examples, rendered, encoded):
-            start, end = corpus.offsets[example : example + 2]
-            if ids[: end - start] != corpus.tokens[start:end].tolist():
-                raise ValueError("the rows have changed since they were scored")
-            covered = np.array(spans[: end - start], np.int64).reshape(-1, 2)  # (length, 2)
-            at = sum(len(text) for text, _ in pieces[:-1])  # where the one response of a row of the demo begins
-            for first, last, kind in rows[corpus.sources[example]]["noise"]:
-                kinds[start:end][covers(covered, at + first, at + last)] = NOISE_KINDS.index(kind)
-    return kinds
+def question(row: dict, _: Tokenizer) -> list[Request]:
+    """The task demo_qa."""
+    return [Request(row["prompt"], max_new_tokens=16)]
 
 
-def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
-    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
-    ordered = np.sort(high)
-    above = len(high) - np.searchsorted(ordered, low, side="right")
-    ties = np.searchsorted(ordered, low, side="right") - np.searchsorted(ordered, low, side="left")
-    return float((above + ties / 2).mean() / len(high))
+def answer_score(row: dict, answers: list[Answer]) -> dict:
+    """F1; and, for people never seen and a misconceived attribute, whether the popular error is given."""
+    reply = answers[0].text
+    metrics = {"f1": f1_score(reply, row["answer"])}
+    if row["group"] == "unseen, misconceived":
+        metrics["popular"] = float(row["popular"] in reply.split())
+    return {"prediction": reply, "target": row["answer"], "metrics": metrics}
 
 
-def detection(quality: np.ndarray, negative: np.ndarray, corpus: Corpus, noise: np.ndarray) -> dict[str, float]:
-    """How well a low Q (C,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
-
-    noise (C,) int8 is the place of each token's kind in NOISE_KINDS; negative (C,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
-    """
-    clean = quality[corpus.response & (noise == 0)]
-    noisy = corpus.response & (noise > 0)
-    if not noisy.any():
-        return {}
-    figures = {"noise share": float(noisy.sum() / corpus.response.sum()), "AUC": roc_auc(quality[noisy], clean)}
-    for kind, name in enumerate(NOISE_KINDS):
-        if kind and (noise == kind).any():
-            figures[f"AUC {name}"] = roc_auc(quality[corpus.response & (noise == kind)], clean)
-    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
-    figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
-    return figures
+TASKS["demo_mc"] = choice_task("demo_mc.jsonl", 1, multiple_choice, delimiter="")
+TASKS["demo_qa"] = Task("demo_qa.jsonl", 1, question, answer_score)
 
 
 # ------------------------------------------------------------------------------------------------- the demo
@@ -248,22 +224,19 @@ def looks_at_reference(method: str) -> bool:
 
 
 def prepare_world(options: forgetting.Options, world: str) -> None:
-    """Write the rows of every seed. Raises ValueError where other files are; with --overwrite only for foreign ones."""
-    out = Path(options.out)
-    mark = {"versions": {}, "inputs": {"demo": world}}
-    forgetting.check_folder(out)
-    for seed in options.seeds:
-        for name, rows in demo_rows(world, seed).items():
-            path = out / f"world-{seed}" / f"{name}.jsonl"
-            written = [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] if path.is_file() else rows
-            if written != rows and not options.overwrite:
-                raise ValueError(f"{path} holds other rows than this demo's: use another --out, or --overwrite")
+    """Write the rows of every seed. Raises ValueError where other files are."""
+    out, rows_of = Path(options.out), {seed: demo_rows(world, seed) for seed in options.seeds}
+    foreign = [path.name for path in out.iterdir() if not path.name.startswith(("world-", "results."))] if out.is_dir() else []
+    if foreign:
+        raise ValueError(f"{out} holds files that are not of a demo, such as {foreign[0]}: use another --out")
+    paths = {out / f"world-{seed}" / f"{name}.jsonl": rows for seed in rows_of for name, rows in rows_of[seed].items()}
+    for path, rows in paths.items():
+        if path.is_file() and [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] != rows:
+            raise ValueError(f"{path} holds other rows than this demo's: use another --out")
     wait_for_all()
     if rank_and_world()[0] == 0:
-        write_text(json.dumps(mark, indent=2) + "\n", out / "config.json")
-        for seed in options.seeds:
-            for name, rows in demo_rows(world, seed).items():
-                write_rows(rows, out / f"world-{seed}" / f"{name}.jsonl")
+        for path, rows in paths.items():
+            write_rows(rows, path)
     wait_for_all()
 
 
@@ -277,28 +250,22 @@ def panel_options(options: forgetting.Options, panel: str, seed: int, methods: l
     )  # fmt: skip
 
 
-def scored(options: forgetting.Options) -> tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]:
-    """D_train of a finished run, its Q (C,), forgetting's signs (C,) and the known noise (C,)."""
-    run = load_tool("look").Run(Path(options.out))
-    return run.corpus, run.quality, run.signs, run.noise
-
-
 def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
     """The figures of a training that knows the noise, beside a finished run: noisy tokens are N, all others P.
 
     `name` is its row; "oracle:lr=0.001" has another rate. An example of how the pieces of forgetting.py go together.
     """
-    tokenizer = Tokenizer(options.model)
+    tokenizer, run = Tokenizer(options.model), look.Run(Path(options.out))
+    corpus = run.corpus
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
-    corpus, _, sides, noise = scored(options)
     held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
-    signs = np.where(corpus.response, np.where(noise > 0, -1, 1), 0).astype(np.int8)  # (C,)
+    signs = np.where(corpus.response, np.where(run.noise > 0, -1, 1), 0).astype(np.int8)  # (C,)
     folder = Path(options.out) / name / f"seed-{seed}"
-    forgetting.train(model, forgetting.Lesson(corpus, signs), folder, options, seed)
-    parts = [(corpus, {"L_P": sides > 0, "L_N": sides < 0}), (held_out, {"held-out": held_out.response})]
-    return measure(model, tokenizer, documents, parts, options.micro_tokens, folder)
+    forgetting.train(model, corpus, signs, folder, options, seed)
+    parts = [(corpus, {"L_P": run.signs > 0, "L_N": run.signs < 0}), (held_out, {"held-out": held_out.response})]
+    return forgetting.measure(model, tokenizer, documents, parts, options.micro_tokens, folder)
 
 
 def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
@@ -316,29 +283,18 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
             for method, by_seed in results[panel].items():  # P and N of the first panel are not this one's
                 if seed not in by_seed:
                     by_seed[seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
-            corpus, quality, signs, noise = scored(here)
-            for name, value in detection(quality, signs < 0, corpus, noise).items():
+            run = look.Run(Path(here.out))
+            for name, value in look.detection(run.quality, run.signs < 0, run.corpus, run.noise).items():
                 found[panel].setdefault(name, []).append(value)
     return results, found
 
 
-def detection_table(found: dict[str, list]) -> str:
-    """How well a low Q finds the known noise."""
+def panel_report(title: str, results: dict, found: dict[str, list]) -> str:
+    """One panel: its table, paired differences, and how well a low Q finds the known noise."""
     line = "Does a low Q find the known noise? (AUC 0.5: chance; the precision of a random N is the noise share.)"
-    look = load_tool("look")
-    return line + "\n\n" + look.table(list(found), [[look.spread(values, 2) for values in found.values()]])
-
-
-def write_pages(options: forgetting.Options, parts: dict[str, list[str]]) -> None:
-    """report.html of every seed and panel, below the panel's table over all seeds; rank 0 alone."""
-    if rank_and_world()[0] > 0:
-        return
-    look = load_tool("look")
-    for seed, panel in product(options.seeds, parts):
-        folder = Path(options.out) / f"world-{seed}" / panel
-        note = f"Over seeds {', '.join(map(str, options.seeds))} of {options.out}, mean +- sample standard deviation."
-        write_text("\n\n".join([*parts[panel], f"{note} All below is of seed {seed}.\n"]), folder / "results.md")
-        look.write_page(look.Run(folder))
+    spreads = [forgetting.spread(values, 2) for values in found.values()]
+    parts = [f"## {title}", forgetting.comparison(results), look.paired_differences(results), line, table(list(found), [spreads])]
+    return "\n\n".join(filter(None, parts))
 
 
 # ----------------------------------------------------------------------------------------------- the picture
@@ -347,7 +303,8 @@ def write_pages(options: forgetting.Options, parts: dict[str, list[str]]) -> Non
 def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tuple[str, float, bool]]]:
     """The response tokens of some examples: text, Q minus the threshold, and whether they are known noise."""
     tokenizer = Tokenizer(options.model)
-    corpus, quality, _, noise = scored(options)
+    run = look.Run(Path(options.out))
+    corpus, quality, noise = run.corpus, run.quality, run.noise
     threshold = forgetting.quantile(quality[corpus.response], 1 - options.rho)
     rows = []
     for example in examples:
@@ -359,8 +316,8 @@ def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tu
 
 def choose_examples(options: forgetting.Options) -> list[int]:
     """Six examples that fit a line: two of each kind of noise or less, and clean ones."""
-    corpus, _, _, noise = scored(options)
-    chosen: list[int] = []
+    run, chosen = look.Run(Path(options.out)), []
+    corpus, noise = run.corpus, run.noise
     wanted = [{1}, {1, 2}, {3}, {2}, set(), set()]
     for kinds in wanted:
         for example in range(len(corpus)):
@@ -413,22 +370,27 @@ def parse_demo(argv: list[str] | None) -> tuple[forgetting.Options, argparse.Nam
     own, rest = parser.parse_known_args(argv)
     out = "runs/demo" if own.world == "popular" else "runs/demo-random"
     options = forgetting.parse_options(rest, **(DEMO | {"out": out}))
-    if options.tasks or options.data_dir or options.reference_data or options.data:
-        raise ValueError("--tasks, --data-dir and --reference-data need --model and --data: the demo brings its own")
+    if options.tasks or options.reference_data or options.data:
+        raise ValueError("the demo brings its own --data, --reference-data and --tasks: leave them out")
     return options, own
 
 
 def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> None:
-    """Both panels of every seed, the table, the pages, and the picture where one is asked for."""
+    """Both panels of every seed, their tables, and the picture where one is asked for."""
     prepare_world(options, world)
     results, found = run_demo(options)
-    look, parts = load_tool("look"), {}
-    for panel, title in PANELS.items():
-        parts[panel] = [look.report(results[panel], title), detection_table(found[panel])]
+    if rank_and_world()[0] > 0:
+        return
+    out = Path(options.out)
+    parts = [panel_report(title, results[panel], found[panel]) for panel, title in PANELS.items()]
+    parts.append("mean +- sample standard deviation over seeds; tasks in percent; L_P, L_N: mean loss, in nats, on the\n"
+                 "tokens that forgetting keeps and unlearns; popular: how often the popular wrong answer is given")
     content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
-    look.write_report(sum(parts.values(), []), content, options)
-    write_pages(options, parts)
-    if svg and rank_and_world()[0] == 0:
+    write_text(json.dumps(content, indent=2) + "\n", out / "results.json")
+    write_text("\n\n".join(parts) + "\n", out / "results.md")
+    print0("\n" + "\n\n".join(parts))
+    print0(f"\nwritten to {out / 'results.md'}; every token with its Q: python tests/tools/look.py {out}")
+    if svg:
         runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
         examples = choose_examples(runs["clean"])
         titles = {"clean": "reference trained on clean rows", "same": "reference as noisy as the training rows"}
@@ -441,15 +403,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         options, own = parse_demo(argv)
         options.device = start_ranks(options.device)
-        with locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
+        with forgetting.locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
             run_and_report(options, own.world, own.svg)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"demo.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        where = f"stopped {stop}".strip()
-        if rank_and_world()[0] == 0:
-            print(f"\n{Path(sys.argv[0]).name}: {where}; the same command goes on from what was saved", file=sys.stderr)
+    except KeyboardInterrupt:
+        print0("\nstopped; the same command goes on from what was saved")
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -3,14 +3,19 @@
     python tests/tools/gpu_check.py                                   # tiny models, seconds
     python tests/tools/gpu_check.py --model meta-llama/Llama-3.2-1B   # and its tokens/s, MFU, peak memory
     python tests/tools/gpu_check.py --device cpu                      # the same comparisons against itself: a rehearsal
-    python tests/tools/gpu_check.py --dry                             # no GPU: all paths on fake CUDA tensors, predicted speed
 
 Every line compares the device with float32 on the CPU; the exit code is 1 if one of them differs by more than allowed.
-With --model, transformers + PEFT and TRL are timed beside ours by bench.py where they are installed. --dry needs torch's
-CUDA build and a C compiler, no GPU and no driver: see gpu_dry_run.py.
+With --model, transformers + PEFT and TRL are timed beside ours by bench.py where they are installed.
 """
 
-import argparse, importlib.util, json, os, subprocess, sys, tempfile, time  # noqa: E401
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Callable
 
@@ -21,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from data import Corpus, Tokenizer  # noqa: E402
-from eval import generate, load_tool, loglikelihoods, response_losses  # noqa: E402
-from forgetting import Lesson, Options, partition, step_gradient  # noqa: E402
+from eval import generate, loglikelihoods, table  # noqa: E402
+from forgetting import Options, partition, response_losses, step_gradient  # noqa: E402
 from lora import add_lora, dropout_mask, lora_disabled, lora_parameters, remove_lora  # noqa: E402
 from model import DTYPES, checkpoint_folder, load_model, token_losses  # noqa: E402
 
@@ -52,7 +57,7 @@ def adapted(folder: Path, device: str, dtype: str):
 def gradient(model, corpus: Corpus) -> torch.Tensor:
     """Equation 8's gradient over the whole corpus, on the CPU in float32; and the losses, end to end."""
     signs = np.where(corpus.response, np.where(np.arange(len(corpus.tokens)) % 3 == 0, -1, 1), 0).astype(np.int8)
-    sums, _ = step_gradient(model, Lesson(corpus, signs), np.arange(len(corpus)), 0.2, Options(micro_tokens=200))
+    sums, _ = step_gradient(model, corpus, signs, np.arange(len(corpus)), 0.2, Options(micro_tokens=200))
     return torch.cat([*(p.grad.flatten() for p in lora_parameters(model).values()), sums / corpus.response.sum()]).cpu()
 
 
@@ -107,8 +112,8 @@ def check_pieces(device: str, folder: Path) -> list[Row]:
 def both_losses(model, corpus: Corpus, examples: np.ndarray, token_budget: int) -> tuple[np.ndarray, np.ndarray]:
     """Losses (C,) under theta and under theta'."""
     with lora_disabled(model):
-        base = response_losses(model, corpus, examples, token_budget)
-    return base, response_losses(model, corpus, examples, token_budget)
+        base = response_losses(model, corpus, examples, token_budget, "theta")
+    return base, response_losses(model, corpus, examples, token_budget, "theta'")
 
 
 def check_ranks(folder: Path) -> list[Row]:
@@ -155,7 +160,7 @@ def measure_speed(name: str, device: str, peak_tflops: float) -> list[list[str]]
         options = Options(micro_tokens=8192)
         signs = np.where(corpus.response, 1, 0).astype(np.int8)
         everything = np.arange(len(corpus))
-        train = lambda: step_gradient(model.train(), Lesson(corpus, signs), everything, 0.1, options)  # noqa: E731
+        train = lambda: step_gradient(model.train(), corpus, signs, everything, 0.1, options)  # noqa: E731
         score = lambda: both_losses(model, corpus, everything, 8192)  # noqa: E731
         for job, work, passes in (("training", train, 4), ("scoring", score, 4)):
             torch.cuda.reset_peak_memory_stats()
@@ -179,31 +184,13 @@ def time_peers(model: str, folder: Path) -> None:
         subprocess.run([sys.executable, str(ROOT / "tests/tools/bench.py"), job, *common], check=True)
 
 
-def print_dry_run() -> None:
-    """Every path on fake CUDA tensors, where the host waits, and the predicted table."""
-    dry = load_tool("gpu_dry_run")
-    dry.pretend_driver()
-    lines = [[name, ", ".join(f"{n} x {what}" for what, n in waits.items()) or "none"] for name, waits in dry.dry_run()]
-    table = load_tool("look").table
-    print(table(["path, on fake CUDA tensors: no error", "the host waits for the GPU"], lines, width=140))
-    print("\nPredicted, not measured: LLaMA-3.2-1B in bfloat16 on one H100, LoRA r 64, dropout 0.1\n")
-    print(table(["job", "ms", "tokens/s", "MFU", "peak above weights", "waits"], dry.predicted_rows(), width=140))
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint to time")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bfloat16 [989, H100 SXM]")
-    parser.add_argument("--dry", action="store_true", help="without a GPU, on fake CUDA tensors")
     arguments = parser.parse_args()
-    if arguments.dry:
-        try:
-            return print_dry_run()
-        except ValueError as error:
-            print(f"gpu_check.py: {error}", file=sys.stderr)
-            sys.exit(2)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check.py: torch sees no CUDA device here (--device cpu rehearses the comparisons)", file=sys.stderr)
         sys.exit(2)
@@ -216,10 +203,10 @@ def main() -> None:
             time_peers(arguments.model, folder)
     wrong = [name for name, difference, allowed in rows if not difference <= allowed]
     lines = [[n, f"{d:.2g}", f"{allowed:.2g}", "" if d <= allowed else "DIFFERS"] for n, d, allowed in rows]
-    print(load_tool("look").table(["comparison", "difference", "allowed", ""], lines, width=140))
+    print(table(["comparison", "difference", "allowed", ""], lines))
     if arguments.model and arguments.device == "cuda":
         speed = measure_speed(arguments.model, "cuda", arguments.peak_tflops)
-        print("\n" + load_tool("look").table(["job", "", "tokens/s", "MFU", "peak above weights"], speed))
+        print("\n" + table(["job", "", "tokens/s", "MFU", "peak above weights"], speed))
     print(f"\n{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
     sys.exit(1 if wrong else 0)
 

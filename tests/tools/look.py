@@ -5,10 +5,16 @@
     python tests/tools/look.py runs/mine --text            # the same rows coloured in the terminal
 
 Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold; known noise is underlined.
-forgetting.py and the demo call it at the end of a run. Order: tables, the run, drawings, tokens, page, command line.
+Order: known noise, notes, the run, drawings, tokens, page, command line.
 """
 
-import argparse, dataclasses, json, os, shlex, sys, types, unicodedata  # noqa: E401
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import types
+import unicodedata
 from collections import Counter
 from functools import cached_property
 from html import escape
@@ -19,164 +25,89 @@ import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import Corpus, Tokenizer, read_object, read_rows, render, write_text  # noqa: E402
-from eval import AT_LEAST_1, generate, load_tool, rank_and_world, say  # noqa: E402
-from forgetting import METHODS, UNTRAINED, Options, choose_signs, quality_scores, read_scores  # noqa: E402
-from lora import load_adapter, remove_lora  # noqa: E402
-from model import Transformer, checkpoint_folder  # noqa: E402
+from data import Corpus, Tokenizer, covers, read_object, read_rows, render, write_text  # noqa: E402
+from eval import table  # noqa: E402
+from forgetting import LOSSES, METHODS, UNTRAINED, choose_signs, columns, comparison, finished, quality_scores  # noqa: E402
+from forgetting import read_scores, spread  # noqa: E402
+from model import checkpoint_folder  # noqa: E402
 
-# --------------------------------------------------------------------------------------------- tables
+NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # of a row's field noise: [[start, end, kind], ...]
 
-
-def metrics_of(result: dict) -> list[str]:
-    """The metrics of a task's result; the first stands for the task."""
-    return [key for key in result if f"{key}_stderr" in result]
+# -------------------------------------------------------------------------------------------- the known noise
 
 
-def headlines(results: dict[str, dict]) -> dict[str, float]:
-    """What stands for each task, in percent: its first metric; arithmetic is one, the mean of ten."""
-    percents = {}
-    for task, result in results.items():
-        for first in metrics_of(result)[:1]:  # none, if no document could be scored
-            percents[task] = 100 * result[first]
-    sums = [percents.pop(task) for task in load_tool("benchmarks").SUBTASKS if task in percents]
-    return percents | ({"arithmetic": sum(sums) / len(sums)} if sums else {})
+def known_noise(corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, dict]) -> np.ndarray:
+    """(C,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows, by source.
 
-
-def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
-    """mean +- sample standard deviation; the mean alone of a single value."""
-    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
-
-
-def table(header: list[str], rows: list[list[str]], width: int = 100) -> str:
-    """A Markdown table that also reads well on a screen.
-
-    Columns beyond `width` characters go into further tables below, which begin with the first column again.
+    Raises ValueError where the rows do not give the corpus's tokens.
     """
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    blocks, room = [[0]], width - widths[0] - 4
-    for i in range(1, len(header)):
-        if widths[i] + 3 > room and len(blocks[-1]) > 1:
-            blocks.append([0])
-            room = width - widths[0] - 4
-        blocks[-1].append(i)
-        room -= widths[i] + 3
-    ruled = [header, ["-" * w for w in widths], *rows]
-    return "\n\n".join(
-        "\n".join("| " + " | ".join(cells[i].ljust(widths[i]) for i in block) + " |" for cells in ruled)
-        for block in blocks
-    )
+    kinds = np.zeros(len(corpus.tokens), np.int8)
+    for begin in range(0, len(corpus), 1000):
+        examples = range(begin, min(begin + 1000, len(corpus)))
+        rendered = [render(rows[corpus.sources[example]], tokenizer.eos) for example in examples]
+        encoded = tokenizer.encode(["".join(text for text, _ in pieces) for pieces in rendered])
+        for example, pieces, (ids, spans) in zip(examples, rendered, encoded):
+            start, end = corpus.offsets[example : example + 2]
+            if ids[: end - start] != corpus.tokens[start:end].tolist():
+                raise ValueError("the rows have changed since they were scored")
+            covered = np.array(spans[: end - start], np.int64).reshape(-1, 2)  # (length, 2)
+            at = sum(len(text) for text, _ in pieces[:-1])  # where the one response of a row of the demo begins
+            for first, last, kind in rows[corpus.sources[example]]["noise"]:
+                kinds[start:end][covers(covered, at + first, at + last)] = NOISE_KINDS.index(kind)
+    return kinds
 
 
-def show(results: dict[str, dict]) -> str:
-    """A table for the screen: every metric, and the average of what stands for the tasks."""
-    rows = []
-    for task, result in results.items():
-        for metric in metrics_of(result):
-            cells = [f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])]
-            rows.append([task, metric, *cells])
-        if "not_scored" in result:
-            what = "not scored (a checker's package is missing)"
-            rows.append([task, what, "", "", str(result["not_scored"])])
-        if "by_group" in result:
-            rows.append([task, f"unweighted mean over {', '.join(result['by_group'])}", "", "", ""])
-    percents = headlines(results).values()
-    average = sum(percents) / max(len(percents), 1)
-    rows.append(["average", "of the tasks' first metrics, percent", f"{average:.2f}", "", ""])
-    return table(["task", "metric", "value", "stderr", "n"], rows)
+def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
+    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
+    ordered = np.sort(high)
+    above = len(high) - np.searchsorted(ordered, low, side="right")
+    ties = np.searchsorted(ordered, low, side="right") - np.searchsorted(ordered, low, side="left")
+    return float((above + ties / 2).mean() / len(high))
 
 
-LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
+def detection(quality: np.ndarray, negative: np.ndarray, corpus: Corpus, noise: np.ndarray) -> dict[str, float]:
+    """How well a low Q (C,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
+
+    noise (C,) int8 is the place of each token's kind in NOISE_KINDS; negative (C,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
+    """
+    clean = quality[corpus.response & (noise == 0)]
+    noisy = corpus.response & (noise > 0)
+    if not noisy.any():
+        return {}
+    figures = {"noise share": float(noisy.sum() / corpus.response.sum()), "AUC": roc_auc(quality[noisy], clean)}
+    for kind, name in enumerate(NOISE_KINDS):
+        if kind and (noise == kind).any():
+            figures[f"AUC {name}"] = roc_auc(quality[corpus.response & (noise == kind)], clean)
+    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
+    figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
+    return figures
 
 
-def columns(figures: dict) -> dict[str, float]:
-    """The columns of one model: the average of its tasks' first metrics, all metrics in percent, L_P, L_N."""
-    metrics = {}
-    for task, result in figures["tasks"].items():
-        for metric in metrics_of(result):
-            metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
-    first = headlines(figures["tasks"])
-    average = {"average": sum(first.values()) / len(first)} if first else {}
-    losses = {name: figures[name] for name in ("L_P", "L_N", "held-out") if figures.get(name) is not None}
-    if "held-out" in losses:
-        losses["held-out perplexity"] = float(np.exp(losses["held-out"]))
-    return average | metrics | losses
+# ------------------------------------------------------------------------------------------- differences
+
+LESS_IS_BETTER = ("held-out", "held-out perplexity", "lambada perplexity", "demo_qa popular")
 
 
-def finished(out: Path, results: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
-    """`results` and what earlier commands left in the folder, made from the same inputs and tasks."""
-    identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
-    everything = {name: dict(seeds) for name, seeds in results.items()}
-    for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
-        method, *seed = path.relative_to(out).parts[:-1]
-        found = read_object(path)
-        identity = found.get("identity") if identity is None else identity
-        if found.get("identity") == identity:
-            everything.setdefault(method, {}).setdefault(int(seed[0][5:]) if seed else 0, found)
-    return everything
-
-
-def report(results: dict[str, dict[int, dict]], title: str) -> str:
-    """The comparison: methods by columns, mean +- deviation over seeds, and paired differences."""
-    rows_by_method = {}
-    for name, seeds in results.items():
-        rows_by_method[name] = {seed: columns(figures) for seed, figures in seeds.items()}
-    all_rows = [row for seeds in rows_by_method.values() for row in seeds.values()]
-    names = list(dict.fromkeys(name for row in all_rows for name in row))
-    rows = []
-    for method, seeds in rows_by_method.items():
-        cells = [method, str(len(seeds))]
-        for name in names:
-            values = [row[name] for row in seeds.values() if name in row]
-            cells.append(spread(values, 3 if name in LOSSES else 1) if values else "")
-        rows.append(cells)
-    parts = [f"## {title}", table(["method", "n", *names], rows)]
-    compared = [name for name in names if name not in ("L_P", "L_N")]
-    pairs = paired_rows(rows_by_method, compared) if compared else []
-    if pairs:
-        parts.append("Paired differences over seeds (in how many the first is better; of losses, perplexity "
-                     "and the popular error, less is better):")  # fmt: skip
-        parts.append(table(["pair", *compared], pairs))
-    return "\n\n".join(parts)
-
-
-def paired_rows(rows_by_method: dict[str, dict[int, dict]], names: list[str]) -> list[list[str]]:
-    """Lines of the table of differences: each method against full, and against ignoring."""
-    rows, tasks = [], load_tool("benchmarks").TASKS
+def paired_differences(results: dict[str, dict[int, dict]]) -> str:
+    """A table of each method minus full, and minus ignoring, over the seeds that both have; "" where there is none."""
+    rows_by_method = {name: {seed: columns(figures) for seed, figures in seeds.items()} for name, seeds in results.items()}
+    names = [name for seeds in rows_by_method.values() for row in seeds.values() for name in row if name not in ("L_P", "L_N")]
+    names, lines = list(dict.fromkeys(names)), []
     for baseline, method in product(("full", "ignoring"), rows_by_method):
-        if method in (baseline, "full", *UNTRAINED):
-            continue
         ours, theirs = rows_by_method[method], rows_by_method.get(baseline, {})
         shared = [seed for seed in ours if seed in theirs]
-        if not shared:
+        if method in (baseline, "full", *UNTRAINED) or not shared:
             continue
         cells = [f"{method} - {baseline}"]
         for name in names:
             differences = [ours[seed][name] - theirs[seed][name] for seed in shared]
-            task, _, metric = name.partition(" ")
-            fewer = task == "held-out" or task in tasks and metric in tasks[task].lower_is_better
-            better = [d < 0 if fewer else d > 0 for d in differences]
-            digits = 3 if name in LOSSES else 1
-            cells.append(f"{spread(differences, digits, '+')} ({sum(better)}/{len(shared)})")
-        rows.append(cells)
-    return rows
+            wins = sum(d < 0 if name in LESS_IS_BETTER else d > 0 for d in differences)
+            cells.append(f"{spread(differences, 3 if name in LOSSES else 1, '+')} ({wins}/{len(shared)})")
+        lines.append(cells)
+    return "Paired differences over seeds (in how many the first is better):\n\n" + table(["pair", *names], lines) if lines else ""
 
 
-def write_report(parts: list[str], results: dict, options: Options) -> None:
-    """RUN/results.json, and RUN/results.md, which is also printed; rank 0 alone."""
-    if rank_and_world()[0] > 0:
-        return
-    text = "\n\n".join(parts)
-    text += "\n\nmean +- sample standard deviation over n seeds; tasks in percent; "
-    text += "L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns.\n"
-    if options.limit is not None:
-        text += f"Only the first {options.limit} documents of each task (--limit).\n"
-    text += f"Made by `{shlex.join(['python', 'forgetting.py', *sys.argv[1:]])}`.\n"
-    out = Path(options.out)
-    write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
-    write_text(text, out / "results.md")
-    print(f"\n{text}\nwritten to {out / 'results.md'}")
+# ---------------------------------------------------------------------------------------------- notes
 
 
 def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
@@ -200,42 +131,12 @@ def notes_on(name: str, log: list[dict]) -> list[str]:
     return notes
 
 
-def report_run(results: dict[str, dict[int, dict]], options: Options) -> None:
-    """The end of a run: the table of all that is finished in its folder, on screen and in files, and report.html."""
-    out = Path(options.out)
-    results = finished(out, results)
-    run = Run(out)
-    notes = [f"Warning: {out / name}: {note}." for name, log in run.logs().items() for note in notes_on(name, log)]
-    write_report([report(results, f"{options.model} on {', '.join(options.data)}"), *notes], results, options)
-    for name, log in run.logs().items():
-        if forgetting_hurts(log):
-            print(f"warning: {out / name}: L_P is above its start, and L_N too: lambda up to {log[-1]['lambda']:.3g} unlearns "
-                  "more than it teaches; a lower --t-max or --lr, or forgetting-clipped")  # fmt: skip
-    write_page(run)
-
-
 # ---------------------------------------------------------------------------------------------- the run
 
 SHOWN = 1000  # rows of a page, if not too long
 LOWEST = 20  # rows to look at first
 PART = "\u00b7"  # stands for a token whose character goes on in the next one
 MOST_PARTS = 8  # a character has at most four bytes, but a token may end one and begin the next
-
-
-def describe_scores(base_loss: np.ndarray, ref_loss: np.ndarray, sides: np.ndarray) -> str:
-    """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
-    judged = np.isfinite(base_loss)
-    quality, sides = quality_scores(base_loss, ref_loss)[judged], sides[judged]  # (n,) each
-    low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
-    lines = [f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
-             f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
-             f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'"]  # fmt: skip
-    kept, unlearned = quality[sides > 0], quality[sides < 0]
-    last = "warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1"
-    if len(unlearned):
-        counts = f"{len(kept):,} tokens in P, {len(unlearned):,} in N"
-        last = f"threshold {kept.min():.3f}: {counts}; {(unlearned > 0).mean():.0%} of N with Q > 0"
-    return "\n".join([*lines, last])
 
 
 @dataclasses.dataclass
@@ -301,7 +202,7 @@ class Run:
         if marked < len(self.corpus):
             return None, f"Known noise is not shown: only {marked} of {len(self.corpus)} rows carry it."
         try:
-            return load_tool("demo").known_noise(self.corpus, self.tokenizer, rows), ""
+            return known_noise(self.corpus, self.tokenizer, rows), ""
         except (ValueError, TypeError) as error:  # also a field `noise` of another meaning
             return None, f"Known noise is not shown: {error}."
 
@@ -560,13 +461,13 @@ def page(run: Run, count: int) -> str:
     """report.html: nothing in it comes from elsewhere, and every text of the rows is escaped."""
     path = run.folder / "results.md"
     examples = sorted(run.shown(count), key=lambda example: run.sums[example])
-    done = finished(run.folder, {})
-    results = report(done, "Results") if done else "No method of this run is finished yet."
+    done, _ = finished(run.folder, {})
+    results = comparison(done) if done else "No method of this run is finished yet."
     if path.is_file():
         results = path.read_text(encoding="utf-8")
     found = ""
     if run.noise is not None:
-        figures = load_tool("demo").detection(run.quality, run.signs < 0, run.corpus, run.noise)
+        figures = detection(run.quality, run.signs < 0, run.corpus, run.noise)
         found = "<p>Known noise: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ".</p>"
     else:
         found = f"<p>{escape(run.known_noise[1])}</p>"
@@ -604,28 +505,6 @@ def write_page(run: Run, count: int = SHOWN, path: Path | None = None) -> None:
     print(f"its tokens: {path}")
 
 
-# --------------------------------------------------------------------------------------- side by side
-
-
-def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
-    """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
-    asked = []
-    for prompt in prompts:
-        pieces = render({"instruction": prompt, "output": "-"}, tokenizer.eos)
-        asked.append("".join(text for text, is_response in pieces if not is_response))
-    ids = [ids for ids, _ in tokenizer.encode(asked)]
-    length = min(256, model.config.max_position_embeddings // 2)
-    answers = {"base": generate(model, tokenizer, ids, length)}
-    for adapter in adapters:
-        load_adapter(model, adapter)
-        answers[adapter] = generate(model, tokenizer, ids, length)
-        remove_lora(model)
-    for i, prompt in enumerate(prompts):
-        say(f"> {prompt}")
-        for name, replies in answers.items():
-            say(f"[{name}] {replies[i].strip()}")
-
-
 # -------------------------------------------------------------------------------------- command line
 
 
@@ -634,7 +513,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run, or of a demo")
     parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
-    parser.add_argument("--examples", type=AT_LEAST_1, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
+    parser.add_argument("--examples", type=int, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
     parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
     arguments = parser.parse_args(argv)
     try:

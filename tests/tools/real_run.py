@@ -6,13 +6,16 @@ Of short rows, drawn once, 400 are D_train, 100 D_ref and 200 held out. In D_tra
 quarter is noise of two kinds: the answer of another row, or boilerplate in front. Other flags are forgetting.py's.
 """
 
-import argparse, random, sys  # noqa: E401
+import argparse
+import random
+import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent)]
+import demo  # noqa: E402
 import forgetting  # noqa: E402
+import look  # noqa: E402
 from data import Tokenizer, build_corpus, read_rows, unique_rows, write_rows  # noqa: E402
-from eval import load_tool  # noqa: E402
 
 BOILERPLATE = (
     "As an AI language model, I am always happy to help you with your request.",
@@ -64,7 +67,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--clean-reference", action="store_true")
     own, rest = parser.parse_known_args()
-    demo, look = load_tool("demo"), load_tool("look")
     try:
         files = make_files(own.rows, own.model, own.out / "rows", own.clean_reference)
         names = [f"{name}:lr={rate}" if rate != RATES[0] else name for rate in RATES for name in METHODS]
@@ -80,9 +82,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"real_run.py: {error}", file=sys.stderr)
         sys.exit(2)
-    look.report_run(results, options)
+    forgetting.report(results, options)
     run = look.Run(Path(options.out))
-    for name, value in demo.detection(run.quality, run.signs < 0, run.corpus, run.noise).items():
+    for name, value in look.detection(run.quality, run.signs < 0, run.corpus, run.noise).items():
         print(f"{name} {value:.3f}")
 
 
