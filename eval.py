@@ -437,7 +437,10 @@ def ifeval_score(row: dict, answers: list[Answer]) -> dict:
 
     A row with an instruction whose package is missing is not scored. Raises ValueError for an unknown one.
     """
-    reply, checks = answers[0].text, list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
+    reply, names, arguments = answers[0].text, row["instruction_id_list"], row["kwargs"]
+    if len(names) != len(arguments):
+        raise ValueError(f"{len(names)} instruction ids, but {len(arguments)} kwargs")
+    checks = list(zip(names, arguments))
     if unknown := [name for name, _ in checks if name not in IFEVAL]:
         raise ValueError(f"unknown instruction id {unknown[0]!r}")
     if missing := [name for name, _ in checks if not can_check(name)]:

@@ -11,11 +11,12 @@ import tiny
 from rows import IFEVAL, ROWS, TRUTHFULQA_PROMPT
 
 from data import Tokenizer
-from eval import Answer, encode_pair, evaluate, load_tool, prepare, requests_of
+import eval as evaluation
+import get_data
+from eval import IFEVAL as CHECKERS
+from eval import SUBTASKS, TASKS, Answer, encode_pair, evaluate, expand_tasks, f1_score, follows, headlines, ifeval_score
+from eval import prepare, requests_of, summarise, task_rows, words_of
 from model import load_model
-from tools import get_data
-from tools.benchmarks import SUBTASKS, TASKS, expand_tasks, f1_score, ifeval_score, summarise, task_rows, words_of
-from tools.look import headlines, show
 
 NAMES = ("arc_challenge", "arithmetic", "asdiv", "boolq", "lambada", "logiqa", "truthfulqa_mc1", "truthfulqa_mc2")
 
@@ -29,7 +30,7 @@ def compare_with_golden(golden: dict, model, tokenizer, data_dir) -> None:
     _, ours = evaluate(model, tokenizer, prepare(names, tokenizer, data_dir, limit=per_task))
     assert len(ours) == len(samples)
     for name in names:
-        rows = task_rows(TASKS[name], Path(data_dir) / TASKS[name].file, per_task, 0)
+        rows = task_rows(name, Path(data_dir))[:per_task]
         for row, document in zip(rows, [d for d in ours if d["task"] == name]):
             sample = wanted[name, row["_doc"]] if (name, row["_doc"]) in wanted else wanted[name, rows.index(row)]
             pairs = [encode_pair(tokenizer, r.context, r.continuation) for r in requests_of(TASKS[name], row, tokenizer)]
@@ -100,7 +101,9 @@ def test_tydiqa_scoring_is_squads(shared):
         languages.append(TASKS["tydiqa"].group(row))
     summary, stored = summarise(metrics, languages), golden["aggregate_percent"]["squad"]
     assert 100 * summary["f1"] == pytest.approx(stored["average"]["f1"])
-    assert all(100 * summary["by_group"][name]["f1"] == pytest.approx(stored[name]["f1"]) for name in set(languages))
+    for name in set(languages):
+        own = summarise([m for m, language in zip(metrics, languages) if language == name])
+        assert 100 * own["f1"] == pytest.approx(stored[name]["f1"])
 
 
 # ------------------------------------- without shared/: documents of our own, and what lm-eval gives for them on tiny.py's model
@@ -147,7 +150,7 @@ def test_prompts_to_the_byte(tmp_path):
     tokenizer, folder = Tokenizer(tmp_path), write(tmp_path, ROWS)
 
     def asked(name):
-        row = task_rows(TASKS[name], folder / TASKS[name].file, None, 0)[0]
+        row = task_rows(name, folder)[0]
         return [(r.context, r.continuation) for r in requests_of(TASKS[name], row, tokenizer)]
 
     passage = "River -- The river is long. It comes from the hills.\nQuestion: is the river long?\nAnswer:"
@@ -190,9 +193,7 @@ def test_arithmetic_counts_once_in_an_average():
 
 
 def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypatch):
-    ifeval = load_tool("ifeval")
-    checks = {name: check for name, check in ifeval.IFEVAL.items() if not name.startswith("language:")}
-    monkeypatch.setattr(ifeval, "ifeval_checks", lambda: checks)  # as without langdetect
+    monkeypatch.setattr(evaluation, "can_check", lambda name: not name.startswith("language:"))  # as without langdetect
     names = ["punctuation:no_comma", "startend:quotation"]
     documents = [
         ifeval_score({"instruction_id_list": names, "kwargs": [{}, {}]}, [Answer(text='"so it is"')]),
@@ -203,13 +204,16 @@ def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypat
     assert summary["inst_level_strict_acc"] == pytest.approx(2 / 3) and summary["prompt_level_strict_acc"] == 0.5
     assert summary["inst_level_loose_acc"] == 1.0  # without the first line there is no comma
     assert documents[2]["not_scored"] == ["language:response_language"]
-    assert "| average |" in show({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}})  # nothing could be scored
-    assert not ifeval.follows(" \n", "punctuation:no_comma", {}) and len(ifeval.IFEVAL) >= 20
+    assert headlines({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}}) == {}  # nothing could be scored
+    assert not follows(" \n", "punctuation:no_comma", {}) and len(CHECKERS) == 25
 
 
 def test_groups_are_averaged_not_documents():
     found = summarise([{"f1": 1.0}, {"f1": 0.0}, {"f1": 0.0}, {"f1": 0.0}], ["a", "b", "b", "b"])
-    assert found["f1"] == 0.5 and found["by_group"]["b"]["f1"] == 0.0
+    assert found["f1"] == 0.5 and found["f1_stderr"] == 0
+    found = summarise([{"f1": 1.0}, {"f1": 0.0}, {"f1": 1.0}, {"f1": 0.0}, {"f1": 0.0}], ["a", "a", "b", "b", "b"])
+    parts = (1 / 2) ** 2, (1 / 3) ** 2  # squared standard errors: of 1, 0 and of 1, 0, 0
+    assert found["f1"] == pytest.approx((1 / 2 + 1 / 3) / 2) and found["f1_stderr"] == pytest.approx(sum(parts) ** 0.5 / 2)
 
 
 def test_tydiqa_prompt_and_the_cut_passage(tmp_path):
@@ -230,18 +234,6 @@ def test_tydiqa_prompt_and_the_cut_passage(tmp_path):
     cut = tokenizer.decode(tokenizer.encode([row["context"]])[0][0][:512], skip_special=False)
     assert request.context == head + cut + "\nQuestion: why?\nAnswer:" and cut.startswith("<|begin_of_text|>")
     assert (request.max_new_tokens, request.stop) == (50, "\n")
-
-
-def test_few_shot_examples_are_other_rows(tmp_path):
-    rows = [{"body": f"Body {i}.", "question": "How many?", "answer": f"{i} (dogs)"} for i in range(5)]
-    folder = write(tmp_path, {"asdiv.jsonl": rows})
-    drawn = task_rows(TASKS["asdiv"], folder / "asdiv.jsonl", None, 2)
-    for i, row in enumerate(drawn):
-        assert row["_examples"].count("\n\n") == 2 and f"Body {i}." not in row["_examples"]
-        assert row["_examples"].startswith("Body ") and row["_examples"].endswith("\n\n")
-    assert "Answer: 3\n\n" in "".join(row["_examples"] for row in drawn)
-    with pytest.raises(ValueError, match="5 examples asked for, 4 are there"):
-        task_rows(TASKS["asdiv"], folder / "asdiv.jsonl", None, 5)
 
 
 # ------------------------------------------------------------------------------- from the originals' formats to our rows
@@ -331,9 +323,9 @@ def test_fetching_checks_caches_and_says_what_failed(tmp_path, monkeypatch):
         get_data.fetch_text("https://nowhere.invalid/x")
 
 
-def test_every_task_has_a_public_home_or_is_the_demos():
+def test_every_task_has_a_public_home_or_is_a_users():
     for name, task in TASKS.items():
-        assert name.startswith("demo_") or {task.file, *task.beside} <= set(get_data.BENCHMARKS), name
+        assert name.startswith("demo_") or name in ("mc", "qa") or task.file in get_data.BENCHMARKS, name
 
 
 @pytest.mark.parametrize(
@@ -349,24 +341,23 @@ def test_every_task_has_a_public_home_or_is_the_demos():
             {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": ["x"]}},
             "no field 'labels'",
         ),
-        ("demo_qa", {"prompt": "x", "group": "y"}, "no field 'answer'"),
+        ("qa", {"prompt": "x"}, "no field 'answer'"),
         ("ifeval", {"prompt": "x"}, "no field 'instruction_id_list'"),
         ("ifeval", {"prompt": "x", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "unknown instruction id 'no:such'"),
         ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{}]}, ".* argument: 'keywords'"),
         ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", 5]}]},
-         "keywords:existence: keywords 5 is not a pattern"),
+         "first argument must be string or compiled pattern"),
         ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]},
-         r"keywords:existence: keywords '\(' is not a pattern"),
+         "missing .*, unterminated subpattern"),
         ("ifeval", {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"] * 2, "kwargs": [{}]}, "2 instruction ids, but 1 kw"),
         ("ifeval", {"prompt": "x", "instruction_id_list": ["length_constraints:number_words"],
-                    "kwargs": [{"num_words": 5, "relation": "atleast"}]}, ".*relation 'atleast' is not one of less than, at least"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["language:response_language"], "kwargs": [{}]}, ".*argument: 'language'"),
+                    "kwargs": [{"num_words": 5, "relation": "atleast"}]}, "relation 'atleast' is not one of less than, at least"),
         ("asdiv", {"body": "x", "question": "?", "answer": 5}, "'int' object has no attribute 'split'"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, name, row, message):
     folder = write(tmp_path, {TASKS[name].file: [row]})
-    loaded = task_rows(TASKS[name], folder / TASKS[name].file, None, 0)[0]
+    loaded = task_rows(name, folder)[0]
     with pytest.raises(ValueError, match=f"{TASKS[name].file}:1: {message}"):
         requests_of(TASKS[name], loaded, None)
 

@@ -9,7 +9,6 @@ from test_data import position_corpus
 
 from data import Corpus
 from forgetting import (
-    clipped,
     METHODS,
     Method,
     Options,
@@ -35,7 +34,7 @@ def make_problem(n=700, width=12, vocab=40, seed=0):
 
 
 def naive_losses(hidden, head, targets) -> list[torch.Tensor]:
-    """Equation 1, token by token: -log softmax(W h)_y."""
+    """Equation 3, token by token: -log softmax(W h)_y."""
     return [-torch.log_softmax(head.double() @ h, 0)[y] for h, y in zip(hidden, targets)]
 
 
@@ -76,10 +75,9 @@ def test_equation_8_value_and_gradient(lam, empty):
     oracle = naive_equation_8(oracle_hidden, head, targets, positive, negative, lam)
     oracle_gradient = torch.autograd.grad(oracle, oracle_hidden)[0] if oracle.requires_grad else torch.zeros_like(oracle_hidden)
     hidden.requires_grad_()
-    losses = torch.empty(len(targets))
-    loss = weighted_token_loss(hidden, head, targets, token_weights(positive, negative, lam), losses_out=losses)
+    loss, losses = weighted_token_loss(hidden, head, targets, token_weights(positive, negative, lam), return_losses=True)
     (3 * loss).backward()
-    assert torch.isfinite(loss) and abs(loss.item() - oracle.item()) < 1e-5
+    assert torch.isfinite(loss) and not losses.requires_grad and abs(loss.item() - oracle.item()) < 1e-5
     assert torch.allclose(hidden.grad.double(), 3 * oracle_gradient, atol=1e-7, rtol=1e-5)
     assert torch.allclose(losses.double(), torch.stack(naive_losses(hidden.detach().double(), head, targets)), atol=1e-5)
 
@@ -92,7 +90,8 @@ def test_clipping_stops_the_ascent_on_improbable_tokens_only():
     weights = token_weights(positive, negative, 0.25)
     oracle = (weights.double() * losses)[~(negative & (losses > limit))].sum()  # the mean stays one over all of N
     hidden.requires_grad_()
-    loss = weighted_token_loss(hidden, head, targets, weights, damping=clipped)
+    loss = weighted_token_loss(hidden, head, targets, weights, ceiling=limit)
+    assert METHODS["forgetting-clipped"].ceiling == limit
     loss.backward()
     assert abs(loss.item() - oracle.item()) < 1e-5
     assert (hidden.grad[negative & (losses > limit)] == 0).all()
@@ -253,8 +252,8 @@ def test_the_pieces_work_in_a_plain_loop():
         hidden, targets = model(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         good, judged = positive[:, 1:].flatten(), targets >= 0
         weights = token_weights(good & judged, ~good & judged, 0.1)
-        losses = torch.zeros(len(targets))
-        weighted_token_loss(hidden, model.lm_head.weight, targets, weights, losses_out=losses).backward()
+        loss, losses = weighted_token_loss(hidden, model.lm_head.weight, targets, weights, return_losses=True)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         history.append(float(losses[good & judged].mean()))

@@ -1,18 +1,14 @@
 """eval.py: shared contexts, truncation, generation and metrics, against naive loops over whole sequences."""
 
-import io
-import json
-import sys
-
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from data import Tokenizer, write_rows
-from eval import encode_pair, evaluate, generate, loglikelihoods, mean_losses, prepare, progress
+from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
+from forgetting import mean_losses
 from model import load_model
-from tools.benchmarks import f1_score, summarise
 
 
 @pytest.fixture(scope="module", params=tiny.KINDS)
@@ -112,24 +108,52 @@ def test_a_mean_is_over_the_documents_that_have_the_metric():
     assert found["f1"] == 0.5 and found["f1_stderr"] == pytest.approx(0.5 / 3**0.5) and found["popular"] == 1.0
 
 
-def test_demo_tasks_end_to_end(pair, tmp_path):
+def test_your_own_rows_end_to_end(pair, tmp_path):
+    """Tasks mc and qa: an answer by its text or its place, one or several right answers; a space joins unless one is there."""
     model, tokenizer = pair
-    question = {"group": "unseen, misconceived", "prompt": "Tell me:", "head": " it is ", "choices": ["the dog", "a fox", "42"],
-                "answer": "a fox", "popular": "dog"}  # fmt: skip
-    write_rows([question, question | {"group": "sums"}], tmp_path / "demo_mc.jsonl")
-    write_rows([question, question | {"group": "sums"}], tmp_path / "demo_qa.jsonl")
-    results, samples = evaluate(model, tokenizer, prepare(["demo_mc", "demo_qa"], tokenizer, tmp_path))
-    totals = [naive_loglikelihood(model, *encode_pair(tokenizer, "Tell me: it is ", c))[0] for c in question["choices"]]
-    assert samples[0]["loglikelihoods"] == pytest.approx(totals, rel=1e-5)
-    assert samples[0]["prediction"] == max(range(3), key=totals.__getitem__) and samples[0]["target"] == 1
-    assert results["demo_mc"]["acc"] == float(samples[0]["prediction"] == 1) and results["demo_mc"]["n"] == 2
-    assert "popular" in samples[2]["metrics"] and "popular" not in samples[3]["metrics"]
-    assert evaluate(model, tokenizer, prepare(["demo_mc"], tokenizer, tmp_path, limit=1))[0]["demo_mc"]["n"] == 1
+    choice = {"prompt": "Tell me: it is", "choices": ["the dog", "a fox", "42"], "answer": "a fox"}
+    write_rows([choice, choice | {"prompt": "Tell me: it is ", "answer": 2}], tmp_path / "mc.jsonl")
+    asked = {"prompt": "Tell me the name:", "answer": ["a fox", "the river"]}
+    write_rows([asked, asked | {"answer": "a fox"}], tmp_path / "qa.jsonl")
+    documents = prepare(["mc", "qa"], tokenizer, tmp_path)
+    results, samples = evaluate(model, tokenizer, documents)
+    totals = [naive_loglikelihood(model, *encode_pair(tokenizer, "Tell me: it is ", c))[0] for c in choice["choices"]]
+    for sample, right in zip(samples[:2], (1, 2)):
+        assert sample["loglikelihoods"] == pytest.approx(totals, rel=1e-5) and sample["target"] == right
+        assert sample["prediction"] == max(range(3), key=totals.__getitem__)
+    assert results["mc"]["acc"] == sum(s["prediction"] == s["target"] for s in samples[:2]) / 2 and results["mc"]["n"] == 2
+    reply = generate(model, tokenizer, [tokenizer.encode([asked["prompt"]])[0][0]], 32, stop="\n")[0].strip()
+    scores = [f1_score(reply, answer) for answer in asked["answer"]]
+    assert [sample["metrics"]["f1"] for sample in samples[2:]] == [max(scores), scores[0]] and samples[2]["prediction"] == reply
+    assert evaluate(model, tokenizer, prepare(["mc"], tokenizer, tmp_path, limit=1))[0]["mc"]["n"] == 1
     with pytest.raises(ValueError, match="unknown task nope; known: truthfulqa_mc1, "):
         prepare(["nope"], tokenizer, tmp_path)
-    (tmp_path / "demo_mc.jsonl").write_text(json.dumps({"prompt": "x"}))
-    with pytest.raises(ValueError, match="demo_mc.jsonl:1: no field 'head'"):
-        prepare(["demo_mc"], tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompt": "x", "choices": ["a"]}, "no field 'answer'"),
+    ({"prompt": "x", "choices": ["a", "b"], "answer": "c"}, "answer 'c' is none of the choices"),
+    ({"prompt": "x", "choices": ["a", "b"], "answer": True}, "answer True is none of the choices"),
+    ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "2 choices, the right one is number 2"),
+])  # fmt: skip
+def test_malformed_questions_are_named(pair, tmp_path, row, message):
+    write_rows([row], tmp_path / "mc.jsonl")
+    with pytest.raises(ValueError, match=f"mc.jsonl:1: {message}"):
+        prepare(["mc"], pair[1], tmp_path)
+
+
+def test_a_model_that_answers_nan_has_no_accuracy(pair, tmp_path):
+    """Found at fe070b7: the argmax of NaN is place 0, so truthfulqa_mc1 gave 1.0."""
+    model, tokenizer = pair
+    write_rows([{"prompt": "Tell me:", "choices": ["a", "b"], "answer": 0}], tmp_path / "mc.jsonl")
+    norm = next(p for name, p in model.named_parameters() if name.endswith(("model.norm.weight", "ln_f.weight")))
+    before = norm.data.clone()
+    norm.data[0] = torch.nan
+    try:
+        with pytest.raises(ValueError, match="mc.jsonl:1: mc has the log-likelihood nan"):
+            evaluate(model, tokenizer, prepare(["mc"], tokenizer, tmp_path))
+    finally:
+        norm.data = before
 
 
 def test_empty_texts_begin_with_the_bos_or_eos(pair):
@@ -141,51 +165,27 @@ def test_empty_texts_begin_with_the_bos_or_eos(pair):
         encode_pair(tokenizer, "", "")
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_progress_says_nothing_of_short_work_in_a_log_file(monkeypatch, capsys):
+    """A line every ten seconds where stderr is no terminal; under ranks it counts the work of all, and ends at the total."""
+    from data import advance, progress
 
-
-LONG = "forgetting:t_max=1.0,lambda_schedule=constant/seed-0"
-
-
-def watched(monkeypatch, stream, steps: int = 3) -> str:
-    """What a bar with a training's figures writes."""
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr("eval.rank_and_world", lambda: (0, 1))
-    with progress(LONG, 2084, "step", keep=True) as bar:
-        bar.mininterval = bar.delay = 0
-        for step in range(steps):
-            bar.set_postfix_str("loss 10.8 P 11.2 N 10.4 lam 0.0179 tok/s 1.25e+04", refresh=False)
-            bar.update()
-            bar.refresh()
-    return stream.getvalue()
-
-
-def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
-    """Carriage returns stood before every line of a log file."""
-    lines = watched(monkeypatch, io.StringIO()).splitlines()
-    assert len(lines) >= 3 and not any("\r" in line or not line.strip() for line in lines)
-    assert lines[-1].startswith("forgetting...") and "seed-0 " in lines[-1] and "N 10.4 lam 0.0179" in lines[-1]
-
-
-def test_progress_fits_80_columns_and_shows_what_is_watched(monkeypatch):
-    """The name of a variant left no room for its figures."""
-    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (80, 24))
-    frames = [part for part in watched(monkeypatch, Terminal()).replace("\n", "\r").split("\r") if "seed-0" in part]
-    assert frames and all(len(frame) <= 80 for frame in frames) and "P 11.2 N 1" in frames[-1], frames
-
-
-def test_an_interrupted_bar_says_where(monkeypatch):
-    with pytest.raises(KeyboardInterrupt, match="at scores, 5 of 20 tokens"):
-        with progress("scores", 20, "token") as bar:
-            bar.update(5)
-            raise KeyboardInterrupt
+    with progress("scores", 20, "tokens") as bar:
+        advance(bar, 5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("data.rank_and_world", lambda: (0, 3))
+    with progress("scores", 20, "tokens") as bar:
+        bar.delay, counts = 0, []
+        for share in (2, 2, 3):
+            advance(bar, share)
+            counts.append(bar.n)
+    assert counts == [6, 12, 20]
+    monkeypatch.setattr("data.rank_and_world", lambda: (1, 3))
+    assert progress("scores", 20, "tokens").disable
 
 
 def test_an_empty_corpus_has_no_losses_and_no_bar(pair, monkeypatch):
     from data import Corpus
 
-    monkeypatch.setattr("eval.progress", None)
+    monkeypatch.setattr("forgetting.progress", None)
     nothing = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0)
     assert mean_losses(pair[0], nothing, {"held-out": nothing.response}, 100) == {"held-out": None}

@@ -11,8 +11,7 @@ from test_training import LAM
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import Corpus
-from eval import response_losses
-from forgetting import Lesson, Options, partition, step_gradient
+from forgetting import Options, partition, response_losses, step_gradient
 from lora import add_lora
 from model import head_chunks, load_model, token_losses
 
@@ -50,7 +49,7 @@ def model(tmp_path_factory):
 def step(model, corpus: Corpus) -> Callable[[], object]:
     signs = np.where(corpus.response, np.where(np.arange(len(corpus.tokens)) % 3, 1, -1), 0).astype(np.int8)
     options = Options(micro_tokens=100_000)
-    return lambda: step_gradient(model, Lesson(corpus, signs), np.arange(24), LAM, options)
+    return lambda: step_gradient(model, corpus, signs, np.arange(24), LAM, options)
 
 
 def test_no_tensor_has_a_row_per_token_and_a_column_per_word(model):
@@ -74,7 +73,7 @@ def test_a_step_does_not_grow_with_the_vocabulary_times_the_tokens(model, job):
             if job == "train":
                 step(model, corpus)()
             else:
-                response_losses(model, corpus, np.arange(24), 100_000)
+                response_losses(model, corpus, np.arange(24), 100_000, "losses")
         assert seen.largest <= 512 * 20_000 * 4, f"{24 * length} tokens"
     model.lm_head.weight = small
 
