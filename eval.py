@@ -36,7 +36,8 @@ from torch import Tensor
 from data import Tokenizer, advance, check_ids, join_over_ranks, print0, progress, rank_and_world, read_rows
 from data import render, split_by_tokens, start_ranks, sum_over_ranks, write_rows, write_text
 from lora import load_adapter, remove_lora
-from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, to_device
+from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, read_config
+from model import to_device
 
 # --------------------------------------------------------------------------------------------- requests
 
@@ -523,6 +524,15 @@ def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike,
     return documents
 
 
+def check_room(documents: list[Documents], positions: int) -> None:
+    """Raise ValueError for a task whose new tokens leave no room for a prompt in the model's positions."""
+    for prepared in documents:
+        most = max(request.max_new_tokens for group in prepared.requests for request in group)
+        if most >= positions:
+            reason = f"{most} new tokens leave no room in the model's {positions} positions"
+            raise ValueError(f"--tasks {prepared.name}: {reason}")
+
+
 def task_rows(name: str, folder: Path) -> list[dict]:
     """All documents of a task, each with its number in the file. Raises ValueError where a file is not."""
     path = folder / TASKS[name].file
@@ -663,8 +673,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 # ----------------------------------------------------------------------------------------------- IFEval
 #
-# A checker takes a reply and the instruction's arguments, named as in the data's kwargs. Inside all() and any()
-# stand lists, not generators: then the dry run in requests_of meets every pattern of a row.
+# A checker takes a reply and the instruction's arguments, named as in the data's kwargs. all() and any() get
+# lists, not generators: then the dry run in requests_of meets every pattern of a row.
 
 
 def follows(reply: str, name: str, arguments: dict) -> bool:
@@ -907,6 +917,7 @@ def main() -> None:
         folder = checkpoint_folder(arguments.model)
         tokenizer = Tokenizer(folder)
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
+        check_room(documents, read_config(folder).max_position_embeddings)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
             answer_prompts(model, tokenizer, read_prompts(arguments.prompt), arguments.adapter)

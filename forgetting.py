@@ -24,7 +24,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import time
 import typing
@@ -49,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Corpus, Tokenizer, advance, build_corpus, check_ids, pack, print0, progress, rank_and_world
 from data import read_object, read_rows, shift, split_rows, start_ranks, sum_over_ranks, unique_rows
 from data import wait_for_all, whole_file, write_rows, write_text
-from eval import Documents, evaluate, headlines, metrics_of, prepare, table
+from eval import Documents, check_room, evaluate, headlines, metrics_of, prepare, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
 from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model, model_fingerprint
@@ -71,38 +73,40 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
     held_out = read_held_out(options, tokenizer, d_ref, d_train)  # an empty corpus without --eval-data
-    model = load_base(options, checkpoint, d_ref, d_train, held_out)
+    model = load_base(options, checkpoint, documents, d_ref, d_train, held_out)
+    ref_options = reference_options(options, len(d_ref))
+    print0(describe_plan(ref_options, plans, d_ref, d_train, len(options.seeds)))
     out = open_run(options, checkpoint, d_ref, d_train)  # the first to write; input was checked above
 
     # 1. theta': every response token of D_ref has sign +1
-    learn_all = d_ref.response.astype(np.int8)  # (C,)
-    train(model, d_ref, learn_all, out / "reference", reference_options(options, len(d_ref)), seed=0)
+    train(model, d_ref, d_ref.response.astype(np.int8), out / "reference", ref_options, seed=0)
 
     # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
     base_loss, ref_loss = score(model, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
-
-    # for the table only: mean loss on plain forgetting's P and N, the same tokens for every row (a sample of
-    # at most 512 examples, see mean_losses); metrics.jsonl has each step's own, on the method's own P and N
     table_signs = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (C,)
     print0(describe_scores(base_loss, ref_loss, table_signs))
-    table_masks = [(d_train, {"L_P": table_signs > 0, "L_N": table_signs < 0})]
-    table_masks += [(held_out, {"held-out": held_out.response})]
-    measured = partial(measure, model, tokenizer, documents, table_masks, options.micro_tokens)
+    print0(describe_trust(model, held_out, quality, options))
+    print0(lowest_rows(quality, d_train, tokenizer))
+
+    by = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
+    if options.skip_train_losses:
+        by = dataclasses.replace(by, signs=None)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
-        results["reference"][0] = measured(out / "reference")
+        results["reference"][0] = measure(model, by, out / "reference")
     remove_lora(model)
     if "base" in results:
-        results["base"][0] = measured(out / "base")
+        results["base"][0] = measure(model, by, out / "base")
 
     # 3 and 4. for each method and seed: signs from Q, then a fresh adapter on theta
     for name, seed in product(plans, options.seeds):
         method, its_options = plans[name]
-        signs = choose_signs(method, quality, d_train, its_options, seed)  # (C,) +1, -1 or 0
+        scores = -base_loss if method.by_loss else quality  # (C,)
+        signs = choose_signs(method, scores, d_train, its_options, seed)  # (C,) +1, -1 or 0
         folder = out / name / f"seed-{seed}"
         train(model, d_train, signs, folder, its_options, seed, held_out)
-        results[name][seed] = measured(folder)
+        results[name][seed] = measure(model, by, folder)
         remove_lora(model)
     return results
 
@@ -197,6 +201,7 @@ class Method:
     unlearn: bool = False  # N gets sign -1 instead of 0
     by_sequence: bool = False  # partition sequences by their mean Q instead of tokens
     random: bool = False  # a control: the same share, drawn at random
+    by_loss: bool = False  # a control: the tokens that theta finds easiest are kept, no reference is asked
     ceiling: float | None = None  # nats: no ascent on a token whose loss is above, if --ceiling does not say
 
 
@@ -204,6 +209,7 @@ METHODS = {
     "full": Method(rho=1.0),
     "ignoring": Method(rho=0.5),
     "ignoring-random": Method(rho=0.5, random=True),
+    "ignoring-loss": Method(rho=0.5, by_loss=True),  # is a reference needed, or does theta's own loss do?
     "full-P": Method(rho=0.7, random=True),  # as many as forgetting keeps: is it the amount of data?
     "forgetting": Method(rho=0.7, unlearn=True),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True),  # is it *which* tokens are unlearned?
@@ -251,6 +257,14 @@ def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
         raise ValueError(f"--methods {name}: {error}") from None
 
 
+def sequence_means(quality: Array, corpus: Corpus) -> tuple[Array, Array]:
+    """Mean of quality (C,) over each example's judged tokens, (E,) float64, and how many those are, (E,)."""
+    # never 0: build_corpus keeps no sequence without a response
+    judged = np.add.reduceat(corpus.response, corpus.offsets[:-1], dtype=np.int64)
+    sums = np.add.reduceat(np.where(corpus.response, quality, 0), corpus.offsets[:-1], dtype=np.float64)
+    return sums / judged, judged
+
+
 def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
     """The sign (C,) int8 of every token: +1 in P, -1 in N of a method that unlearns, 0 elsewhere.
 
@@ -264,10 +278,7 @@ def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Optio
     rho = method.rho if options.rho is None else options.rho
     scores = quality[response]  # one a response token; below one a sequence
     if method.by_sequence:
-        # never 0: build_corpus keeps no sequence without a response
-        judged_counts = np.add.reduceat(response, corpus.offsets[:-1], dtype=np.int64)  # (E,)
-        sums = np.add.reduceat(np.where(response, quality, 0), corpus.offsets[:-1], dtype=np.float64)
-        scores = sums / judged_counts  # (E,)
+        scores, judged_counts = sequence_means(quality, corpus)  # (E,) each
     if method.random:
         scores = np.random.default_rng([seed, 1]).random(len(scores))
     positive, negative = partition(scores, rho, options.forget_rate if method.unlearn else None)
@@ -370,28 +381,33 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def new_adapter(model: Transformer, options: "Options", seed: int) -> tuple[list, torch.optim.Optimizer]:
+    """Put an adapter drawn from the seed on the model; its parameters and their optimizer."""
+    drawn = torch.Generator().manual_seed(seed)
+    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets), generator=drawn)
+    parameters = list(lora_parameters(model).values())
+    return parameters, torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+
+
 def train(model: Transformer, corpus: Corpus, signs: Array, folder: Path, options: "Options", seed: int,
           held_out: Corpus | None = None) -> None:
     """Put an adapter on the model: towards tokens of sign +1, away from those of -1; signs (C,) int8.
 
     The one loop: the reference and every method are this with other signs. A finished adapter in `folder` is
-    loaded, a checkpoint continued: all that is random is drawn anew from the seed at every step. Raises
-    FloatingPointError, with the step's figures and examples, when loss or gradient is not finite.
+    loaded, a checkpoint continued: all that is random is drawn anew from the seed at every step. Ctrl-C and
+    SIGTERM end it after a step, with a checkpoint. Raises FloatingPointError, with the step's figures and
+    examples, when loss or gradient is not finite.
     """
     finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
     if finished.is_file():
         print0(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
         return load_adapter(model, folder)
-    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets),
-             generator=torch.Generator().manual_seed(seed))  # fmt: skip
-    parameters, rank = list(lora_parameters(model).values()), rank_and_world()[0]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    parameters, optimizer = new_adapter(model, options, seed)
     first = load_checkpoint(state_file, model, optimizer)  # steps done: 0 without a checkpoint
     total = options.epochs * math.ceil(len(corpus) / options.batch_size)
-    if total == 1 and options.warmup:
-        print0(f"warning: {folder} is a single step, of rate 0: use more data or epochs, or --warmup 0")
     net, log = data_parallel(model.train()), open_log(folder, first, total)
-    with progress("/".join(folder.parts[-2:]), total, "steps", first, keep=True) as bar:
+    bar = progress("/".join(folder.parts[-2:]), total, "steps", first, keep=True)
+    with bar, stop_between_steps() as stopped:
         for step in range(first, total):
             examples = examples_of(step, len(corpus), options.batch_size, seed)
             lam = scheduled_lambda(step, total, options, log)
@@ -402,32 +418,54 @@ def train(model: Transformer, corpus: Corpus, signs: Array, folder: Path, option
             sums, counts = step_gradient(net, corpus, signs, examples, lam, options)
             # inf: the norm is measured only; it is the same on all ranks, as the gradient is
             norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
-            *totals, norm = torch.cat((sum_over_ranks(sums), norm[None])).tolist()  # waits for the GPU, once
-            figures = {"step": step} | step_means(totals, counts, lam)
-            figures |= {"lambda": lam, "lr": rate, "grad_norm": norm} | watched
+            # whether to stop is summed as well: all ranks do so after the same step
+            totals = sum_over_ranks(torch.cat((sums, sums.new_full((1,), len(stopped)))))
+            *totals, stop, norm = torch.cat((totals, norm[None])).tolist()  # waits for the GPU, once
+            figures = {"step": step} | step_figures(totals, counts, lam)
+            figures |= {"lr": rate, "grad_norm": norm} | watched
             if not math.isfinite(figures["loss"] + norm):
                 raise FloatingPointError(f"{folder}: not finite: {figures}, examples {examples.tolist()}")
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             figures["tokens/s"] = int(corpus.lengths[examples].sum()) / (time.perf_counter() - began)
             if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
-                masks = {"held-out": held_out.response}
-                figures |= mean_losses(model, held_out, masks, options.micro_tokens, "loss on")
+                figures["held-out"] = mean_loss(row_losses(model, held_out, options.micro_tokens, "held-out"))
             append_log(folder, figures, log, bar)
-            if rank == 0 and (step + 1) % options.save_every == 0 and step + 1 < total:
+            if rank_and_world()[0] == 0 and (stop or (step + 1) % options.save_every == 0):
                 save_checkpoint(state_file, model, optimizer)
-    if rank == 0:
+            if stop:
+                raise KeyboardInterrupt
+    if rank_and_world()[0] == 0:
         save_adapter(model, folder, options.model)
         shutil.rmtree(state_file.parent, ignore_errors=True)
     wait_for_all()
 
 
-def step_means(totals: list[float], counts: tuple[int, int], lam: float) -> dict[str, float | None]:
-    """loss, L_P and L_N of a step from its sums; L_P and L_N are means, None where no token was run."""
+@contextmanager
+def stop_between_steps() -> Iterator[list[int]]:
+    """Inside the block Ctrl-C and SIGTERM only fill the list; a second one acts at once."""
+    stopped: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        stopped.append(number)
+        signal.signal(number, handlers[number])
+
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        yield stopped
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def step_figures(totals: list[float], counts: tuple[int, int], lam: float) -> dict[str, float | None]:
+    """loss, the means L_P and L_N, and lambda; None where no token was run, or there is none to unlearn."""
     (loss, on_positive, on_negative), (n_positive, n_negative) = totals, counts
     l_p = on_positive / n_positive if n_positive else None
     l_n = on_negative / n_negative if n_negative and lam else None  # a token of weight 0 is not run
-    return {"loss": loss, "L_P": l_p, "L_N": l_n}
+    return {"loss": loss, "L_P": l_p, "L_N": l_n, "lambda": lam if n_negative else None}
 
 
 def watch_gradients(net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: "Options",
@@ -455,11 +493,19 @@ def open_log(folder: Path, first: int, total: int) -> list[dict]:
     path, log = folder / "metrics.jsonl", []
     if first:
         print0(f"{folder}: continuing from step {first} of {total}")
-        rows = read_rows([str(path)])[:first] if path.is_file() else []
-        log = [{name: value for name, value in row.items() if name != "_source"} for row in rows]
+        log = read_log(path)[:first]
     wait_for_all()  # every rank has read it
     if rank_and_world()[0] == 0:
         write_rows(log, path)
+    return log
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl up to the first that is not whole: a full disk cuts one off."""
+    log = []
+    with suppress(ValueError, FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            log.append(json.loads(line) | {})
     return log
 
 
@@ -511,6 +557,15 @@ def response_losses(model: Transformer, corpus: Corpus, examples: Array, token_b
     return result
 
 
+def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> tuple[Array, Array]:
+    """response_losses of a whole corpus under theta and under theta', whose adapter is on the model."""
+    examples = np.arange(len(corpus))
+    ref_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta'")
+    with lora_disabled(model):
+        base_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta")
+    return base_loss, ref_loss
+
+
 def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
     """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
 
@@ -520,7 +575,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     path, count = out / "scores.safetensors", len(corpus)
     (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
     if path.is_file():
-        base_loss, ref_loss, done = read_scores(path)
+        base_loss, ref_loss, done = read_scores(path, corpus)
         what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
         print0(f"found {path}, {what_next}")
     if done < count and options.score_dtype != options.dtype:  # a second model, for this function only
@@ -532,11 +587,9 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     for first in range(done, count, part_size):
         last = min(first + part_size, count)
         tokens = slice(corpus.offsets[first], corpus.offsets[last])
-        part, examples = corpus.part(first, last), np.arange(last - first)
-        label, budget = f"scores to example {last:,} of {count:,}", options.micro_tokens
-        ref_loss[tokens] = response_losses(model, part, examples, budget, f"{label}: theta'")
-        with lora_disabled(model):
-            base_loss[tokens] = response_losses(model, part, examples, budget, f"{label}: theta")
+        part = corpus.part(first, last)
+        label = f"scores to example {last:,} of {count:,}"
+        base_loss[tokens], ref_loss[tokens] = both_losses(model, part, options.micro_tokens, label)
         if rank_and_world()[0] == 0:
             with whole_file(path) as file:
                 losses = {"base_loss": base_loss, "ref_loss": ref_loss}
@@ -549,15 +602,43 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     return base_loss, ref_loss
 
 
-def read_scores(path: Path) -> tuple[Array, Array, int]:
-    """base_loss and ref_loss (C,) of a file of score(), and how many examples they cover."""
+def read_scores(path: Path, corpus: Corpus | None = None) -> tuple[Array, Array, int]:
+    """base_loss and ref_loss (C,) of a file of score(), and how many examples they cover.
+
+    Raises ValueError for a file that was cut off, and for scores of another corpus.
+    """
     try:
         arrays = load_arrays(path)
         with safe_open(path, framework="np") as file:
             done = int(file.metadata()["done"])
-        return arrays["base_loss"], arrays["ref_loss"], done
+        scores = arrays["base_loss"], arrays["ref_loss"], done
+        places = arrays["tokens"], arrays["offsets"]
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
+    if corpus and not all(map(np.array_equal, places, (corpus.tokens, corpus.offsets))):
+        raise ValueError(f"{path}: scores of another D_train; remove it, or use another --out")
+    return scores
+
+
+# ----------------------------------------------------------------------- what a run says before stage 4
+
+
+def describe_plan(ref_options: "Options", plans: dict, d_ref: Corpus, d_train: Corpus, seeds: int) -> str:
+    """How many steps, trainings and tokens are to come; a note where so few steps teach nothing."""
+    lines, notes = [], []
+    trainings = [("the reference", d_ref, ref_options, 1)]
+    trainings += [(name, d_train, its_options, seeds) for name, (_, its_options) in plans.items()]
+    for name, corpus, its_options, times in trainings:
+        steps = its_options.epochs * math.ceil(len(corpus) / its_options.batch_size)
+        tokens = its_options.epochs * len(corpus.tokens) * times
+        lines.append([name, str(times), str(steps), f"{its_options.lr:g}", f"{tokens:,}"])
+        if steps == 1 and its_options.warmup:
+            notes.append("a single step has rate 0 and teaches nothing: --warmup 0, or more epochs")
+        elif steps * its_options.lr < 0.005:  # 17 steps at 3e-4 hardly told methods apart (tests/README.md)
+            notes.append(f"{steps} steps at {its_options.lr:g}: expect little; for a few hundred rows try "
+                         "--lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")  # fmt: skip
+    plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
+    return "\n".join([plan, *(f"note: {note}" for note in dict.fromkeys(notes))])
 
 
 def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
@@ -568,13 +649,45 @@ def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
     lines = [
         f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
         f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
-        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'",
+        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'; "
+        f"{(quality > 0).mean():.0%} of the tokens have Q > 0, the paper's first guess for --rho",
         "warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1",
     ]
     kept, unlearned = quality[signs > 0], quality[signs < 0]
     if len(unlearned):
-        counts = f"{len(kept):,} tokens in P, {len(unlearned):,} in N"
-        lines[-1] = f"threshold {kept.min():.3f}: {counts}; {(unlearned > 0).mean():.0%} of N with Q > 0"
+        lines[-1] = f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N"
+    return "\n".join(lines)
+
+
+def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options: "Options") -> str:
+    """The trust gap: mean Q on rows that the user trusts minus mean Q on D_train. theta' is on the model."""
+    origin = "D_ref is --reference-data"
+    if not options.reference_data:
+        origin = "D_ref was drawn from --data and is as noisy as it: --reference-data takes rows you trust"
+    if not len(held_out):
+        return f"{origin}\nno --eval-data: only rows that you trust could tell whether Q points the right way"
+    base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
+    trusted, noisy = (float(np.nanmean(q)) for q in (quality_scores(base_loss, ref_loss), quality))
+    rows = f"{trusted:.3f} on the {len(held_out)} rows of --eval-data"
+    text = f"{origin}\ntrust gap {trusted - noisy:+.3f}: mean Q {rows}, {noisy:.3f} on D_train"
+    if trusted > noisy:
+        return text
+    return f"{text}\n" + (
+        "warning: the gap is not positive. In the runs of tests/README.md leaving tokens out won where it\n"
+        "was +0.23 to +0.32, and lost to full where it was -0.05 to -0.38: get a cleaner D_ref, or use full"
+    )
+
+
+def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> str:
+    """The rows of lowest mean Q, each with the end of its question and the beginning of its answer."""
+    means, _ = sequence_means(quality, corpus)
+    lines = ["rows of lowest Q, to look at first:"]
+    for example in np.argsort(means, kind="stable")[:count]:
+        span = slice(*corpus.offsets[example : example + 2])
+        tokens, response = corpus.tokens[span], corpus.response[span]
+        question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
+        answer = tokenizer.decode(tokens[response].tolist())[:60]
+        lines.append(f"  {corpus.sources[example]}  Q {means[example]:.2f}  {question!r} -> {answer!r}")
     return "\n".join(lines)
 
 
@@ -616,10 +729,17 @@ def reference_options(options: "Options", n_reference: int) -> "Options":
     return dataclasses.replace(options, lr=options.reference_lr, epochs=epochs)
 
 
-def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transformer:
+def load_base(options: "Options", checkpoint: Path, documents: list[Documents],
+              *corpora: Corpus) -> Transformer:
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
+    config = read_config(checkpoint)
+    check_room(documents, config.max_position_embeddings)
     for corpus in corpora:
-        check_ids(corpus.tokens, read_config(checkpoint).vocab_size, checkpoint)
+        check_ids(corpus.tokens, config.vocab_size, checkpoint)
+        longest, limit = int(corpus.lengths.max(initial=0)), config.max_position_embeddings
+        if config.rope is None and longest > limit:
+            reason = f"an example of {longest} tokens exceeds the model's {limit} learned positions"
+            raise ValueError(f"--max-length {options.max_length}: {reason}")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])
     model.checkpoint_activations = options.checkpoint_activations
     if options.compile:
@@ -628,12 +748,12 @@ def load_base(options: "Options", checkpoint: Path, *corpora: Corpus) -> Transfo
     return model
 
 
-# ------------------------------------------------------------------------- the run folder and its table
+# --------------------------------------------------------------------------------------- the run folder
 
 # options that may change: what was made stays valid (of model and rows open_run compares the fingerprints)
 FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
-        "tasks", "data_dir", "limit", "eval_data", "eval_every", "device", "micro_tokens", "save_every",
-        "checkpoint_activations", "compile")  # fmt: skip
+        "tasks", "data_dir", "limit", "eval_data", "eval_every", "skip_train_losses", "device",
+        "micro_tokens", "save_every", "checkpoint_activations", "compile")  # fmt: skip
 
 
 @contextmanager
@@ -682,7 +802,7 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} holds files that are not of a run: use another --out")
     if (out / "scores.safetensors").is_file():
-        read_scores(out / "scores.safetensors")  # one that was cut off is found before anything is written
+        read_scores(out / "scores.safetensors", d_train)  # what is wrong is found before anything is written
     wait_for_all()  # every rank has looked before rank 0 writes
     if rank_and_world()[0] == 0:
         versions = {package.__name__: package.__version__ for package in (torch, np, safetensors, tokenizers)}
@@ -692,31 +812,67 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     return out
 
 
-def mean_losses(model: Transformer, corpus: Corpus, masks: dict[str, Array], token_budget: int,
-                label: str = "") -> dict[str, float | None]:
-    """The mean loss, in nats, on each mask of the tokens (C,), of at most 512 examples; None: no token."""
+# ---------------------------------------------------------------------------------- figures and the table
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What every model of a run is measured by."""
+
+    tokenizer: Tokenizer
+    documents: list[Documents]
+    held_out: Corpus
+    d_train: Corpus
+    signs: Array | None  # (C,) plain forgetting's, so that L_P and L_N are of the same tokens for every row
+    token_budget: int
+
+
+def row_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> list[dict]:
+    """Of every example its source, the mean loss of its response tokens in nats, and how many there are."""
     if not len(corpus):
-        return dict.fromkeys(masks)
-    sample = np.linspace(0, len(corpus) - 1, min(512, len(corpus))).astype(int)
-    losses = response_losses(model, corpus, sample, token_budget, f"{label} {' and '.join(masks)}")
-    judged = {name: losses[mask & np.isfinite(losses)] for name, mask in masks.items()}
+        return []
+    losses = response_losses(model, corpus, np.arange(len(corpus)), token_budget, label)
+    figures = zip(corpus.sources, *sequence_means(losses, corpus))
+    return [{"row": source, "loss": float(loss), "tokens": int(n)} for source, loss, n in figures]
+
+
+def mean_loss(rows: list[dict]) -> float:
+    """The mean loss over the tokens of row_losses. Raises ValueError where one is not finite."""
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise ValueError(f"{row['row']}: its held-out loss is {row['loss']}")
+    return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+
+
+def train_losses(model: Transformer, by: Yardstick, label: str) -> dict[str, float | None]:
+    """L_P and L_N over up to 512 examples of D_train, evenly spread; None where there is no token."""
+    count = len(by.d_train)
+    sample = np.linspace(0, count - 1, min(512, count)).astype(int)
+    losses = response_losses(model, by.d_train, sample, by.token_budget, f"{label}: L_P and L_N")
+    sides = {"L_P": by.signs > 0, "L_N": by.signs < 0}
+    judged = {name: losses[mask & np.isfinite(losses)] for name, mask in sides.items()}
     return {name: float(found.mean()) if len(found) else None for name, found in judged.items()}
 
 
-def measure(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-            table_masks: list[tuple[Corpus, dict[str, Array]]], token_budget: int, folder: Path) -> dict:
-    """The figures of one model, also in folder/results.json: its tasks, and mean_losses by table_masks."""
-    path = folder / "results.json"
-    identity = {task.name: task.identity for task in documents}
-    identity |= {"held-out": c.fingerprint() for c, masks in table_masks if "held-out" in masks and len(c)}
-    if path.is_file() and (found := read_object(path)).get("identity") == identity:
+def measure(model: Transformer, by: Yardstick, folder: Path) -> dict:
+    """The figures of one model, also in folder/results.json; those of rows and documents in files beside."""
+    path, label = folder / "results.json", "/".join(folder.parts[-2:])
+    identity = {task.name: task.identity for task in by.documents}
+    if len(by.held_out):
+        identity["held-out"] = by.held_out.fingerprint()
+    found = read_object(path) if path.is_file() else {}
+    if found.get("identity") == identity and (by.signs is None or "L_P" in found):
         return found
     results: dict[str, Any] = {"identity": identity}
-    for corpus, masks in table_masks:
-        results |= mean_losses(model, corpus, masks, token_budget, "/".join(folder.parts[-2:]))
-    results["tasks"], samples = evaluate(model, tokenizer, documents)
+    if by.signs is not None:
+        results |= train_losses(model, by, label)
+    if rows := row_losses(model, by.held_out, by.token_budget, f"{label}: held-out"):
+        results["held-out"] = mean_loss(rows)
+    results["tasks"], samples = evaluate(model, by.tokenizer, by.documents)
     if rank_and_world()[0] == 0:
-        write_rows(samples, folder / "samples.jsonl")
+        for name, lines in (("held-out.jsonl", rows), ("samples.jsonl", samples)):
+            if lines:
+                write_rows(lines, folder / name)
         write_text(json.dumps(results, indent=2) + "\n", path)
     wait_for_all()
     return results
@@ -732,7 +888,7 @@ def columns(figures: dict) -> dict[str, float]:
     average = {"average": sum(first.values()) / len(first)} if first else {}
     losses = {name: figures[name] for name in ("L_P", "L_N", "held-out") if figures.get(name) is not None}
     if "held-out" in losses:
-        losses["held-out perplexity"] = math.exp(losses["held-out"])
+        losses["held-out perplexity"] = math.exp(min(losses["held-out"], 700))
     return average | metrics | losses
 
 
@@ -743,9 +899,10 @@ def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
 
 
 LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
+Results = dict[str, dict[int, dict]]  # {method: {seed: figures}}
 
 
-def comparison(results: dict[str, dict[int, dict]]) -> str:
+def comparison(results: Results) -> str:
     """The table: a row per method, its figures as mean +- sample standard deviation over seeds."""
     rows_by_method = {name: [columns(f) for f in seeds.values()] for name, seeds in results.items()}
     names = list(dict.fromkeys(name for rows in rows_by_method.values() for row in rows for name in row))
@@ -759,12 +916,62 @@ def comparison(results: dict[str, dict[int, dict]]) -> str:
     return table(["method", "seeds", *names], lines)
 
 
-def finished(out: Path, results: dict[str, dict[int, dict]]) -> tuple[dict[str, dict[int, dict]], list[str]]:
+def bootstrap(differences: Array, weights: Array, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean difference, and the middle 95 % of means over seeds and rows drawn with replacement.
+
+    differences (S, R): by seed, a row's summed loss under one method minus that under another; weights (R,):
+    the row's tokens.
+    """
+    (seeds, rows), means, rng = differences.shape, [], np.random.default_rng(0)
+    for _ in range(draws):
+        drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds))  # (S,) how often each was drawn
+        drawn_rows = rng.multinomial(rows, np.full(rows, 1 / rows))  # (R,)
+        means.append(drawn_seeds @ differences @ drawn_rows / (seeds * (drawn_rows @ weights)))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(differences.mean(0).sum() / weights.sum()), float(low), float(high)
+
+
+def held_out_sums(out: Path, method: str, seeds: list[int]) -> tuple[Array, Array]:
+    """Each held-out row's summed loss by seed (S, R), and its tokens (R,), as measure() wrote them."""
+    folders = [out / method if method in UNTRAINED else out / method / f"seed-{seed}" for seed in seeds]
+    rows = [read_rows([str(folder / "held-out.jsonl")]) for folder in folders]
+    sums = np.array([[row["loss"] * row["tokens"] for row in seed] for seed in rows])
+    return sums, np.array([row["tokens"] for row in rows[0]])
+
+
+def paired_losses(out: Path, results: Results) -> str:
+    """Differences in held-out loss with their intervals, and what can be told apart; "" without rows."""
+    pairs = [(name, "full") for name in results if name not in ("base", "full")]
+    pairs += [(name, "ignoring") for name in results if name.startswith("forgetting")]
+    lines, verdicts = [], []
+    for ours, theirs in pairs:
+        those = results.get(theirs, {})
+        seeds = sorted(those if ours in UNTRAINED else set(those) & set(results[ours]))
+        measured = [*results[ours].values(), *those.values()]
+        if not seeds or any("held-out" not in figures for figures in measured):
+            continue
+        (a, tokens), (b, _) = (held_out_sums(out, name, seeds) for name in (ours, theirs))
+        mean, low, high = bootstrap(a - b, tokens)
+        better = f"{((a - b).mean(0) < 0).sum()} of {len(tokens)}"
+        interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([f"{ours} - {theirs}", interval, better, str(len(seeds))])
+        word = "is better than" if high < 0 else "is worse than" if low > 0 else "cannot be told from"
+        verdicts.append(f"{ours} {word} {theirs}")
+    if not lines:
+        return ""
+    differences = table(["pair", "held-out loss, 95 % interval", "better on rows", "seeds"], lines)
+    return f"{differences}\n\nBy held-out loss (bootstrap over rows and seeds): {'; '.join(verdicts)}."
+
+
+def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     """All that is finished in a run folder with the identity of `results`, and what is left out, and why."""
     identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
     everything, left_out = {name: dict(seeds) for name, seeds in results.items()}, []
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
         method, *seed = path.relative_to(out).parts[:-1]
+        known = method in UNTRAINED or method.partition(":")[0] in [*METHODS, "oracle"]
+        if not known or not re.fullmatch(r"(seed-\d+)?", "".join(seed)):
+            continue  # a copy that somebody keeps, say seed-0.bak
         found = read_object(path)
         identity = found.get("identity") if identity is None else identity
         if found.get("identity") == identity:
@@ -774,17 +981,30 @@ def finished(out: Path, results: dict[str, dict[int, dict]]) -> tuple[dict[str, 
     return everything, left_out
 
 
-def report(results: dict[str, dict[int, dict]], options: "Options") -> None:
+def warnings_of(results: Results) -> list[str]:
+    """Methods whose held-out loss is above the base model's."""
+    means = {}
+    for name, seeds in results.items():
+        losses = [figures["held-out"] for figures in seeds.values() if "held-out" in figures]
+        means |= {name: sum(losses) / len(losses)} if losses else {}
+    base = means.get("base", math.inf)
+    words = "warning: held-out loss of {}, {:.3f}, is above base's, {:.3f}: no training at all is better"
+    return [words.format(name, mean, base) for name, mean in means.items() if mean > base]
+
+
+def report(results: Results, options: "Options") -> None:
     """The end of a run: the table of all that is finished, on screen and in results.md and results.json."""
     out = Path(options.out)
     results, left_out = finished(out, results)
-    notes = ["mean +- sample standard deviation over seeds; tasks in percent",
-             "L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns"]  # fmt: skip
+    notes = warnings_of(results) + ["mean +- sample standard deviation over seeds; tasks in percent"]
+    if any("L_P" in figures for seeds in results.values() for figures in seeds.values()):
+        notes.append("L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns")
     if options.limit is not None:
         notes.append(f"only the first {options.limit} documents of each task (--limit)")
     notes += [f"not in the table: {what}" for what in left_out]
     title = f"{options.model} on {', '.join(options.data)}"
-    text = "\n\n".join([title, comparison(results), "\n".join(notes)]) + "\n"
+    parts = [title, comparison(results), paired_losses(out, results), "\n".join(notes)]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
     print0(f"\n{text}\nevery token with its Q: python tests/tools/look.py {out}")
@@ -853,6 +1073,7 @@ class Options:
     data_dir: str = option("runs/data", "folder of the tasks' rows")
     eval_data: list[str] = option(list, "rows held out: their response loss and perplexity, in the table")
     eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)")
+    skip_train_losses: bool = option(False, "leave L_P and L_N out of the table, which takes a pass less")
     limit: int | None = option(None, "only the first LIMIT documents of each task", "[1, inf)")
     out: str = option("runs/latest", "run folder, continued by the same command")
     save_every: int = option(100, "steps between checkpoints", "[1, inf)")

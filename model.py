@@ -15,7 +15,13 @@ weights; only matrix products run in it. Scoring subtracts losses: bfloat16 sums
 Order: configuration, attention, layers, the model, losses, checkpoint folders.
 """
 
-import dataclasses, hashlib, inspect, json, math, os, re, shutil  # noqa: E401
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -230,11 +236,9 @@ def flash_attention(q, k, v, layout: Layout, scale: float, window: int | None) -
     reach = (-1 if window is None else window - 1, 0)  # tokens seen to the left (-1: all) and to the right
     if layout.longest[0] == 1 and window is None:
         reach = (-1, -1)  # decoding: no key lies to the right; without a bound the kernel spreads them out
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
-    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11
-        grouped, (k, v) = {}, (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    ends = layout.cu_seqlens_q, layout.cu_seqlens_k
-    return varlen.varlen_attn(q, k, v, *ends, *layout.longest, scale=scale, window_size=reach, **grouped)
+    grouped = q.shape[1] != k.shape[1]  # several query heads share a key head
+    lengths = layout.cu_seqlens_q, layout.cu_seqlens_k, *layout.longest
+    return varlen.varlen_attn(q, k, v, *lengths, scale=scale, window_size=reach, enable_gqa=grouped)
 
 
 def dense_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
@@ -402,7 +406,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.add_module(output_name, nn.Linear(queries, width, bias=config.out_bias))
         # q and k are rotated in float32, the output is added to the float32 residual stream
-        mark_float32_output(self.q_proj, self.k_proj, self.get_submodule(output_name))
+        mark_float32_output(self.q_proj, self.k_proj, self.output_proj)
+
+    @property
+    def output_proj(self) -> nn.Module:
+        """The projection back to the width of the residual stream, under the checkpoint's name for it."""
+        return getattr(self, self.output_name)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -413,8 +422,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, layout.key_rows)
         mixed = attend(q, k, v, layout, self.scale, self.window)  # (T, H, K)
-        output_proj = self.get_submodule(self.output_name)
-        return output_proj(mixed.flatten(1).to(x.dtype))  # (T, H K) -> (T, D)
+        return self.output_proj(mixed.flatten(1).to(x.dtype))  # (T, H K) -> (T, D)
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -495,11 +503,15 @@ class Family:
     read: Callable[[dict], Config]  # config.json -> Config
     block: type[nn.Module]
     norm: type[nn.Module]
-    names: tuple[str, str, str | None, str, str]  # root, embedding, learned positions, blocks, last norm
+    root_name: str  # the submodule that holds all that follows
+    embedding_name: str
+    positions_name: str | None  # None: positions are rotary
+    blocks_name: str
+    norm_name: str  # the norm after the last block
 
 
-LLAMA = Family(llama_config, LlamaBlock, RMSNorm, ("model", "embed_tokens", None, "layers", "norm"))
-GPT_NEO = Family(gpt_neo_config, GPTNeoBlock, LayerNorm, ("transformer", "wte", "wpe", "h", "ln_f"))
+LLAMA = Family(llama_config, LlamaBlock, RMSNorm, "model", "embed_tokens", None, "layers", "norm")
+GPT_NEO = Family(gpt_neo_config, GPTNeoBlock, LayerNorm, "transformer", "wte", "wpe", "h", "ln_f")
 FAMILIES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
@@ -516,24 +528,41 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False  # True: keep the blocks' inputs only, run blocks again backwards
         self.folder: Path | None = None  # where it was loaded from, tokenizer and all
-        family = FAMILIES[config.raw["architectures"][0]]
-        root, embedding, positions, blocks, norm = self.names = family.names
-        width = config.hidden_size
-        parts = nn.ModuleDict({embedding: nn.Embedding(config.vocab_size, width)})
-        if positions is not None:
-            parts[positions] = nn.Embedding(config.max_position_embeddings, width)
-        layers = range(config.num_hidden_layers)
-        parts[blocks] = nn.ModuleList(family.block(config, layer) for layer in layers)
-        parts[norm] = family.norm(width, config.norm_eps)
-        self.add_module(root, parts)
+        self.family = family = FAMILIES[config.raw["architectures"][0]]
+        width, layers = config.hidden_size, range(config.num_hidden_layers)
+        parts = nn.ModuleDict({family.embedding_name: nn.Embedding(config.vocab_size, width)})
+        if family.positions_name is not None:
+            parts[family.positions_name] = nn.Embedding(config.max_position_embeddings, width)
+        parts[family.blocks_name] = nn.ModuleList(family.block(config, layer) for layer in layers)
+        parts[family.norm_name] = family.norm(width, config.norm_eps)
+        self.add_module(family.root_name, parts)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.tie()
+
+    def part(self, name: str | None) -> nn.Module | None:
+        """The part that the checkpoint calls so; None for a part that the family does not have."""
+        return getattr(self, self.family.root_name)[name] if name is not None else None
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.part(self.family.embedding_name)
+
+    @property
+    def learned_positions(self) -> nn.Embedding | None:
+        return self.part(self.family.positions_name)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.part(self.family.blocks_name)
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.part(self.family.norm_name)
 
     def tie(self) -> None:
         """Make the head the embedding itself, where the checkpoint has one matrix for both."""
         if self.config.tie_word_embeddings:
-            root, embedding, *_ = self.names
-            self.lm_head.weight = self.get_submodule(root)[embedding].weight
+            self.lm_head.weight = self.embedding.weight
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile for every block, once for packs of all lengths: two graphs, with and without adapter.
@@ -542,8 +571,7 @@ class Transformer(nn.Module):
         """
         if not flash_runs_on(self.lm_head.weight):
             raise ValueError("--compile needs a GPU of compute capability 8.0 or above, and --dtype bfloat16")
-        root, _, _, blocks, _ = self.names
-        for block in self.get_submodule(root)[blocks]:
+        for block in self.blocks:
             block.compile(dynamic=True, backend=backend)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None,
@@ -554,37 +582,36 @@ class Transformer(nn.Module):
         sequence b follows the cache rows past[b] (int64, may be empty), and the pack's own keys and values
         become the rows cache.used to cache.used + T - 1.
         """
-        root, embedding, positions, blocks, norm = self.names
-        parts = self.get_submodule(root)
         if cache is not None and past is None:
             past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
         layout = make_layout(cu_seqlens, tokens.device, past, cache.used if cache is not None else 0)
-        x = parts[embedding](tokens).float()  # (T, D)
-        if positions is None:
+        x = self.embedding(tokens).float()  # (T, D)
+        if self.learned_positions is None:
             layout.rotation = rotary_angles(layout.positions, self.config)
         else:
             most, limit = layout.longest[1], self.config.max_position_embeddings
             if most > limit:
                 raise ValueError(f"a sequence of {most} tokens exceeds the model's {limit} learned positions")
-            x = x + parts[positions](layout.positions)
-        for block in parts[blocks]:
+            x = x + self.learned_positions(layout.positions)
+        for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, layout, cache, use_reentrant=False)
             else:
                 x = block(x, layout, cache)
         if cache is not None:
             cache.used += len(tokens)
-        return parts[norm](x)
+        return self.norm(x)
 
 
 # ---------------------------------------------------------------------------------------------- losses
 
 
 def float32_product(x: Tensor, weight: Tensor, out: Tensor, rounded: bool) -> None:
-    """out (n, V) float32 = x (n, D) weight (V, D)^T, unrounded also where the factors are of 16 bits.
+    """out (n, V) float32 = x (n, D) weight (V, D)^T, unrounded; not safe beside other threads if `rounded`.
 
-    On a CPU only a float32 product has a float32 result; with `rounded` its factors pass through bfloat16, so
-    that bfloat16 weights held as float32 keep the speed of bfloat16 matrix units.
+    On a CPU only a float32 product has a float32 result. With `rounded` it may pass its factors through
+    bfloat16: so bfloat16 weights, held as float32, run on bfloat16 matrix units. torch has one switch for
+    that, for the whole process; it is set here for the length of one product.
     """
     if x.is_cuda and x.dtype != torch.float32:
         torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
@@ -608,8 +635,8 @@ def head_chunks(hidden: Tensor, head_weight: Tensor, targets: Tensor,
     """
     buffer = torch.empty(min(chunk, len(targets)), len(head_weight), device=hidden.device)  # (chunk, V)
     rounded = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
-    if not hidden.is_cuda:
-        hidden, head_weight = hidden.float(), head_weight.float()  # once, not for every chunk
+    dtype = head_weight.dtype if hidden.is_cuda else torch.float32
+    hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)  # once, not for every chunk
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
         logits = buffer[: len(targets[rows])]
@@ -620,7 +647,7 @@ def head_chunks(hidden: Tensor, head_weight: Tensor, targets: Tensor,
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """Equation 1: the loss of each token, -log p(y_t | x, y_<t), in nats; (n,) float32, without a gradient.
+    """Equation 3: the loss of each token, -log p(y_t | x, y_<t), in nats; (n,) float32, without a gradient.
 
     hidden (n, D) holds the state *before* each token (data.shift makes the pairing), head_weight (V, D) the
     output head, targets (n,) the tokens. WeightedTokenLoss is the trainable twin.
@@ -634,30 +661,34 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
 class WeightedTokenLoss(torch.autograd.Function):
     """Sum of w_t loss_t over n tokens, its gradient computed in the same sweep over the head's chunks.
 
-    The gradient is that of hidden alone: the head is frozen, and a damping counts as a constant.
+    apply(hidden (n, D), head_weight (V, D), targets (n,) int64, weights (n,) float32, ceiling) returns the
+    sum, a float32 scalar also under torch.autocast, and the losses (n,) float32, which have no gradient.
+    The sum's gradient is that of hidden alone: the head is frozen. With a ceiling, in nats, a token whose
+    loss is above it is not unlearned: a negative weight becomes 0 there.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, weights, ceiling):
+    def forward(ctx, hidden, head_weight, targets, weights, ceiling: float | None):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)  # (n,)
         grad = torch.empty_like(hidden)  # (n, D)
-        losses = torch.empty(len(targets), device=hidden.device)
-        for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
-            weight = weights[rows]  # (chunk,)
-            if ceiling is not None:
-                weight = torch.where((weight < 0) & (loss > ceiling), 0, weight)
-            total += weight @ loss
-            losses[rows] = loss
-            # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
-            dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
-            dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
-            grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would round sums and gradient to 16 bits
+            for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
+                weight = weights[rows]  # (chunk,)
+                if ceiling is not None:  # the other weights do not grow to make up for it
+                    weight = torch.where((weight < 0) & (loss > ceiling), 0, weight)
+                total += weight @ loss
+                losses[rows] = loss
+                # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
+                dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
+                dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
+                grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
         ctx.save_for_backward(grad)  # all that backward needs
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, _):  # of the sum; the losses have none
         return ctx.saved_tensors[0] * upstream, None, None, None, None
 
 

@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from data import Tokenizer, build_corpus
 from forgetting import BALANCE, METHODS, Options, choose_signs, data_parallel, lambda_at, response_losses, scheduled_lambda
-from forgetting import step_gradient, step_means, train, watch_gradients
+from forgetting import step_figures, step_gradient, train, watch_gradients
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
 
@@ -307,6 +307,7 @@ def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch, capsys):
 
 def test_a_step_without_positive_tokens_logs_null():
     """It logged 0.0, which the warning about lambda then read as a loss."""
-    figures = step_means([1.0, 0.0, 6.0], (0, 3), 0.1)
-    assert figures == {"loss": 1.0, "L_P": None, "L_N": 2.0}
-    assert step_means([1.0, 4.0, 0.0], (2, 3), 0.0)["L_N"] is None, "at lambda 0 N is not run"
+    assert step_figures([1.0, 0.0, 6.0], (0, 3), 0.1) == {"loss": 1.0, "L_P": None, "L_N": 2.0, "lambda": 0.1}
+    figures = step_figures([1.0, 4.0, 0.0], (2, 3), 0.0)
+    assert figures["L_N"] is None and figures["lambda"] == 0, "at lambda 0 N is not run"
+    assert step_figures([1.0, 4.0, 0.0], (2, 0), 0.1)["lambda"] is None, "nothing to unlearn"

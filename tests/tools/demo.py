@@ -264,8 +264,8 @@ def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
     signs = np.where(corpus.response, np.where(run.noise > 0, -1, 1), 0).astype(np.int8)  # (C,)
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, corpus, signs, folder, options, seed)
-    parts = [(corpus, {"L_P": run.signs > 0, "L_N": run.signs < 0}), (held_out, {"held-out": held_out.response})]
-    return forgetting.measure(model, tokenizer, documents, parts, options.micro_tokens, folder)
+    by = forgetting.Yardstick(tokenizer, documents, held_out, corpus, run.signs, options.micro_tokens)
+    return forgetting.measure(model, by, folder)
 
 
 def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
