@@ -289,29 +289,15 @@ def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-class _Rotary(torch.autograd.Function):
-    """apply_rotary as one node with half the passes over memory; backward turns the gradient back."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, dim=-1)  # (T, heads, K/2) each
-        sin = sin[..., : first.shape[-1]]  # (T, 1, K/2): its halves are equal
-        y = x * cos  # (T, heads, K) float32
-        y_first, y_second = y.chunk(2, dim=-1)  # views of y
-        y_first.addcmul_(second, sin, value=-1)
-        y_second.addcmul_(first, sin)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _Rotary.apply(grad, cos, -sin), None, None
+def rotate_half(x: Tensor) -> Tensor:
+    """(first, second) -> (-second, first), the halves of the last dimension: x turned by 90 degrees."""
+    first, second = x.chunk(2, dim=-1)  # (T, heads, K/2) each
+    return torch.cat((-second, first), dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + (-x[K/2:], x[:K/2]) * sin, (T, heads, K) float32: coordinates i and i + K/2 turn together."""
-    return _Rotary.apply(x, cos, sin)
+    """x (T, heads, K) turned by the angles, float32: coordinates i and i + K/2 turn together."""
+    return x * cos + rotate_half(x) * sin
 
 
 class Cache:
@@ -343,25 +329,6 @@ class Cache:
 # ---------------------------------------------------------------------------------------------- layers
 
 
-class _CpuRMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, weight frozen, in few passes over memory; torch's own makes a dozen on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        mean_square = torch.linalg.vecdot(x, x).div_(x.shape[-1]).unsqueeze(-1)  # (T, 1)
-        inv_rms = mean_square.add_(eps).rsqrt_()  # (T, 1)
-        ctx.save_for_backward(x, weight, inv_rms)
-        return (x * inv_rms).mul_(weight).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # with g = grad * weight: inv_rms * (g - x * inv_rms^2 * mean(g * x))
-        x, weight, inv_rms = ctx.saved_tensors
-        grad = grad * weight.float()  # (T, D)
-        radial = torch.linalg.vecdot(grad, x).unsqueeze(-1) * inv_rms * inv_rms / x.shape[-1]  # (T, 1)
-        return grad.addcmul_(x, radial, value=-1).mul_(inv_rms), None, None
-
-
 class RMSNorm(nn.Module):
     """Scale to unit root mean square in float32; the result has the weight's dtype, ready for a product."""
 
@@ -370,8 +337,6 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
-        if not x.is_cuda and not self.weight.requires_grad:
-            return _CpuRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
@@ -425,21 +390,6 @@ class Attention(nn.Module):
         return self.output_proj(mixed.flatten(1).to(x.dtype))  # (T, H K) -> (T, D)
 
 
-class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up, (T, F) each, as one node: backward computes silu(gate) again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grad)  # (T, F)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
-
-
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -451,7 +401,7 @@ class LlamaMLP(nn.Module):
         mark_float32_output(self.down_proj)  # it is added to the float32 residual stream
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
-        return self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaBlock(nn.Module):

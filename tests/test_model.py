@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora import add_lora
-from model import Cache, LlamaMLP, RMSNorm, WeightedTokenLoss, apply_rotary, load_model, read_config, rope_frequencies
+from model import Cache, RMSNorm, WeightedTokenLoss, apply_rotary, load_model, read_config, rope_frequencies
 from model import save_model, token_losses
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.safetensors"
@@ -138,17 +138,15 @@ def test_bfloat16_logits_are_not_rounded():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_and_its_gradient_are_torchs(dtype):
+def test_the_norm_is_float32_inside(dtype):
+    """x / sqrt(mean x^2 + eps) * weight in float64; only the result is rounded to the weight's dtype."""
     torch.manual_seed(0)
-    norm = RMSNorm(48, 1e-5).to(dtype).requires_grad_(False)
+    norm = RMSNorm(48, 1e-2).to(dtype)
     norm.weight.data.uniform_(0.5, 1.5)
-    x, upstream = torch.randn(20, 48, requires_grad=True), torch.randn(20, 48)
-    ours = norm(x)
-    (gradient,) = torch.autograd.grad((ours.float() * upstream).sum(), x)
-    theirs = torch.nn.functional.rms_norm(x, (48,), norm.weight.float(), 1e-5)
-    (expected,) = torch.autograd.grad((theirs * upstream).sum(), x)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    assert ours.dtype == dtype and (ours - theirs).abs().max() < tolerance and (gradient - expected).abs().max() < tolerance
+    x = torch.randn(20, 48)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-2).sqrt() * norm.weight.double()
+    found = norm(x)
+    assert found.dtype == dtype and torch.allclose(found.float(), exact.to(dtype).float(), rtol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_losses_stay_float32_under_autocast():
@@ -321,25 +319,11 @@ def test_the_gpu_check_rehearses_on_a_cpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rotation_is_its_formula(dtype):
-    """The node, forward and backward, against the formula of its docstring through autograd."""
+def test_the_rotation_turns_pairs_in_float32(dtype):
+    """Coordinates i and i + K/2 are the parts of a complex number that is multiplied by e^(i angle)."""
     torch.manual_seed(0)
-    x = torch.randn(11, 3, 8).to(dtype).requires_grad_()
-    angles = torch.randn(11, 1, 4).repeat(1, 1, 2)
-    first, second = x.float().chunk(2, -1)
-    expected = x.float() * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
-    found, upstream = apply_rotary(x, angles.cos(), angles.sin()), torch.randn(11, 3, 8)
-    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(y, x, upstream, retain_graph=True)[0] for y in (found, expected))
-    assert ours.dtype == dtype and torch.allclose(ours.float(), theirs.float(), atol=1e-6 if dtype == torch.float32 else 0.05)
-
-
-def test_the_gated_mlp_is_its_formula(tmp_path):
-    """One node for silu(gate) * up, forward and backward, against autograd."""
-    model = load_model(tiny.make_checkpoint(tmp_path, "llama3"))
-    mlp = next(m for m in model.modules() if isinstance(m, LlamaMLP))
-    x = torch.randn(9, 32, requires_grad=True)
-    expected = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
-    found, upstream = mlp(x), torch.randn(9, 32)
-    ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (found, expected))
-    assert torch.allclose(found, expected, atol=1e-6) and torch.allclose(ours, theirs, atol=1e-5)
+    x, angles = torch.randn(11, 3, 8).to(dtype), torch.randn(11, 1, 4)
+    turned = torch.complex(*x.float().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    both = angles.repeat(1, 1, 2)
+    found = apply_rotary(x, both.cos(), both.sin())
+    assert found.dtype == torch.float32 and torch.allclose(found, torch.cat((turned.real, turned.imag), -1), atol=1e-6)
