@@ -209,13 +209,13 @@ DEMO = {  # small model, few steps: the paper's rate of 1e-4 would leave it wher
     "rho": 0.7,
     "max_grad_norm": 1.0,
     "micro_tokens": 4096,  # the tables of README to the digit: other packs are other masks and sums
-    "methods": ["base", "reference", "full", "ignoring-random", "ignoring", "forgetting", "forgetting-clipped"],
+    "methods": ["base", "reference", "full", "ignoring-random", "ignoring-loss", "ignoring", "forgetting", "forgetting-clipped"],
 }
 PANELS = {
     "clean": "Reference trained on clean rows",
     "same": "Reference trained on rows as noisy as the training set (the paper's protocol)",
 }
-REFERENCE_FREE = ("base", "full", "ignoring-random")  # methods that do not look at the reference
+REFERENCE_FREE = ("base", "full", "ignoring-random", "ignoring-loss")  # methods that do not look at the reference
 
 
 def looks_at_reference(method: str) -> bool:
