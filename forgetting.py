@@ -505,7 +505,7 @@ def read_log(path: Path) -> list[dict]:
     log = []
     with suppress(ValueError, FileNotFoundError):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            log.append(json.loads(line) | {})
+            log.append(json.loads(line))
     return log
 
 
@@ -963,14 +963,20 @@ def paired_losses(out: Path, results: Results) -> str:
     return f"{differences}\n\nBy held-out loss (bootstrap over rows and seeds): {'; '.join(verdicts)}."
 
 
+def is_row(name: str) -> bool:
+    """Whether a folder of a run has the name of a row of the table: a method, or a variant of one."""
+    stem, colon, changes = name.partition(":")
+    keys = [change.partition("=")[0] for change in changes.split(",")] if colon else []
+    return stem in (*UNTRAINED, *METHODS, "oracle") and all(key in VARIANT_OPTIONS for key in keys)
+
+
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     """All that is finished in a run folder with the identity of `results`, and what is left out, and why."""
     identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
     everything, left_out = {name: dict(seeds) for name, seeds in results.items()}, []
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
         method, *seed = path.relative_to(out).parts[:-1]
-        known = method in UNTRAINED or method.partition(":")[0] in [*METHODS, "oracle"]
-        if not known or not re.fullmatch(r"(seed-\d+)?", "".join(seed)):
+        if not is_row(method) or not re.fullmatch(r"(seed-\d+)?", "".join(seed)):
             continue  # a copy that somebody keeps, say seed-0.bak
         found = read_object(path)
         identity = found.get("identity") if identity is None else identity
