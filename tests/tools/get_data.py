@@ -1,13 +1,22 @@
-"""Fetch public rows: the benchmarks of eval.py, and training sets by name. The same commands run when a row is missing.
+"""Fetch public rows into runs/data, where eval.py looks for a task's: benchmarks, and training sets.
 
-    python tests/tools/get_data.py boolq logiqa            # benchmarks, by the name of their file
-    python tests/tools/get_data.py flan_v2 dolly alpaca    # training sets
-    python tests/tools/get_data.py hf://datasets/owner/name/path/rows.jsonl@revision
+    python tests/tools/get_data.py boolq arithmetic paper      # tasks of eval.py, and groups of them
+    python tests/tools/get_data.py flan_v2 dolly alpaca        # training sets: --data runs/data/flan_v2.jsonl
+    python tests/tools/get_data.py hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows
 
-They are converted once, checked where their sha256 is known, and kept under the Hugging Face cache (HF_HOME).
+They are converted once, checked where their sha256 is known, kept under the Hugging Face cache (HF_HOME), and copied.
 """
 
-import argparse, ast, gzip, hashlib, json, os, random, re, sys, urllib.request  # noqa: E401
+import argparse
+import ast
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import urllib.request
 from http.client import IncompleteRead
 from pathlib import Path
 from typing import Callable, Iterable
@@ -17,7 +26,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import LAYOUTS  # noqa: E402
+from data import LAYOUTS, whole_file  # noqa: E402
+from eval import GROUPS, TASKS  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
 LOGIQA_TEST = GITHUB + "lgw863/LogiQA-dataset/91e7b26bab6308fc222fe7f8838b61792f2f293f/Test.txt"
@@ -292,7 +302,7 @@ def fetch_rows(name: str) -> Path:
     else:
         parts = name.removeprefix(HUB_PREFIX).split("/", 2)
         if not name.startswith(HUB_PREFIX) or len(parts) < 3:
-            raise ValueError(f"{name}: no such file, nor a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/file")
+            raise ValueError(f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl")
         owner, repo, file = parts
         if not re.search(r"\.jsonl?(\.gz)?(@|$)", file):
             raise ValueError(f"{name}: only JSON and JSONL are read; convert it: hf download {owner}/{repo} "
@@ -304,18 +314,47 @@ def fetch_rows(name: str) -> Path:
     return path
 
 
-def main() -> None:
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def benchmark_files(name: str) -> list[str]:
+    """The files of a task of eval.py or of a group, what lies beside the rows included; [] for any other name."""
+    stems = tuple(Path(TASKS[task].file).stem for task in GROUPS.get(name, [name]) if task in TASKS)
+    return [file for file in BENCHMARKS if file.startswith(stems)]
+
+
+def put(path: Path, folder: Path) -> None:
+    """Copy a file of the cache into a folder, and say so. Raises ValueError where a file of other content is."""
+    content, copy = path.read_bytes(), folder / path.name
+    if not copy.is_file():
+        with whole_file(copy) as file:
+            file.write_bytes(content)
+    elif copy.read_bytes() != content:
+        raise ValueError(f"{copy} is there and holds something else: move it away, or use another --out")
+    print(copy, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
     """Fetch what is named, and say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = {file.partition(".")[0]: file for file in BENCHMARKS}
-    parser.add_argument("names", nargs="+", help=f"any of {', '.join([*benchmarks, *RECIPES])}, or {HUB_PREFIX}...")
+    benchmarks = [name for name in [*GROUPS, *TASKS] if benchmark_files(name)]
+    known = ", ".join([*benchmarks, *RECIPES, f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
+    usage = "python tests/tools/get_data.py NAME ... [--out FOLDER] (--help lists the names)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("names", nargs="+", help=f"any of {known}")
+    parser.add_argument("--out", default="runs/data", help="the folder [runs/data]")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.out)
     try:
-        for name in parser.parse_args().names:
-            if name in benchmarks:
-                wanted = [file for file in BENCHMARKS if file.startswith(name)]  # and what lies beside its rows
-                print(fetch_benchmarks(wanted) / benchmarks[name], flush=True)
+        if unknown := [name for name in arguments.names if not benchmark_files(name) and not is_public(name)]:
+            raise ValueError(f"unknown {', '.join(unknown)}; known: {known}")
+        for name in arguments.names:
+            if files := benchmark_files(name):
+                cache = fetch_benchmarks(files)
+                for file in files:
+                    put(cache / file, folder)
             else:
-                print(fetch_rows(name), flush=True)
+                put(fetch_rows(name), folder)
     except (ValueError, OSError) as error:
         print(f"get_data.py: {error}", file=sys.stderr)
         sys.exit(2)
