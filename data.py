@@ -132,8 +132,9 @@ def read_rows(files: Iterable[str]) -> list[dict]:
         if (kind := Path(path).suffix.lower()) == ".gguf":
             raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
         if not os.path.isfile(path):
-            what = "a folder, not a file" if os.path.isdir(path) else "no such file"
-            raise ValueError(f"{path}: {what}; public rows: python tests/tools/get_data.py {Path(path).stem}")
+            if os.path.isdir(path):
+                raise ValueError(f"{path}: a folder, not a file")
+            raise ValueError(f"{path}: no such file (public sets: python tests/tools/get_data.py --help)")
         if kind in CONVERTERS:
             convert = f"pandas.read_{CONVERTERS[kind]}.to_json('rows.jsonl', orient='records', lines=True)"
             raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {convert}")
@@ -482,7 +483,7 @@ def print0(text: str) -> None:
 
 
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
-    """A tqdm bar on rank 0; in a log file a line every ten seconds, or none. keep: it stays on the screen."""
+    """A tqdm bar on rank 0. keep: it stays on the screen. In a log file: a line every ten seconds, or none."""
     seconds = {} if sys.stderr.isatty() else {"mininterval": 10, "delay": 10}
     return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=total > 9999, leave=keep,
                 dynamic_ncols=True, disable=rank_and_world()[0] > 0, **seconds)  # fmt: skip
