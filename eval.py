@@ -537,13 +537,15 @@ def task_rows(name: str, folder: Path) -> list[dict]:
     """All documents of a task, each with its number in the file. Raises ValueError where a file is not."""
     path = folder / TASKS[name].file
     if not path.is_file():
-        fetch = f"python tests/tools/get_data.py {path.stem} fetches public rows into runs/data"
-        raise ValueError(f"--data-dir {folder} has no {path.name} ({fetch})")
+        public = any(name in tasks for tasks in GROUPS.values())
+        fetch = f" (python tests/tools/get_data.py {name} --out {folder} fetches it)" if public else ""
+        raise ValueError(f"--data-dir {folder} has no {path.name}, the rows of {name}{fetch}")
     rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
     try:
         return TASKS[name].prepare(rows, folder)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: what belongs beside its rows is missing or malformed ({error})") from None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        what = "a row, or what belongs beside the rows, is missing or malformed"
+        raise ValueError(f"{path}: {what} ({type(error).__name__}: {error})") from None
 
 
 def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
