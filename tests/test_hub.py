@@ -18,16 +18,15 @@ from hub_server import Hub, Repo
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import data, eval, model
-get_data = eval.load_tool("get_data")
-eval.load_tool = lambda name: get_data
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/tools"]
+import data, get_data, model
 get_data.constants.DOWNLOAD_CHUNK_SIZE = 1024  # the client goes on from the last whole chunk; its 10 MB are more than a shard here
 get_data.RECIPES["alpaca"] = ([sys.argv[2] + "/alpaca_data.json"], get_data.convert_rows)
 calls = {
     "folder": lambda x: str(model.checkpoint_folder(x)),
     "weight": lambda x: model.load_model(x).state_dict()["model.norm.weight"].tolist(),
-    "rows": lambda x: data.read_rows(eval.local_files([x])),
+    "rows": lambda x: data.read_rows([str(get_data.fetch_rows(x))]),
+    "again": lambda x: str(get_data.fetch_rows(x)),
     "text": get_data.fetch_text,
     "unreachable": lambda x: setattr(get_data.constants, "ENDPOINT", "http://127.0.0.1:9") or model.checkpoint_folder(x),
 }
@@ -137,8 +136,8 @@ def session(hub, home) -> tuple[dict, str, list]:
     """What a user with a token asks for, and then others: results, what was printed, and the requests the server saw."""
     calls = [("folder", "owner/name"), ("weight", "owner/name"), ("weight", "owner/name@v1"), ("folder", "meta-llama/gated"),
              ("folder", "owner/name@v9"), ("folder", "owner/pickled"), ("folder", "owner/absent"),
-             *(("rows", name) for name in ("flan_v2", "dolly:1", "oasst1", "alpaca", "wizardlm:2", "wizardlm", HF_FILE)),
-             ("rows", "wizardlm:9"), ("rows", "nowhere"), ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
+             *(("rows", name) for name in ("flan_v2", "dolly", "oasst1", "alpaca", "wizardlm", HF_FILE)),
+             ("rows", "nowhere"), ("again", "wizardlm"), ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
              ("rows", "hf://datasets/someone/nothing/rows.jsonl"), ("rows", "hf://datasets/someone/absent/rows.jsonl"),
              ("rows", "hf://datasets/someone"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), *REFUSED,
              ("unreachable", "owner/elsewhere")]  # fmt: skip
@@ -194,12 +193,11 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
         ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and the Hub said: 404 Client Error. Revision Not"),
         ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (a pickle"),
         ("folder", "owner/absent", "404 Client Error. Repository Not Found for url: {0}/api/models/owner/absent"),
-        ("rows", "wizardlm:9", "wizardlm.jsonl: 9 rows asked for, "),
-        ("rows", "nowhere", "nowhere: no such file (public sets by name: python tests/tools/get_data.py --help)"),
+        ("rows", "nowhere", "nowhere: not a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner"),
         ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet", "only JSON and JSONL are read; convert it: hf"),
         ("rows", "hf://datasets/someone/nothing/rows.jsonl", "404 Client Error. Entry Not Found for url: {0}/datasets/someone"),
         ("rows", "hf://datasets/someone/absent/rows.jsonl", "404 Client Error. Repository Not Found for url: {0}/datasets/"),
-        ("rows", "hf://datasets/someone", "nor a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner"),
+        ("rows", "hf://datasets/someone", "hf://datasets/someone: not a public set: flan_v2, dolly, oasst1, alpaca"),
         ("text", "hub:OpenAssistant/oasst1:other.jsonl", "fetched (404 Client Error. Entry Not Found for url: {0}/datasets"),
     ],
 )  # fmt: skip
@@ -216,11 +214,10 @@ def test_recipes_in_the_layouts_of_their_homes(session):
     read = {name: result for (kind, name), result in session[0].items() if kind == "rows" and isinstance(result, list)}
     rows = {name: without_source(result) for name, result in read.items()}
     assert rows["flan_v2"] == [{"inputs": "1 + 1?", "targets": "2"}]
-    assert [(row["context"], row["response"]) for row in rows["dolly:1"]] == [("It is in Rome.", "Rome")]
+    assert [(row["context"], row["response"]) for row in rows["dolly"]] == [("It is in Rome.", "Rome"), ("", "Ann")]
     assert rows["alpaca"] == json.loads(ALPACA)
     assert rows[HF_FILE] == [{"prompt": "a", "response": "b"}]
     assert [row["output"] for row in rows["wizardlm"]] == ["Done 0", "Done 2", "Done 3"]
-    assert rows["wizardlm:2"] == rows["wizardlm"][:2]
 
 
 def test_oasst_trees_become_their_best_conversations(session):
@@ -234,7 +231,7 @@ def test_oasst_trees_become_their_best_conversations(session):
 
 def test_rows_left_out_are_counted_once(session, hub):
     printed = session[1]
-    assert printed.count("1 of 4 public rows have no response and are left out") == 1  # wizardlm is converted once
+    assert printed.count("1 of 4 public rows have no response and are left out") == 1  # wizardlm, asked for twice
     assert printed.count("1 of 3 public rows") == 1
 
 
@@ -271,9 +268,69 @@ def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
     assert len(hub.requests) == before
 
 
-def test_a_local_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
-    from data import read_rows
+@pytest.fixture
+def get_data(monkeypatch, tmp_path):
+    """The program in this process, with a cache of its own; and the list of what it fetched from a stand-in for the network."""
+    import get_data
 
-    (tmp_path / "dolly").write_bytes(lines({"prompt": "mine", "response": "x"}))
+    monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert without_source(read_rows(["dolly:1"])) == [{"prompt": "mine", "response": "x"}]
+    fetched: list[str] = []
+    monkeypatch.setattr(get_data, "BENCHMARKS", {file: ([file], str, None) for file in get_data.BENCHMARKS})
+    monkeypatch.setattr(get_data, "RECIPES", {"dolly": (["dolly"], str)})
+    monkeypatch.setattr(get_data, "fetch_text", lambda source: fetched.append(source) or f"rows of {source}\n")
+    return get_data.main, fetched
+
+
+PAPER = ["asdiv.jsonl", "boolq.jsonl", "logiqa.jsonl", "truthfulqa.jsonl", "truthfulqa_prompt.txt", "tydiqa.jsonl",
+         "tydiqa_1shot.jsonl", "tydiqa_templates.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("boolq", ["boolq.jsonl"]),
+        ("truthfulqa", ["truthfulqa.jsonl", "truthfulqa_prompt.txt"]),
+        ("truthfulqa_mc2", ["truthfulqa.jsonl", "truthfulqa_prompt.txt"]),
+        ("tydiqa", ["tydiqa.jsonl", "tydiqa_1shot.jsonl", "tydiqa_templates.json"]),
+        ("arithmetic", ["arithmetic.jsonl"]),
+        ("arithmetic_3da", ["arithmetic.jsonl"]),
+        ("paper", PAPER),
+        ("paper-appendix", ["arc_challenge.jsonl", "arithmetic.jsonl", "ifeval.jsonl", "lambada.jsonl"]),
+        ("dolly", ["dolly.jsonl"]),
+    ],
+)
+def test_the_program_puts_files_where_eval_looks(get_data, tmp_path, capsys, name, files):
+    program, fetched = get_data
+    program([name])
+    assert sorted(path.name for path in (tmp_path / "runs/data").iterdir()) == files
+    assert sorted(capsys.readouterr().out.split()) == [f"runs/data/{file}" for file in files]
+    program([name, name, "--out", "other"])  # converted once, copied as often as asked for
+    assert len(fetched) == len(files) and sorted(path.name for path in (tmp_path / "other").iterdir()) == files
+    source = "dolly" if name == "dolly" else files[0]
+    assert (tmp_path / "other" / files[0]).read_text() == f"rows of {source}\n"
+
+
+def test_the_program_replaces_nothing_and_names_what_it_knows(get_data, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/boolq.jsonl").write_text("my own")
+    for words, message in (
+        (["boolq", "--out", "mine"], "mine/boolq.jsonl is there and holds something else: move it away, or use another --out"),
+        (["boolq", "mmlu", "mc"], "unknown mmlu, mc; known: truthfulqa, arithmetic, paper, paper-appendix, truthfulqa_mc1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            get_data[0](words)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("get_data.py: ") and message in said and len(said.splitlines()) == 1
+    assert (tmp_path / "mine/boolq.jsonl").read_text() == "my own" and not (tmp_path / "runs").exists()
+
+
+def test_every_benchmark_of_the_paper_has_a_public_home():
+    """The names of get_data.py are eval.py's; only the tasks on a user's own rows have no home."""
+    import get_data
+
+    from eval import GROUPS, TASKS
+
+    assert {name for name in TASKS if not get_data.benchmark_files(name)} <= {"mc", "qa", "demo_mc", "demo_qa"}
+    assert all(set(tasks) <= TASKS.keys() for tasks in GROUPS.values())
+    assert {file for name in GROUPS for file in get_data.benchmark_files(name)} == set(get_data.BENCHMARKS)
