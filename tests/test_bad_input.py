@@ -1,13 +1,13 @@
-"""What a user gets wrong: one line on stderr that says what and what is allowed, exit code 2, and no file changed.
+"""What a user gets wrong: a line on stderr that says what and what is allowed, exit code 2, and no file changed.
+
+argparse puts its usage in front of its own errors, so the last line is looked at, and there are two at most.
 
 The cases run in this process, since importing torch takes longer than all of them; a few run again as processes.
 """
 
 import hashlib
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -24,10 +24,10 @@ import forgetting
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"instruction": f"what is the city of p{i} ?", "output": f"the city is {i} ."} for i in range(30)]
-QUESTION = {"group": "x", "prompt": "what ?", "head": " it is", "choices": [" red", " blue"], "answer": " red"}
+QUESTION = {"prompt": "what ? it is ", "choices": ["red", "blue"], "answer": "red"}
 BOOLQ = {"question": "is it", "passage": "red", "label": 1}
 TRAIN = "forgetting.py --model {model} --data {rows} --out {out} --n-reference 5 --n-train 9 --rank 2 --methods base full"
-EVAL = "eval.py --model {model} --tasks demo_mc --data-dir {here}"
+EVAL = "eval.py --model {model} --tasks mc --data-dir {here}"
 
 
 @dataclass
@@ -183,28 +183,33 @@ CASES = [
     # how many of them
     flag_case("--n-reference 30", "--n-reference 30: from 1 to 29 are there", "the other set taken out"),
     flag_case("--n-reference 10 --n-train 21", "--n-train 21: from 1 to 20 are there", "the other set taken out"),
-    flag_case("--n-train 0", "--n-train 0: from 1 to 25 are there"),
+    flag_case("--n-train 0", "--n-train 0 is not in [1, inf)"),
+    flag_case("--n-reference 5 --n-train 26", "--n-train 26: from 1 to 25 are there"),
     flag_case("--data {rows}:31", "rows.jsonl: 31 rows asked for, 1 to 30 are there"),
     flag_case("--data {rows}:0", "rows.jsonl: 0 rows asked for, 1 to 30 are there"),
     flag_case("--data {rows}:1", "D_ref and D_train need a row each: none is left"),
     flag_case("--reference-data {rows} --n-reference 30", "D_ref and D_train need a row each: none is left"),
     # flags
-    flag_case("--rho 0", "argument --rho: 0 is not allowed"),
-    flag_case("--rho nan", "argument --rho: nan is not allowed"),
+    flag_case("--rho 0", "--rho 0.0 is not in (0, 1]"),
+    flag_case("--rho nan", "--rho nan is not in (0, 1]"),
     flag_case("--rho 0.8 --forget-rate 0.3", "forget rate 0.3 is not allowed: 0 to 1 - rho = 0.2"),
     flag_case("--t-max 1e-6", "--t-max 1e-06 is below --t-min 1e-05"),
-    flag_case("--t-max nan", "argument --t-max: nan is not allowed"),
-    flag_case("--lr nan", "argument --lr: nan is not allowed"),
-    flag_case("--lr inf", "argument --lr: inf is not allowed"),
-    flag_case("--alpha 0", "argument --alpha: 0 is not allowed"),
-    flag_case("--max-grad-norm -1", "argument --max-grad-norm: -1 is not allowed"),
-    flag_case("--dropout nan", "argument --dropout: nan is not allowed"),
-    flag_case("--warmup 1", "argument --warmup: 1 is not allowed"),
-    flag_case("--rank 0", "argument --rank: 0 is not allowed"),
-    flag_case("--rank 1.5", "argument --rank: 1.5 is not allowed"),
-    flag_case("--epochs many", "argument --epochs: many is not allowed"),
+    flag_case("--t-max nan", "--t-max nan is not in [0, inf)"),
+    flag_case("--lr nan", "--lr nan is not in (0, inf)"),
+    flag_case("--lr inf", "--lr inf is not in (0, inf)"),
+    flag_case("--alpha 0", "--alpha 0.0 is not in (0, inf)"),
+    flag_case("--max-grad-norm -1", "--max-grad-norm -1.0 is not in [0, inf)"),
+    flag_case("--dropout nan", "--dropout nan is not in [0, 1)"),
+    flag_case("--warmup 1", "--warmup 1.0 is not in [0, 1)"),
+    flag_case("--rank 0", "--rank 0 is not in [1, inf)"),
+    flag_case("--rank 1.5", "argument --rank: invalid int value: '1.5'"),
+    flag_case("--epochs many", "argument --epochs: invalid int value: 'many'"),
     flag_case("--seeds", "argument --seeds: expected at least one argument"),
-    flag_case("--methods forgetting:rho=2", "--methods forgetting:rho=2", "2 is not allowed"),
+    flag_case("--methods forgetting:rho=2", "--methods forgetting:rho=2: --rho 2.0 is not in (0, 1]"),
+    flag_case("--methods forgetting:rank=0.5", "--methods forgetting:rank=0.5: '0.5' is not a value of rank"),
+    flag_case("--methods forgetting:lambda_schedule=cosine", "--lambda-schedule cosine is not one of linear, constant, balanced"),
+    flag_case("--methods forgetting:lambda_schedule=balanced", "balanced: --lambda-schedule balanced needs --watch-gradients"),
+    flag_case("--methods full:rho=0.5", "--methods full:rho=0.5: full does not read rho"),
     flag_case("--methods forgetting:rho=", "'rho=' is not option=value; options: rho, forget_rate, lambda_schedule"),
     flag_case("--methods forgetting:rh=0.5", "'rh=0.5' is not option=value; options: rho, forget_rate"),
     flag_case("--methods forgetting:dtype=float16", "'dtype=float16' is not option=value; options: rho"),
@@ -219,15 +224,13 @@ CASES = [
     flag_case("--device cuda", "--device cuda: torch sees no CUDA device here"),
     flag_case("--device cpu:x", "--device cpu:x is not supported: cpu or cuda"),
     flag_case("--tasks bool", "unknown task bool; known: truthfulqa_mc1"),
-    flag_case("--tasks boolq --data-dir {here}/nowhere", "nowhere/boolq.jsonl: no such file"),
-    flag_case("--tasks demo_mc", "demo_mc: --data-dir is needed"),
-    Case("a model without data", "forgetting.py --model {model} --out {out}", ("--model and --data go together",)),
+    flag_case("--tasks boolq --data-dir {here}/nowhere", "--data-dir", "nowhere has no boolq.jsonl, the rows of boolq",
+              "(python tests/tools/get_data.py boolq --out", "nowhere fetches it)"),
+    flag_case("--tasks mc", "--data-dir runs/data has no mc.jsonl, the rows of mc\n"),
+    flag_case("--data flan_v2", "flan_v2: no such file (public sets: python tests/tools/get_data.py --help)"),
+    flag_case("--eval-every 3", "--eval-every needs --eval-data"),
+    Case("a model without data", "forgetting.py --model {model} --out {out}", ("--model and --data are needed (./run.sh alone runs a demo",)),
     Case("an out that is a file", TRAIN.replace("{out}", "{rows}"), ("--out", "rows.jsonl is a file: a folder is needed")),
-    Case("an unknown method in the demo", "forgetting.py --methods nope --out {out}", ("unknown method nope; known",)),
-    Case("another demo's rows", "forgetting.py --world random --out {here} --seeds 0",
-         ("world-0/train.jsonl holds other rows", "--overwrite"),
-         {"world-0/train.jsonl": good(), "config.json": '{"versions": {}, "inputs": {"demo": "random"}}'}),
-    Case("a demo among files of others", "forgetting.py --out {here} --seeds 0", ("holds files that are not of a run",)),
     # the model
     flag_case("--model {here}/nowhere", "nowhere: no such folder, and not a Hub id of the form owner/name"),
     flag_case("--model owner/name", "owner/name", "HF_HUB_OFFLINE"),
@@ -235,7 +238,7 @@ CASES = [
     model_case("no config", remove("config.json"), "no config.json in it, so it is not a Hugging Face checkpoint folder"),
     model_case("no tokenizer", remove("tokenizer.json"), "no tokenizer.json in it"),
     model_case("a config cut off", cut("config.json", 90), "copy/config.json: not valid JSON"),
-    model_case("a config that is a list", write("config.json", "[]"), "config.json: not valid JSON, or no object in it"),
+    model_case("a config that is a list", write("config.json", "[]"), "config.json: an object is expected, not list"),
     model_case("an unknown architecture", change("config.json", architectures=["BertModel"]),
                "config.json: architecture BertModel is not supported; supported: LlamaForCausalLM"),
     model_case("a missing size", change("config.json", hidden_size=None), "config.json: a field is missing", "hidden_size"),
@@ -263,9 +266,9 @@ CASES = [
     # a run folder
     run_case("a run on other data", "--n-train 8", nothing, "was made with other training data (there"),
     run_case("a run with another rate", "--lr 0.5", nothing, "run was made with other lr (there 0.0001, now 0.5); reference_lr",
-             "--overwrite"),
+             "use another --out"),
     run_case("another rank", "--rank 3", nothing, "was made with other rank (there 2, now 3): use another --out"),
-    run_case("a wrong target, overwriting", "--overwrite --targets wq", nothing, "LoRA target wq names no linear layer"),
+    run_case("a wrong target, where a run is", "--targets wq", nothing, "LoRA target wq names no linear layer"),
     run_case("scores cut off", "", cut("scores.safetensors", 50), "run/scores.safetensors: not a whole file of scores"),
     run_case("a config that is not JSON", "", cut("config.json", 20), "run/config.json: not valid JSON"),
     Case("a folder of others", TRAIN.replace("{out}", "{here}"), ("holds files that are not of a run: use another --out",),
@@ -273,25 +276,35 @@ CASES = [
     Case("a config of others", TRAIN.replace("{out}", "{here}"), ("its config.json is not of a run: use another --out",),
          {"config.json": '{"architectures": []}'}),
     # eval.py
-    Case("no model", "eval.py --tasks demo_mc", ("the following arguments are required: --model",)),
+    Case("no model", "eval.py --tasks mc", ("the following arguments are required: --model",)),
     Case("no task", "eval.py --model {model} --tasks", ("argument --tasks: expected at least one argument",)),
     Case("an unknown task", f"{EVAL} --tasks mmlu", ("unknown task mmlu; known: truthfulqa_mc1",)),
-    Case("a limit of 0", f"{EVAL} --limit 0", ("--limit: 0 is not allowed",)),
-    Case("fewer than no examples", f"{EVAL} --num-fewshot -1", ("--num-fewshot: -1 is not allowed",)),
-    Case("too many examples", f"{EVAL} --num-fewshot 5", ("demo_mc.jsonl: 5 examples asked for, 0 are there",)),
-    Case("no room in a pass", f"{EVAL} --batch-tokens 0", ("--batch-tokens: 0 is not allowed",)),
-    Case("an output that is a folder", f"{EVAL} --output {{here}}", ("--output", "is not allowed: the path of a file")),
-    Case("samples below a file", f"{EVAL} --samples {{rows}}/s.jsonl", ("--samples", "is not allowed: the path of a file")),
+    Case("a limit of 0", f"{EVAL} --limit 0", ("--limit 0 is not allowed: at least 1",)),
+    Case("no room in a pass", f"{EVAL} --batch-tokens 0", ("--batch-tokens 0 is not allowed: at least 1",)),
+    Case("tasks and a prompt", f"{EVAL} --prompt x", ("either --tasks or --prompt is needed",)),
+    Case("neither tasks nor a prompt", "eval.py --model {model}", ("either --tasks or --prompt is needed",)),
+    Case("two adapters for tasks", f"{EVAL} --adapter a b", ("--tasks take one --adapter at a time, not 2",)),
     Case("an absent GPU", f"{EVAL} --device cuda", ("--device cuda: torch sees no CUDA device here",)),
-    Case("missing rows", f"{EVAL} --tasks demo_mc boolq", ("boolq.jsonl: no such file",)),
+    Case("missing rows", f"{EVAL} --tasks mc boolq", ("has no boolq.jsonl, the rows of boolq (python tests",)),
     Case("a row that lacks a field", f"{EVAL} --tasks boolq", ("boolq.jsonl:2: no field 'label'",),
          {"boolq.jsonl": lines(BOOLQ, {"question": "is it", "passage": "red"})}),
     Case("a label out of range", f"{EVAL} --tasks boolq", ("boolq.jsonl:1: 2 choices, the right one is number 7",),
          {"boolq.jsonl": lines(BOOLQ | {"label": 7})}),
-    Case("an answer among no choice", f"{EVAL} --tasks demo_mc", ("demo_mc.jsonl:1: ", "is not in list"),
-         {"demo_mc.jsonl": lines(QUESTION | {"answer": "green"})}),
-    Case("a choice of no token", f"{EVAL} --tasks demo_mc", ("demo_mc.jsonl:1: continuation '' adds no token",),
-         {"demo_mc.jsonl": lines(QUESTION | {"choices": [" red", ""]})}),
+    Case("an answer among no choice", f"{EVAL} --tasks mc", ("mc.jsonl:1: answer 'green' is none of the choices, nor a place among them",),
+         {"mc.jsonl": lines(QUESTION | {"answer": "green"})}),
+    Case("an answer past the choices", f"{EVAL} --tasks mc", ("mc.jsonl:1: 2 choices, the right one is number 2",),
+         {"mc.jsonl": lines(QUESTION | {"answer": 2})}),
+    Case("choices that are a text", f"{EVAL} --tasks mc", ("mc.jsonl:1: choices must be a list of texts, not str",),
+         {"mc.jsonl": lines(QUESTION | {"choices": "red blue"})}),
+    Case("a prompt that is a number", f"{EVAL} --tasks qa", ("qa.jsonl:2: a prompt must be a text, not int",),
+         {"qa.jsonl": lines({"prompt": "1 + 1 =", "answer": "2"}, {"prompt": 5, "answer": "2"})}),
+    Case("no right answer", f"{EVAL} --tasks qa", ("qa.jsonl:1: ",), {"qa.jsonl": lines({"prompt": "1 + 1 =", "answer": []})}),
+    Case("an id that is a number", f"{EVAL} --tasks tydiqa", ("tydiqa.jsonl: a row, or what belongs beside the rows, is",),
+         {"tydiqa.jsonl": lines({"id": 5}), "tydiqa_templates.json": '{"with_context": {}}', "tydiqa_1shot.jsonl": lines({"id": 5})}),
+    Case("what belongs beside the rows", f"{EVAL} --tasks truthfulqa", ("truthfulqa.jsonl: ", "truthfulqa_prompt.txt"),
+         {"truthfulqa.jsonl": lines({"question": "?"})}),
+    Case("an answer of no token", f"{EVAL} --tasks asdiv", ("asdiv.jsonl:1: continuation '' adds no token",),
+         {"asdiv.jsonl": lines({"body": "One.", "question": "How many?", "answer": ""})}),
     model_case("ids past the embedding in a task", small_vocabulary, "copy: its tokenizer gives id",
                "vocab_size is 16", command=EVAL),
     model_case("weights cut off, in eval.py", cut(WEIGHTS, 5), "copy/model.safetensors: not a whole safetensors", command=EVAL),
@@ -300,7 +313,7 @@ CASES = [
     adapter_case("an adapter without config", remove("adapter_config.json"), "no adapter_config.json in it"),
     adapter_case("an adapter without weights", remove(ADAPTER), "no adapter_model.safetensors in it"),
     adapter_case("an adapter's config cut off", cut("adapter_config.json", 30), "adapter_config.json: not valid JSON"),
-    adapter_case("an adapter's config of a list", write("adapter_config.json", "[1]"), "not valid JSON, or no object in it"),
+    adapter_case("an adapter's config of a list", write("adapter_config.json", "[1]"), "adapter_config.json: ", "object"),
     adapter_case("an adapter cut off", cut(ADAPTER, 3000), f"{ADAPTER}: not a whole safetensors file"),
     adapter_case("an adapter of another model", other_adapter, "seed-0: does not fit this model: LoRA target c_fc"),
     adapter_case("an adapter of another rank", change("adapter_config.json", r=4), "does not fit this model", "has shape"),
@@ -318,7 +331,7 @@ def finished(tmp_path_factory, demo_model) -> Path:
     """A folder with rows, questions and a finished run, made as a user makes it."""
     here = tmp_path_factory.mktemp("finished")
     (here / "rows.jsonl").write_text(lines(*ROWS))
-    (here / "demo_mc.jsonl").write_text(lines(QUESTION))
+    (here / "mc.jsonl").write_text(lines(QUESTION))
     with pytest.MonkeyPatch.context() as patch:
         command = TRAIN.format(model=demo_model, rows=here / "rows.jsonl", out=here / "run")
         patch.setattr(sys, "argv", command.split())
@@ -343,7 +356,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_one_line_exit_code_2_and_nothing_written(case, finished, demo_model, tmp_path, monkeypatch, capsys):
+def test_a_line_exit_code_2_and_nothing_written(case, finished, demo_model, tmp_path, monkeypatch, capsys):
     if "no CUDA device" in " ".join(case.message) and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     monkeypatch.setattr(sys, "argv", prepared(case, finished, tmp_path, demo_model))
@@ -355,8 +368,10 @@ def test_one_line_exit_code_2_and_nothing_written(case, finished, demo_model, tm
         (forgetting if sys.argv[0] == "forgetting.py" else evaluation).main()
     said = capsys.readouterr().err
     assert stop.value.code == 2
-    assert said.startswith(f"{sys.argv[0]}: ") and said.endswith("\n") and len(said.splitlines()) == 1
-    assert [part for part in case.message if part not in said] == [], said
+    *usage, last = said.splitlines(keepends=True)
+    assert last.startswith(f"{sys.argv[0]}: ") and last.endswith("\n"), said
+    assert len(usage) <= 1 and all(line.startswith(f"usage: python {sys.argv[0]} ") for line in usage), said
+    assert [part for part in case.message if part not in last] == [], said
     assert contents(tmp_path) == before
 
 
@@ -369,20 +384,6 @@ def test_no_traceback_from_a_process(finished, demo_model, tmp_path):
     script, *arguments = prepared(case, finished, tmp_path, demo_model)
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and case.message[0] in done.stderr
-
-
-def test_a_port_in_use_is_named(demo_model, finished):
-    """What torch's own C++ logs about it cannot be kept from stderr, but there is no traceback, and the last line is ours."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(ROOT / "eval.py"), *EVAL.format(model=demo_model, here=finished).split()[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | ranks)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert last.startswith("eval.py: ") and f"127.0.0.1:{port}" in last and "in use" in last
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
