@@ -409,6 +409,8 @@ def mc(row: dict) -> tuple:
     A space joins prompt and choice unless the prompt ends in white space, as in prompt + completion rows.
     """
     choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list):
+        raise ValueError(f"choices must be a list of texts, not {type(choices).__name__}")
     if answer in choices:
         answer = choices.index(answer)
     if type(answer) is not int:
@@ -554,6 +556,9 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
         requests = task.requests(row, tokenizer)
         if not requests:
             raise ValueError("no choices")
+        for request in requests:
+            if not isinstance(request.context, str):
+                raise ValueError(f"a prompt must be a text, not {type(request.context).__name__}")
         task.score(row, [Answer()] * len(requests))  # a dry run: what scoring needs must be there
     except KeyError as error:
         raise ValueError(f"{row['_source']}: no field {error}") from None
