@@ -483,7 +483,7 @@ def print0(text: str) -> None:
 
 
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
-    """A tqdm bar on rank 0. keep: it stays on the screen. In a log file: a line every ten seconds, or none."""
+    """A tqdm bar on rank 0; in a log file a line every ten seconds, or none. keep: it stays on the screen."""
     seconds = {} if sys.stderr.isatty() else {"mininterval": 10, "delay": 10}
     return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=total > 9999, leave=keep,
                 dynamic_ncols=True, disable=rank_and_world()[0] > 0, **seconds)  # fmt: skip
