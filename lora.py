@@ -8,11 +8,13 @@
 y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out, r)
 """
 
-import json, math, os  # noqa: E401
+import json
+import math
+import os
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,23 @@ from torch import Tensor, nn
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS += ("out_proj", "c_fc", "c_proj")
 KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in its files' keys
+
+# adapter_config.json: keys by the values that mean plain LoRA, the first one being PEFT's default
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # how A and B begin; other ways, such as "pissa", change the base weights as well
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+}
+# keys that read_adapter_config reads
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+READ += ("target_modules", "exclude_modules", "layers_to_transform")
+# keys that change no output of a plain LoRA adapter, whatever they say
+HARMLESS = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+HARMLESS += ("inference_mode",)  # load_adapter is for inference anyway
+HARMLESS += ("layers_pattern",)  # read with layers_to_transform only
+HARMLESS += ("fan_in_fan_out",)  # PEFT ignores it for nn.Linear
+HARMLESS += ("eva_config", "megatron_core", "qalora_group_size")  # details of what another key switches on
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
@@ -83,9 +102,11 @@ class _LoRAProduct(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """y = x W^T + bias + alpha / r * dropout(x) A^T B^T, W frozen; A (r, in) and B (out, r) float32.
 
-    Products run in x's dtype, under torch.autocast in autocast's, and so does the result. But in eval mode
-    the two paths are added in float32 if the base layer has float32_output = True, for consumers that go on
-    in it: differences of losses, which scores are, would drown in rounded sums. Training bears them.
+    Products run in x's dtype, or under torch.autocast in autocast's, and the result has that dtype.
+
+    If a linear layer has the attribute float32_output = True, LoRALinear adds the adapter's path to it in
+    float32 and returns float32, in eval mode only. Scores are differences of losses, and rounded sums would
+    bury them; training can bear the rounding.
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
@@ -170,19 +191,31 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] = DEFAULT_TARGETS) 
     """
     if isinstance(targets, str):
         raise ValueError(f"LoRA targets are a list of names, not the string {targets!r}: [{targets!r}]")
+    if not targets:
+        raise ValueError("LoRA targets are an empty list: the names of linear layers are needed")
     if "lm_head" in targets:
         raise ValueError("lm_head cannot be a LoRA target here: losses are computed from its weight directly")
-    modules = dict(model.named_modules())
-    # no subclass of Linear: torch's MultiheadAttention, for one, reads its out_proj.weight past an adapter
-    linear = [n for n, m in modules.items() if type(m) is nn.Linear and not n.endswith("lm_head")]
-    found = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in targets}
+    found = matching_layers(model, targets)
     unknown = sorted(target for target, names in found.items() if not names)
     if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        names = ", ".join(unknown)
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
+        names = ", ".join(unknown[:3]) + (f" (and {len(unknown) - 3} more)" if len(unknown) > 3 else "")
         raise ValueError(f"LoRA target {names} names no linear layer of the model; it has {known}")
     chosen = {name for names in found.values() for name in names}
-    return {name: modules[name] for name in linear if name in chosen}
+    return {name: layer for name, layer in linear_layers(model).items() if name in chosen}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that may have an adapter, by name, in the model's order; lm_head is none of them."""
+    # no subclass of Linear: torch's MultiheadAttention, for one, reads its out_proj.weight past an adapter
+    modules = model.named_modules()
+    return {name: m for name, m in modules if type(m) is nn.Linear and not name.endswith("lm_head")}
+
+
+def matching_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str]]:
+    """For each target the linear layers whose name is the target, or ends in it after a dot."""
+    names = list(linear_layers(model))
+    return {target: [n for n in names if n == target or n.endswith("." + target)] for target in targets}
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -219,7 +252,10 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:
-    """Write adapter_model.safetensors (float32) and adapter_config.json, each whole or not at all."""
+    """Write adapter_model.safetensors (float32) and adapter_config.json, each whole or not at all.
+
+    base_model is a folder or a Hub id, with an optional @revision, as load_model takes it.
+    """
     folder, layers = Path(folder), lora_layers(model)
     if not layers:
         raise ValueError(f"{folder}: the model has no adapter to save")
@@ -228,10 +264,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if any(name.rpartition(".")[2] in leaves for name in linear):
         leaves = list(layers)  # whole names: the last parts alone would match layers without an adapter
+    base, revision = str(base_model), None
+    if not os.path.isdir(base):
+        base, _, revision = base.partition("@")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
+        "base_model_name_or_path": base,
+        "revision": revision or None,
         "r": first.r,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
@@ -252,57 +292,76 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
 
 
 def read_adapter_config(path: Path) -> dict:
-    """adapter_config.json as arguments of add_lora; targets None: the layers that the weights' names say.
+    """adapter_config.json as arguments of add_lora; targets None: the names of the tensors say which layers.
 
-    Raises ValueError naming what this file does not compute.
+    Raises ValueError naming the key for anything that asks for more than plain LoRA.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig")) | {}
-    except (ValueError, TypeError, RecursionError) as error:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"a {type(raw).__name__}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON, or no object in it ({error})") from None
-    inits = (True, False, "gaussian", "orthogonal", "eva")  # the others changed the base weights as well
-    allowed = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": inits}
-    unused = ("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias",
-              "trainable_token_indices", "target_parameters", "layer_replication")
-    for key, values in (allowed | {key: (None, False, {}, []) for key in unused}).items():
+    for key, value in raw.items():
+        if value and key not in (*PLAIN, *READ, *HARMLESS):
+            raise ValueError(f"{path}: {key} = {value!r} is not supported: only plain LoRA is")
+    for key, values in PLAIN.items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {values[0]!r}")
     for key, types in (("r", (int,)), ("lora_alpha", (int, float))):
         if type(raw.get(key)) not in types or not 0 < raw[key] < math.inf:
             whole = ", a whole one" if key == "r" else ""
             raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number above 0{whole}")
-    names = raw.get("target_modules")  # a list, a pattern or "all-linear"
-    exceptions = raw.get("exclude_modules") or raw.get("layers_to_transform")
+    names = raw.get("target_modules")  # a list, a regular expression or "all-linear"
+    # not `or`: layers_to_transform may be 0, the first layer
+    exceptions = raw.get("exclude_modules") or raw.get("layers_to_transform") not in (None, [])
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names) and not exceptions
     return {
         "r": raw["r"],
         "alpha": raw["lora_alpha"],
         "dropout": raw.get("lora_dropout") or 0.0,
         "targets": tuple(names) if listed else None,
-        "rslora": raw.get("use_rslora", False),
+        "rslora": bool(raw.get("use_rslora")),
     }
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Put the adapter of a PEFT folder on a model that has none; after a ValueError it still has none."""
-    config_path, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    for file in (config_path, path):
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, under the names of lora_parameters."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file() and (pickle := path.with_suffix(".bin")).is_file():
+        command = f"save_file(torch.load({str(pickle)!r}, weights_only=True), {str(path)!r})"
+        command = f'python -c "import torch; from safetensors.torch import save_file; {command}"'
+        raise ValueError(f"{pickle}: a pickle is not read; this command converts it: {command}")
+    for file in (folder / "adapter_config.json", path):
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name} in it, so it is not an adapter folder")
-    config = read_adapter_config(config_path)
     try:
-        tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
+        return {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    if config["targets"] is None:  # a pattern, or a list with exceptions
-        config["targets"] = tuple(sorted({name.rpartition(".lora_")[0] or name for name in tensors}))
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Put the adapter of a PEFT folder on a model that has none; after a ValueError it still has none.
+
+    target_modules may name layers that the model lacks. Each layer that it does name must have its tensors
+    in the file, and each tensor must have its layer. Where target_modules is not a plain list of names, or
+    other keys make exceptions to it, the names of the tensors alone say which layers.
+    """
+    folder = Path(folder)
+    tensors = read_adapter_weights(folder)
+    config = read_adapter_config(folder / "adapter_config.json")
+    in_file = {name.rpartition(".lora_")[0] or name for name in tensors}  # whole names of layers
+    targets = config["targets"] or sorted(in_file)
+    known = matching_layers(model, targets)
+    config["targets"] = tuple(name for name in targets if known[name] or name in in_file) or targets
     try:
         add_lora(model, **config)
     except ValueError as error:
         raise ValueError(f"{folder}: does not fit this model: {error}") from None
     parameters = lora_parameters(model)
     wrong = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
-    wrong += [f"{name} is not a layer of the model" for name in tensors.keys() - parameters.keys()]
+    wrong += [f"{name} is of no layer that has an adapter" for name in tensors.keys() - parameters.keys()]
     for name in parameters.keys() & tensors.keys():
         found, needed = tuple(tensors[name].shape), tuple(parameters[name].shape)
         if found != needed:
@@ -312,7 +371,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if wrong:
         remove_lora(model)
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{path}: does not fit this model: {min(wrong)}{more}")
+        where = folder / "adapter_model.safetensors"
+        raise ValueError(f"{where}: does not fit this model: {min(wrong)}{more}")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
 

@@ -1,6 +1,9 @@
 """lora.py: the side path, its files, and the way back to the untouched model."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from lora import (
     lora_layers,
     lora_parameters,
     merge_lora,
+    read_adapter_config,
     remove_lora,
     save_adapter,  # fmt: skip
 )
@@ -114,7 +118,8 @@ def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, b
     pairs = ((y, expected), (x.grad, wide.grad), (layer.lora_A.weight.grad, a.grad), (layer.lora_B.weight.grad, b.grad))
     for ours, theirs in pairs:
         assert (ours.float() - theirs).abs().max() < tolerance * theirs.abs().max()
-    assert y.dtype == (torch.float32 if wide_output and not layer.training else dtype) and layer.lora_A.weight.grad.dtype == torch.float32
+    assert y.dtype == (torch.float32 if wide_output and not layer.training else dtype)
+    assert layer.lora_A.weight.grad.dtype == torch.float32
 
 
 @torch.inference_mode()
@@ -157,6 +162,13 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def rename(folder, old, new):
+    """Tensors under other names; without a new one they go."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name.replace(old, new): tensor for name, tensor in tensors.items() if new or old not in name}, path)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -166,12 +178,16 @@ def edit(folder, **changes):
         (lambda a: edit(a, modules_to_save=["lm_head"]), "modules_to_save = "),
         (lambda a: edit(a, target_modules=["c_attn"]), "LoRA target c_attn names no linear layer"),
         (lambda a: edit(a, r=8), "has shape"),
-        (lambda a: edit(a, target_modules=["q_proj"]), "is not a layer of the model"),
+        (lambda a: edit(a, target_modules=["q_proj"]), "is of no layer that has an adapter"),
         (lambda a: save_file({"x": torch.ones(1)}, a / "adapter_model.safetensors"), "is missing"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b"abc"), "not a whole safetensors file"),
         (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda a: edit(a, lora_alpha=None), "lora_alpha = None is not a number"),
-        (lambda a: edit(a, target_modules=["q_proj", "lm_head"]), "lm_head cannot be a LoRA target"),
+        (lambda a: rename(a, "model.layers.0.mlp.up_proj", "lm_head"), "lm_head.lora_A.weight is of no layer"),
+        (lambda a: (edit(a, target_modules=None), rename(a, "model.layers.0.mlp.up_proj", "lm_head")), "lm_head cannot be"),
+        (lambda a: rename(a, "self_attn.q_proj", "self_attn.c_attn"), "c_attn.lora_A.weight is of no layer .*and 7 more"),
+        (lambda a: rename(a, "layers.1.mlp.up_proj", ""), "model.layers.1.mlp.up_proj.lora_A.weight is missing .and 1 more"),
+        (lambda a: (edit(a, target_modules=[]), save_file({}, a / "adapter_model.safetensors")), "targets are an empty list"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path, change, message):
@@ -333,3 +349,147 @@ def test_backward_inside_an_autocast_block():
     with torch.autocast("cpu", torch.bfloat16):
         y.backward()
     assert torch.equal(x.grad, expected)
+
+
+@torch.inference_mode()
+def test_nested_disabling_ends_with_the_outer_block(tmp_path):
+    """The inner block restores what it found, which is disabled."""
+    model = adapted(tmp_path / "m")
+    with_adapter = model(TOKENS, CU)
+    with lora_disabled(model):
+        untouched = model(TOKENS, CU)
+        with lora_disabled(model):
+            assert torch.equal(model(TOKENS, CU), untouched)
+        assert torch.equal(model(TOKENS, CU), untouched)
+    assert torch.equal(model(TOKENS, CU), with_adapter) and not torch.equal(with_adapter, untouched)
+
+
+# every key of PEFT 0.21's LoraConfig, with its default (tests/tools/make_adapter_goldens.py)
+DEFAULTS = json.loads((Path(__file__).parent / "goldens" / "lora_config.json").read_text())
+HARMLESS = {  # values that change no output, checked against PEFT's logits by make_adapter_goldens.py
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM"},
+    "peft_version": "0.21.2",
+    "base_model_name_or_path": "some/model",
+    "revision": "main",
+    "inference_mode": True,
+    "layers_pattern": "layers",
+    "fan_in_fan_out": True,
+    "eva_config": {"rho": 2.0},
+    "megatron_core": "megatron.core.other",
+    "qalora_group_size": 8,
+}
+READ = {
+    "r": 3,
+    "lora_alpha": 5,
+    "lora_dropout": 0.5,
+    "use_rslora": True,
+    "target_modules": ["q_proj"],
+    "exclude_modules": ["v_proj"],
+    "layers_to_transform": 0,
+}
+OTHER_KINDS = {"peft_type": "IA3", "bias": "lora_only", "init_lora_weights": "lora_ga"}
+
+
+def config_with(folder, **changes):
+    (folder / "adapter_config.json").write_text(json.dumps(DEFAULTS | {"target_modules": ["q_proj", "v_proj"]} | changes))
+    return read_adapter_config(folder / "adapter_config.json")
+
+
+@pytest.mark.parametrize("key", [*sorted(DEFAULTS), "a_key_of_the_future"])
+def test_every_key_of_pefts_config_is_read_or_harmless_or_refused_by_name(tmp_path, key):
+    """Found at fe070b7: what was not on a list of bad keys loaded as plain LoRA, an activated one with logits off by 21."""
+    plain = config_with(tmp_path)
+    assert plain == {"r": 8, "alpha": 8, "dropout": 0.0, "targets": ("q_proj", "v_proj"), "rslora": False}
+    if key in READ:
+        assert config_with(tmp_path, **{key: READ[key]}) != plain
+    elif key in HARMLESS:
+        assert config_with(tmp_path, **{key: HARMLESS[key]}) == plain
+    else:
+        for value in [OTHER_KINDS[key]] if key in OTHER_KINDS else [True, [1], {"q_proj": 2}]:
+            with pytest.raises(ValueError, match=f"adapter_config.json: {key} = .* is not supported"):
+                config_with(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica"])
+def test_a_start_that_leaves_the_base_weights_alone_is_taken(tmp_path, init):
+    config_with(tmp_path, init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
+    "changes, targets, layers",
+    [
+        ({"target_modules": ["q_proj", "up_proj", "c_attn", "lm_head"]}, ["q_proj", "up_proj"], 4),
+        ({"target_modules": r".*\.(q|up)_proj"}, ["q_proj", "up_proj"], 4),
+        ({"target_modules": "all-linear"}, ["q_proj"], 2),
+        ({"target_modules": None}, ["q_proj"], 2),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, ["layers.0.self_attn.q_proj"], 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, ["layers.1.self_attn.q_proj"], 1),
+    ],
+)
+@torch.inference_mode()
+def test_the_tensors_say_which_layers(tmp_path, changes, targets, layers):
+    """Found at fe070b7: a name in target_modules that only other models have was an error."""
+    model = adapted(tmp_path / "m", targets=targets)
+    save_adapter(model, tmp_path / "a", "m")
+    edit(tmp_path / "a", **changes)
+    again = load_model(tmp_path / "m")
+    load_adapter(again, tmp_path / "a")
+    assert len(lora_layers(again)) == layers and torch.equal(again(TOKENS, CU), model(TOKENS, CU))
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
+    model = adapted(tmp_path / "m")
+    save_adapter(model, tmp_path / "an adapter", "m")
+    path = tmp_path / "an adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    torch.save(tensors, path.with_suffix(".bin"))
+    path.unlink()
+    again = load_model(tmp_path / "m")
+    with pytest.raises(ValueError, match="adapter_model.bin: a pickle is not read; this command converts it: ") as refused:
+        load_adapter(again, tmp_path / "an adapter")
+    assert "\n" not in str(refused.value)
+    command = shlex.split(str(refused.value).partition("converts it: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    load_adapter(again, tmp_path / "an adapter")
+    assert torch.equal(again(TOKENS, CU), model(TOKENS, CU))
+
+
+@pytest.mark.parametrize(
+    "base, name, revision",
+    [("owner/name@v1.0", "owner/name", "v1.0"), ("owner/name", "owner/name", None), ("{folder}", "{folder}", None)],
+)
+def test_the_revision_is_written_beside_the_base_model(tmp_path, base, name, revision):
+    """Found at fe070b7: the base's name was "owner/name@v1.0", which AutoPeftModel cannot find. A folder may have an @."""
+    folder = tmp_path / "m@home"
+    save_adapter(adapted(folder), tmp_path / "a", base.format(folder=folder))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (name.format(folder=folder), revision)
+
+
+@torch.inference_mode()
+def test_an_adapter_is_float32_whatever_the_file_and_the_model_are(tmp_path):
+    """A file in bfloat16, as some trainers write it, on a model in bfloat16."""
+    model = adapted(tmp_path / "m")
+    save_adapter(model, tmp_path / "a", "m")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(halves, path)
+    again = load_model(tmp_path / "m", dtype=torch.bfloat16)
+    load_adapter(again, tmp_path / "a")
+    for name, parameter in lora_parameters(again).items():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, halves[f"base_model.model.{name}"].float())
+    save_adapter(again, tmp_path / "b", "m")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {torch.float32}
+    merge_lora(again)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+
+
+def test_a_second_adapter_is_refused(tmp_path):
+    model = adapted(tmp_path / "m")
+    save_adapter(model, tmp_path / "a", "m")
+    before = {name: parameter.clone() for name, parameter in lora_parameters(model).items()}
+    for again in (lambda: add_lora(model), lambda: load_adapter(model, tmp_path / "a")):
+        with pytest.raises(ValueError, match="the model has an adapter already"):
+            again()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in lora_parameters(model).items())
