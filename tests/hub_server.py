@@ -39,13 +39,17 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server, in a thread of its own. `tokens` may read everything; `cut` holds files whose first GET breaks off."""
+    """The server, in a thread of its own. `tokens` may read everything; `cut` holds files whose first GET breaks off.
+
+    `whole` holds files that are sent whole, with status 200, even if a range of them is asked for.
+    """
 
     daemon_threads = True
 
-    def __init__(self, repos: dict[str, Repo], pages: dict[str, bytes], tokens: tuple[str, ...], cut: set[str]):
+    def __init__(self, repos: dict[str, Repo], pages: dict[str, bytes], tokens: tuple[str, ...], cut: set[str],
+                 whole: set[str] = frozenset()):  # fmt: skip
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.pages, self.tokens, self.cut = repos, pages, tokens, set(cut)
+        self.repos, self.pages, self.tokens, self.cut, self.whole = repos, pages, tokens, set(cut), whole
         self.known = (*tokens, "hf_stranger", "hf_narrow")  # valid: one that may read what is public, one not even that
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
@@ -138,7 +142,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self, file: str, content: bytes, headers: dict[str, str]) -> None:
         """A file, or the range of it that is asked for; the first GET of a file in `cut` breaks off in the middle."""
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        asked = "bytes=0-" if file in self.server.whole else self.headers.get("Range", "bytes=0-")
+        start = int(asked.removeprefix("bytes=").split("-")[0])
         ranged = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         cut = self.command == "GET" and file in self.server.cut
         self.server.cut -= {file} if cut else set()
