@@ -255,13 +255,14 @@ def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
 
     `name` is its row; "oracle:lr=0.001" has another rate. An example of how the pieces of forgetting.py go together.
     """
-    tokenizer, run = Tokenizer(options.model), look.Run(Path(options.out))
+    tokenizer, run = Tokenizer(options.model), look.read_run(Path(options.out))
     corpus = run.corpus
+    noisy = look.noisy_tokens(look.find_noise(run)[0], corpus)  # (C,)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
-    signs = np.where(corpus.response, np.where(run.noise > 0, -1, 1), 0).astype(np.int8)  # (C,)
+    signs = np.where(corpus.response, np.where(noisy, -1, 1), 0).astype(np.int8)  # (C,)
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, corpus, signs, folder, options, seed)
     by = forgetting.Yardstick(tokenizer, documents, held_out, corpus, run.signs, options.micro_tokens)
@@ -283,8 +284,9 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
             for method, by_seed in results[panel].items():  # P and N of the first panel are not this one's
                 if seed not in by_seed:
                     by_seed[seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
-            run = look.Run(Path(here.out))
-            for name, value in look.detection(run.quality, run.signs < 0, run.corpus, run.noise).items():
+            run = look.read_run(Path(here.out))
+            noise, _ = look.find_noise(run)
+            for name, value in look.detection(run.quality, run.signs < 0, run.corpus, noise).items():
                 found[panel].setdefault(name, []).append(value)
     return results, found
 
@@ -292,8 +294,10 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
 def panel_report(title: str, results: dict, found: dict[str, list]) -> str:
     """One panel: its table, paired differences, and how well a low Q finds the known noise."""
     line = "Does a low Q find the known noise? (AUC 0.5: chance; the precision of a random N is the noise share.)"
-    spreads = [forgetting.spread(values, 2) for values in found.values()]
-    parts = [f"## {title}", forgetting.comparison(results), look.paired_differences(results), line, table(list(found), [spreads])]
+    rows = {method: {seed: forgetting.columns(figures) for seed, figures in seeds.items()} for method, seeds in results.items()}
+    pairs = look.paired_differences(rows, (*look.LOWER_IS_BETTER, "demo_qa popular"))
+    figures = table(["figure", "value"], [[name, forgetting.spread(values, 2)] for name, values in found.items()])
+    parts = [f"## {title}", forgetting.comparison(results), pairs, line, figures]
     return "\n\n".join(filter(None, parts))
 
 
@@ -303,27 +307,26 @@ def panel_report(title: str, results: dict, found: dict[str, list]) -> str:
 def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tuple[str, float, bool]]]:
     """The response tokens of some examples: text, Q minus the threshold, and whether they are known noise."""
     tokenizer = Tokenizer(options.model)
-    run = look.Run(Path(options.out))
-    corpus, quality, noise = run.corpus, run.quality, run.noise
-    threshold = forgetting.quantile(quality[corpus.response], 1 - options.rho)
+    run = look.read_run(Path(options.out))
+    corpus, noisy = run.corpus, look.noisy_tokens(look.find_noise(run)[0], run.corpus)
     rows = []
     for example in examples:
         places = [i for i in range(*corpus.offsets[example : example + 2]) if corpus.response[i]]
         texts = [tokenizer.decode([int(corpus.tokens[i])], skip_special=False) for i in places]
-        rows.append([(text, float(quality[i] - threshold), noise[i] > 0) for text, i in zip(texts, places)])
+        rows.append([(text, float(run.quality[i] - run.threshold), bool(noisy[i])) for text, i in zip(texts, places)])
     return rows
 
 
 def choose_examples(options: forgetting.Options) -> list[int]:
     """Six examples that fit a line: two of each kind of noise or less, and clean ones."""
-    run, chosen = look.Run(Path(options.out)), []
-    corpus, noise = run.corpus, run.noise
-    wanted = [{1}, {1, 2}, {3}, {2}, set(), set()]
+    run, chosen = look.read_run(Path(options.out)), []
+    corpus, (noise, _) = run.corpus, look.find_noise(run)
+    wanted = [{"wrong"}, {"wrong", "boilerplate"}, {"garbled"}, {"boilerplate"}, set(), set()]
     for kinds in wanted:
         for example in range(len(corpus)):
             first, last = corpus.offsets[example : example + 2]
             fits = 5 <= corpus.response[first:last].sum() <= 19
-            if fits and example not in chosen and set(noise[first:last][noise[first:last] > 0].tolist()) == kinds:
+            if fits and example not in chosen and {kind for kind in noise if noise[kind][first:last].any()} == kinds:
                 chosen.append(example)
                 break
     return chosen

@@ -1,113 +1,274 @@
-"""What a run found, to look at: the table of its methods, and every token with its Q, in RUN/report.html.
+"""What a run found, to look at: its table, and every token with its Q, in RUN/report.html.
 
-    python tests/tools/look.py runs/mine                   # writes runs/mine/report.html, one file, opens offline
-    python tests/tools/look.py runs/demo                   # a page for every run of the demo
-    python tests/tools/look.py runs/mine --text            # the same rows coloured in the terminal
+    python tests/tools/look.py runs/mine                     # writes runs/mine/report.html, which opens offline
+    python tests/tools/look.py runs/mine --rows by-q.jsonl   # each row of D_train with its figures, lowest Q first
+    python tests/tools/look.py runs/mine --text              # rows coloured in the terminal
+    python tests/tools/look.py runs/split-0 runs/split-1     # one table of several runs, with paired differences
+    python tests/tools/look.py runs/demo                     # a page for every run of the demo
 
-Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold; known noise is underlined.
-Order: known noise, notes, the run, drawings, tokens, page, command line.
+Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold. Where rows have a field `noise`,
+[[start, end, kind], ...] in characters of the response, its tokens are underlined, and the page says how well a low Q
+finds them. Order: the run, known noise, several runs, warnings, tokens, drawings, page, command line.
 """
 
 import argparse
-import dataclasses
 import json
 import os
+import re
 import sys
 import types
-import unicodedata
-from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from itertools import groupby
 from itertools import product
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import Corpus, Tokenizer, covers, read_object, read_rows, render, write_text  # noqa: E402
+from data import Corpus, Tokenizer, covers, read_object, read_rows, render, write_rows, write_text  # noqa: E402
 from eval import table  # noqa: E402
-from forgetting import LOSSES, METHODS, UNTRAINED, choose_signs, columns, comparison, finished, quality_scores  # noqa: E402
-from forgetting import read_scores, spread  # noqa: E402
+from forgetting import LOSSES, METHODS, TRAINING, choose_signs, columns, comparison, finished  # noqa: E402
+from forgetting import quality_scores, read_scores, spread  # noqa: E402
 from model import checkpoint_folder  # noqa: E402
 
-NOISE_KINDS = ("", "wrong", "boilerplate", "garbled")  # of a row's field noise: [[start, end, kind], ...]
+Array = np.ndarray  # (C,): one for each token of D_train; (E,): one for each of its rows
 
-# -------------------------------------------------------------------------------------------- the known noise
+# ------------------------------------------------------------------------------------------------ the run
 
 
-def known_noise(corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, dict]) -> np.ndarray:
-    """(C,) int8: the kind of each token's noise, as a place in NOISE_KINDS, from the field `noise` of the rows, by source.
+@dataclass
+class Run:
+    """What stages 2 and 3 found on D_train."""
 
-    Raises ValueError where the rows do not give the corpus's tokens.
+    folder: Path
+    config: dict
+    corpus: Corpus  # D_train
+    base_loss: Array  # (C,) nats, under theta; NaN where nothing is judged
+    ref_loss: Array  # (C,) nats, under theta'
+    quality: Array  # (C,) Q
+    mean_quality: Array  # (E,) over the response tokens of a row
+    signs: Array  # (C,) the sides of plain forgetting: +1 in P, -1 in N, 0 left out
+    threshold: float  # the lowest Q in P
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's; read only where texts are needed."""
+        name = self.config["model"]
+        return Tokenizer(checkpoint_folder(str(nearby(name, self.folder) or name)))
+
+    def places(self, example: int) -> range:
+        """Where the response of a row lies, from its first token to its last."""
+        first, last = self.corpus.offsets[example : example + 2]
+        judged = np.flatnonzero(self.corpus.response[first:last]) + first
+        return range(int(judged[0]), int(judged[-1]) + 1)
+
+    def text(self, first: int, last: int) -> str:
+        """The text of the tokens from first to last - 1."""
+        return self.tokenizer.decode(self.corpus.tokens[first:last].tolist()).strip()
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder's scores and sides. Raises ValueError where they are missing, unfinished, or of other rows."""
+    path = folder / "scores.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no scores.safetensors in it, so it is not the folder of a run that scored")
+    base_loss, ref_loss, done = read_scores(path)
+    arrays, config = load_file(path), read_object(folder / "config.json")
+    if missing := {"tokens", "offsets", "sources"} - arrays.keys():
+        raise ValueError(f"{path} has no {' and '.join(sorted(missing))}: remove it and give the run's command again")
+    sources = arrays["sources"].tobytes().decode().split("\n")
+    corpus = Corpus(arrays["tokens"], np.isfinite(base_loss), arrays["offsets"], sources, dropped=0)
+    if done < len(corpus):
+        raise ValueError(f"{path} covers {done} of {len(corpus)} rows: give the run's command again")
+    if corpus.fingerprint() != config.get("inputs", {}).get("training data"):
+        raise ValueError(f"{path} was not made from the rows that config.json beside it names")
+    quality = quality_scores(base_loss, ref_loss)
+    shares = types.SimpleNamespace(rho=config.get("rho"), forget_rate=config.get("forget_rate"))
+    signs = choose_signs(METHODS["forgetting"], quality, corpus, shares, seed=0)
+    means, threshold = row_means(quality, corpus), float(quality[signs > 0].min())
+    return Run(folder, config, corpus, base_loss, ref_loss, quality, means, signs, threshold)
+
+
+def nearby(name: str, folder: Path) -> Path | None:
+    """The file or folder that a run was given by this name: it may be meant from a folder above the run's."""
+    places = [Path(name), *(above / name for above in folder.resolve().parents)]
+    return next((place for place in places if place.exists()), None)
+
+
+def row_means(values: Array, corpus: Corpus) -> Array:
+    """The means (E,) of values (C,) over the response tokens of each row."""
+    sums = np.add.reduceat(np.where(corpus.response, values, 0), corpus.offsets[:-1], dtype=np.float64)
+    return sums / np.add.reduceat(corpus.response, corpus.offsets[:-1], dtype=np.int64)
+
+
+def rows_by_quality(run: Run) -> list[dict]:
+    """An object for each row of D_train, lowest mean Q first; all figures are over its response tokens."""
+    figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss, "share_in_N": run.signs < 0}
+    means = {name: row_means(values, run.corpus).round(6).tolist() for name, values in figures.items()}
+    counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
+    return [{"source": run.corpus.sources[row]} | {name: means[name][row] for name in means} | {"response_tokens": counts[row]}
+            for row in np.argsort(run.mean_quality, kind="stable")]  # fmt: skip
+
+
+def read_logs(folder: Path) -> dict[str, list[dict]]:
+    """The log of each training, up to a line that was cut off, by its name, such as full/seed-0."""
+    logs: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("**/metrics.jsonl")):
+        name = path.parent.relative_to(folder).as_posix()
+        if re.fullmatch(TRAINING, name):
+            logs[name] = []
+            with suppress(ValueError):
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                    logs[name].append(json.loads(line))
+    return logs
+
+
+# -------------------------------------------------------------------------------------------- known noise
+
+
+def known_noise(corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, dict]) -> dict[str, Array]:
+    """{kind: (C,) bool}, the tokens of known noise: the field `noise` of the rows, which are given by their source.
+
+    Its characters are those of a row's last response. Raises ValueError where a row does not give the corpus's tokens.
     """
-    kinds = np.zeros(len(corpus.tokens), np.int8)
-    for begin in range(0, len(corpus), 1000):
-        examples = range(begin, min(begin + 1000, len(corpus)))
-        rendered = [render(rows[corpus.sources[example]], tokenizer.eos) for example in examples]
+    noise: dict[str, Array] = {}
+    for first in range(0, len(corpus), 1000):
+        sources = corpus.sources[first : first + 1000]
+        rendered = [render(rows[source], tokenizer.eos) for source in sources]
         encoded = tokenizer.encode(["".join(text for text, _ in pieces) for pieces in rendered])
-        for example, pieces, (ids, spans) in zip(examples, rendered, encoded):
-            start, end = corpus.offsets[example : example + 2]
-            if ids[: end - start] != corpus.tokens[start:end].tolist():
-                raise ValueError("the rows have changed since they were scored")
-            covered = np.array(spans[: end - start], np.int64).reshape(-1, 2)  # (length, 2)
-            at = sum(len(text) for text, _ in pieces[:-1])  # where the one response of a row of the demo begins
-            for first, last, kind in rows[corpus.sources[example]]["noise"]:
-                kinds[start:end][covers(covered, at + first, at + last)] = NOISE_KINDS.index(kind)
-    return kinds
+        for example, (source, pieces, (ids, spans)) in enumerate(zip(sources, rendered, encoded), first):
+            begin, end = corpus.offsets[example : example + 2]
+            if ids[: end - begin] != corpus.tokens[begin:end].tolist():
+                raise ValueError(f"{source} has changed since it was scored")
+            last = max(i for i, (_, is_response) in enumerate(pieces) if is_response)
+            at = sum(len(text) for text, _ in pieces[:last])  # where the response begins
+            characters = np.array(spans[: end - begin], np.int64).reshape(-1, 2)  # (length, 2)
+            for start, stop, kind in rows[source]["noise"]:
+                tokens = noise.setdefault(str(kind), np.zeros(len(corpus.tokens), bool))
+                tokens[begin:end] |= covers(characters, at + start, at + stop)
+    return dict(sorted(noise.items()))
 
 
-def roc_auc(low: np.ndarray, high: np.ndarray) -> float:
+def find_noise(run: Run) -> tuple[dict[str, Array], str]:
+    """The known noise of a run, and, where its rows may have some that is not shown, the reason."""
+    rows = {}  # by their source as the run gave it
+    try:
+        for file in sorted({source.rpartition(":")[0] for source in run.corpus.sources}):
+            if (path := nearby(file, run.folder)) is None:
+                raise ValueError(f"{file} is not there, from {Path.cwd()} or a folder above {run.folder.resolve()}")
+            rows |= {f"{file}:{row['_source'].rpartition(':')[2]}": row for row in read_rows([str(path)])}
+        marked = sum("noise" in rows.get(source, {}) for source in run.corpus.sources)
+        if 0 < marked < len(run.corpus):
+            raise ValueError(f"only {marked} of {len(run.corpus)} rows have a field `noise`")
+        return known_noise(run.corpus, run.tokenizer, rows) if marked else {}, ""
+    except (ValueError, TypeError) as error:  # TypeError: a field `noise` of another meaning
+        return {}, f"known noise is not shown: {error}"
+
+
+def noisy_tokens(noise: dict[str, Array], corpus: Corpus) -> Array:
+    """(C,) bool: the response tokens that are known noise of any kind."""
+    return corpus.response & np.logical_or.reduce([np.zeros(len(corpus.tokens), bool), *noise.values()])
+
+
+def roc_auc(low: Array, high: Array) -> float:
     """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
+    if not len(low) or not len(high):
+        return np.nan
     ordered = np.sort(high)
-    above = len(high) - np.searchsorted(ordered, low, side="right")
-    ties = np.searchsorted(ordered, low, side="right") - np.searchsorted(ordered, low, side="left")
-    return float((above + ties / 2).mean() / len(high))
+    above = len(high) - (np.searchsorted(ordered, low, "left") + np.searchsorted(ordered, low, "right")) / 2
+    return float(above.mean() / len(high))
 
 
-def detection(quality: np.ndarray, negative: np.ndarray, corpus: Corpus, noise: np.ndarray) -> dict[str, float]:
-    """How well a low Q (C,) finds noise that is known: ROC-AUC in all and by kind, precision and recall of N.
+def detection(quality: Array, negative: Array, corpus: Corpus, noise: dict[str, Array]) -> dict[str, float]:
+    """How well a low Q (C,) finds known noise: AUC of tokens and of rows (by mean Q), precision and recall of N (C,) bool.
 
-    noise (C,) int8 is the place of each token's kind in NOISE_KINDS; negative (C,) bool is N; quality is NaN where nothing is judged. {} if no token is known to be noise.
+    "AUC wrong" is for noise of the kind "wrong", against what is no noise at all. {} where no token is known to be noise;
+    a figure with nothing to compare, such as an AUC of rows that are all noisy, is left out.
     """
-    clean = quality[corpus.response & (noise == 0)]
-    noisy = corpus.response & (noise > 0)
+    noisy, means = noisy_tokens(noise, corpus), row_means(quality, corpus)
     if not noisy.any():
         return {}
-    figures = {"noise share": float(noisy.sum() / corpus.response.sum()), "AUC": roc_auc(quality[noisy], clean)}
-    for kind, name in enumerate(NOISE_KINDS):
-        if kind and (noise == kind).any():
-            figures[f"AUC {name}"] = roc_auc(quality[corpus.response & (noise == kind)], clean)
+    kinds = {"": noisy} | {f" {kind}": tokens & corpus.response for kind, tokens in noise.items()}
+    rows = {kind: np.logical_or.reduceat(tokens, corpus.offsets[:-1]) for kind, tokens in kinds.items()}  # (E,) each
+    clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]
+    figures = {"noise share": float(noisy.sum() / corpus.response.sum())}
+    figures |= {f"AUC{kind}": roc_auc(quality[kinds[kind]], clean) for kind in kinds}
+    figures |= {f"row AUC{kind}": roc_auc(means[rows[kind]], clean_rows) for kind in kinds}
     figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
     figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
-    return figures
+    return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
-# ------------------------------------------------------------------------------------------- differences
+# ------------------------------------------------------------------------------------------- several runs
 
-LESS_IS_BETTER = ("held-out", "held-out perplexity", "lambada perplexity", "demo_qa popular")
-
-
-def paired_differences(results: dict[str, dict[int, dict]]) -> str:
-    """A table of each method minus full, and minus ignoring, over the seeds that both have; "" where there is none."""
-    rows_by_method = {name: {seed: columns(figures) for seed, figures in seeds.items()} for name, seeds in results.items()}
-    names = [name for seeds in rows_by_method.values() for row in seeds.values() for name in row if name not in ("L_P", "L_N")]
-    names, lines = list(dict.fromkeys(names)), []
-    for baseline, method in product(("full", "ignoring"), rows_by_method):
-        ours, theirs = rows_by_method[method], rows_by_method.get(baseline, {})
-        shared = [seed for seed in ours if seed in theirs]
-        if method in (baseline, "full", *UNTRAINED) or not shared:
-            continue
-        cells = [f"{method} - {baseline}"]
-        for name in names:
-            differences = [ours[seed][name] - theirs[seed][name] for seed in shared]
-            wins = sum(d < 0 if name in LESS_IS_BETTER else d > 0 for d in differences)
-            cells.append(f"{spread(differences, 3 if name in LOSSES else 1, '+')} ({wins}/{len(shared)})")
-        lines.append(cells)
-    return "Paired differences over seeds (in how many the first is better):\n\n" + table(["pair", *names], lines) if lines else ""
+LOWER_IS_BETTER = ("held-out", "held-out perplexity", "lambada perplexity")
 
 
-# ---------------------------------------------------------------------------------------------- notes
+def differences(ours: dict, theirs: dict) -> dict[str, list[float]]:
+    """{column: ours - theirs for every key of both}, of two methods' figures {key: {column: figure}}; not of L_P and L_N.
+
+    A key is a seed, a run, or whatever else makes pairs.
+    """
+    found: dict[str, list[float]] = {}
+    for key in (key for key in ours if key in theirs):
+        for name, value in ours[key].items():
+            if name in theirs[key] and name not in ("L_P", "L_N"):
+                found.setdefault(name, []).append(value - theirs[key][name])
+    return found
+
+
+def paired_differences(rows: dict[str, dict], lower_is_better: tuple[str, ...] = LOWER_IS_BETTER) -> str:
+    """A table of each method minus full, and minus ignoring, {method: {key: {column: figure}}}; "" where there is none."""
+    pairs = [(method, baseline) for baseline, method in product(("full", "ignoring"), rows)
+             if baseline in rows and method not in ("base", "full", baseline)]  # fmt: skip
+    figures = {f"{method} - {baseline}": differences(rows[method], rows[baseline]) for method, baseline in pairs}
+    figures = {pair: found for pair, found in figures.items() if found}
+
+    def cell(name: str, values: list[float]) -> str:
+        better = sum(value < 0 if name in lower_is_better else value > 0 for value in values)
+        return f"{spread(values, digits(name), '+')} ({better}/{len(values)})"
+
+    title = "Paired differences (in how many the first is better):\n\n"
+    return title + table_of("pair", figures, cell) if figures else ""
+
+
+def table_of(corner: str, figures: dict[str, dict[str, list[float]]], cell: Callable[[str, list[float]], str]) -> str:
+    """{line: {column: values}} as a table, with cell(column, values) where there are values."""
+    names = list(dict.fromkeys(name for line in figures.values() for name in line))
+    lines = [[what, *(cell(name, line[name]) if name in line else "" for name in names)] for what, line in figures.items()]
+    return table([corner, *names], lines)
+
+
+def digits(name: str) -> int:
+    """How many digits a column's figures have: three for losses, one for percentages."""
+    return 3 if name in LOSSES else 1
+
+
+def join_runs(folders: list[Path]) -> str:
+    """The results of several runs in one table; each run counts once, with its means over its seeds."""
+    rows, notes = {}, [f"mean +- sample standard deviation over {len(folders)} runs: {', '.join(map(str, folders))}"]
+    for folder in folders:
+        done, left_out = finished(folder, {})
+        if not done:
+            raise ValueError(f"{folder}: no finished method of a run in it")
+        notes += [f"not in the table: {folder}/{what}" for what in left_out]
+        for method, seeds in done.items():
+            found = [columns(figures) for figures in seeds.values()]
+            rows.setdefault(method, {})[folder] = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    figures: dict[str, dict[str, list[float]]] = {}
+    for method, by_run in rows.items():
+        for name, value in (pair for row in by_run.values() for pair in row.items()):
+            figures.setdefault(f"{method} ({len(by_run)})", {}).setdefault(name, []).append(value)
+    means = table_of("method (runs)", figures, lambda name, values: spread(values, digits(name)))
+    return "\n\n".join(filter(None, [means, paired_differences(rows), "\n".join(notes)]))
+
+
+# ----------------------------------------------------------------------------------------------- warnings
 
 
 def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
@@ -120,376 +281,229 @@ def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
 
 
 def notes_on(name: str, log: list[dict]) -> list[str]:
-    """What the table must not hide about a training: that it moved nothing, learned nothing or unlearned nothing."""
-    method, notes = METHODS.get(name.partition("/")[0].partition(":")[0]), []
-    if log and not any(line["lr"] for line in log):
-        notes.append("all its steps had rate 0, so it is the base model")
-    if method is not None and method.unlearn and all(line["L_N"] is None for line in log):
-        notes.append("no token was unlearned: N is empty, or lambda stayed 0")
-    if log and all(line["L_P"] is None for line in log):
-        notes.append("no token was learned: P is empty")
-    return notes
+    """What the table must not hide about a training: that it moved, learned or unlearned nothing, or does harm."""
+    method = METHODS.get(re.split("[:/]", name)[0])
+    findings = {
+        "all its steps had rate 0, so it is the base model": not any(line["lr"] for line in log),
+        "no token was learned: P is empty": all(line["L_P"] is None for line in log),
+        "no token was unlearned: N is empty, or lambda stayed 0":
+            method is not None and method.unlearn and all(line["L_N"] is None for line in log),
+        "L_P and L_N both rose: unlearning destroys what is learned": forgetting_hurts(log),
+    }  # fmt: skip
+    return [f"{name}: {note}" for note, found in findings.items() if log and found]
 
 
-# ---------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------- tokens
 
-SHOWN = 1000  # rows of a page, if not too long
-LOWEST = 20  # rows to look at first
 PART = "\u00b7"  # stands for a token whose character goes on in the next one
 MOST_PARTS = 8  # a character has at most four bytes, but a token may end one and begin the next
-
-
-@dataclasses.dataclass
-class Run:
-    """A run folder's scores, sides and logs. Raises ValueError where it has no scores, or no tokens in them."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        path = self.folder / "scores.safetensors"
-        if not path.is_file():
-            raise ValueError(f"{self.folder}: no scores.safetensors in it, so it is not the folder of a run that scored")
-        done = read_scores(path)[2]  # a file that was cut off is one line
-        arrays = load_file(path)
-        if not {"tokens", "sources"} <= arrays.keys():
-            raise ValueError(f"{path} was made by an earlier version, without tokens: remove it and give the run again")
-        if done < len(arrays["offsets"]) - 1:
-            raise ValueError(f"{path} covers {done} of {len(arrays['offsets']) - 1} examples: give the run's command again")
-        self.config = read_object(self.folder / "config.json")
-        self.base_loss = arrays["base_loss"]  # (C,)
-        self.quality = quality_scores(arrays["base_loss"], arrays["ref_loss"])  # (C,), NaN where nothing is judged
-        self.response = np.isfinite(self.quality)  # (C,)
-        sources = arrays["sources"].tobytes().decode().split("\n")
-        self.corpus = Corpus(arrays["tokens"], self.response, arrays["offsets"], sources, dropped=0)
-        wanted = types.SimpleNamespace(rho=self.config.get("rho"), forget_rate=self.config.get("forget_rate"))
-        self.signs = choose_signs(METHODS["forgetting"], self.quality, self.corpus, wanted, seed=0)  # (C,)
-        self.threshold = float(self.quality[self.signs > 0].min())
-        self.sums = np.add.reduceat(np.where(self.response, self.quality, 0), arrays["offsets"][:-1], dtype=np.float64)
-        self.means = self.sums / np.add.reduceat(self.response, arrays["offsets"][:-1], dtype=np.int64)  # (E,)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The model's, or the copy beside an adapter where the model is gone."""
-        copies = sorted(self.folder.glob("*/seed-*/tokenizer.json"))
-        try:
-            return Tokenizer(checkpoint_folder(str(self.nearby(self.config["model"]) or self.config["model"])))
-        except ValueError:
-            if not copies:
-                raise
-            return Tokenizer(copies[0].parent)
-
-    @property
-    def noise(self) -> np.ndarray | None:
-        """(C,) int8, above 0 where a token is known to be noise; None where the rows do not say."""
-        return self.known_noise[0]
-
-    @cached_property
-    def known_noise(self) -> tuple[np.ndarray | None, str]:
-        """The noise, or None and, where the rows may have had some, why it is not shown."""
-        files = sorted({source.rpartition(":")[0] for source in self.corpus.sources})
-        rows = {}  # by their source as the run gave it
-        for file in files:
-            if (path := self.nearby(file)) is None:
-                tried = f"as given (from {Path.cwd()}) and in every folder above {self.folder.resolve()}"
-                return None, f"Known noise was not looked for: {file} is not there; tried {tried}."
-            try:
-                rows |= {f"{file}:{row['_source'].rpartition(':')[2]}": row for row in read_rows([str(path)])}
-            except ValueError as error:
-                return None, f"Known noise was not looked for: {error}."
-        marked = sum("noise" in rows.get(source, {}) for source in self.corpus.sources)
-        if not marked:
-            return None, ""
-        if marked < len(self.corpus):
-            return None, f"Known noise is not shown: only {marked} of {len(self.corpus)} rows carry it."
-        try:
-            return known_noise(self.corpus, self.tokenizer, rows), ""
-        except (ValueError, TypeError) as error:  # also a field `noise` of another meaning
-            return None, f"Known noise is not shown: {error}."
-
-    def nearby(self, name: str) -> Path | None:
-        """What the run was given by this name: a relative path may be meant from a folder above the run's."""
-        places = [Path(name), *(folder / name for folder in self.folder.resolve().parents)]
-        return next((place for place in places if place.exists()), None)
-
-    def text_of(self, *tokens: int) -> str:
-        """Tokens as a reader knows them: with the leading space of the first; U+FFFD where a character is not whole."""
-        text, piece = self.tokenizer.decode(tokens, skip_special=False), self.tokenizer.raw.id_to_token(tokens[0]) or ""
-        return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
-
-    def name_of(self, token: int) -> str:
-        """A token alone, by its own name where it is a part of a character."""
-        text = self.text_of(token)
-        return self.tokenizer.raw.id_to_token(token) or text if "\ufffd" in text else text
-
-    def texts(self, places: range) -> list[str]:
-        """The text of each token; a character in several tokens stands on the last of them, PART on those before."""
-        tokens = self.corpus.tokens[places.start : places.stop].tolist()
-        texts: list[str] = []
-        while tokens:
-            sizes = range(1, min(len(tokens), MOST_PARTS) + 1)  # where no end is found, the text itself is broken
-            size = next((n for n in sizes if "\ufffd" not in self.text_of(*tokens[:n])), 1)
-            texts += [PART] * (size - 1) + [self.text_of(*tokens[:size])]
-            tokens = tokens[size:]
-        return texts
-
-    def whole_text(self, example: int) -> str:
-        """Prompt and response of an example as the tokenizer gives them back."""
-        first, last = self.corpus.offsets[example : example + 2]
-        return self.tokenizer.decode(self.corpus.tokens[first:last].tolist(), skip_special=False)
-
-    def places(self, example: int) -> range:
-        """Where the response tokens of an example lie, from the first to the last."""
-        first, last = self.corpus.offsets[example : example + 2]
-        judged = np.flatnonzero(self.response[first:last]) + first
-        return range(int(judged[0]), int(judged[-1]) + 1)
-
-    def logs(self) -> dict[str, list[dict]]:
-        """metrics.jsonl of every training, by its folder."""
-        found = {}
-        for path in sorted(self.folder.glob("**/metrics.jsonl")):
-            try:
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            except ValueError as error:
-                raise ValueError(f"{path}: not a whole log ({error})") from None
-            found[str(path.parent.relative_to(self.folder))] = lines
-        return found
-
-    def shown(self, count: int, most_tokens: int = 150_000) -> list[int]:
-        """The examples to show: the lowest means of Q, the most negative sums, then others at random."""
-        usual = self.response.sum() / len(self.corpus)
-        count = min(count, 1 + int(most_tokens / usual))  # else long rows would leave no room for the others
-        lowest, order = self.lowest(), np.argsort(self.sums, kind="stable")
-        others = np.random.default_rng(0).permutation(order[count // 2 :])
-        chosen, total = [], 0.0
-        for example in list(dict.fromkeys([*lowest, *order[: count // 2].tolist(), *others.tolist()]))[:count]:
-            length = self.corpus.offsets[example + 1] - self.corpus.offsets[example]
-            total += len(self.places(example)) + length / 20  # in bytes a prompt's token is cheap
-            if total > most_tokens and chosen:
-                break
-            chosen.append(example)
-        return chosen
-
-    def lowest(self) -> list[int]:
-        """The examples with the lowest mean Q, to look at first."""
-        return np.argsort(self.means, kind="stable")[:LOWEST].tolist()
-
-
-# ------------------------------------------------------------------------------------------- drawings
-
 SIDES = {1: "in P", -1: "in N", 0: "left out"}
 
 
-def curve(points: list[tuple[float, float]], label: str) -> str:
-    """A line through (step, value) as SVG, with its least and greatest value."""
-    if not points:
-        return ""
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    size = len(points) // 150 + 1
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    ends = [(min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])) for part in parts]  # a spike stays
-    points = [point for pair in ends for point in sorted(set(pair))]
-    xs, ys = zip(*points)
-    wide, tall = max(xs) - min(xs) or 1, high - low or 1
-    line = " ".join(f"{8 + 224 * (x - min(xs)) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
-    return (f'<svg viewBox="0 0 240 100" role="img" aria-label="{escape(label)}"><text x="8" y="14">{escape(label)}</text>'
-            f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>')
+def token_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Tokens as a reader knows them, with the leading space of the first; U+FFFD where a character is not whole."""
+    text, name = tokenizer.decode(tokens, skip_special=False), tokenizer.raw.id_to_token(tokens[0]) or ""
+    return " " + text if name.startswith("\u2581") and not text.startswith(" ") else text
 
 
-def curves(lines: list[dict]) -> str:
-    """L_P, L_N, lambda and the gradient's norm of one training, and what else was watched."""
-    names = ("L_P", "L_N", "lambda", "grad_norm", "held-out", "grad_P", "grad_N", "cosine")
-    return "".join(curve([(x["step"], x[name]) for x in lines if x.get(name) is not None], name) for name in names)
-
-
-def histogram(run: Run, bins: int = 60) -> str:
-    """How many tokens have which Q, each bar stacked of N, left out and P, and lines at the threshold and at 0."""
-    quality = run.quality[run.response]
-    low, high = np.quantile(quality, [0.005, 0.995])
-    low, high = min(low, 0, run.threshold), max(high, 0, run.threshold) + 1e-6
-    quality, signs = np.clip(quality, low, high), run.signs[run.response]
-    counts = {sign: np.histogram(quality[signs == sign], bins, (low, high))[0] for sign in (-1, 0, 1)}  # (bins,) each
-    highest = sum(counts.values()).max()
-    at = lambda x: 10 + 480 * (x - low) / (high - low)  # noqa: E731
-    parts = []
-    for i in range(bins):
-        x, below = 10 + 480 / bins * i, 125.0
-        for sign, count in ((sign, counts[sign][i]) for sign in counts if counts[sign][i]):
-            tall = 110 * count / highest
-            below -= tall
-            parts.append(f'<rect class="{"opn"[sign]}" x="{x:.1f}" y="{below:.2f}" width="{480 / bins - 1:.1f}" '
-                         f'height="{tall:.2f}"><title>{count:,} {SIDES[sign]}</title></rect>')
-    for x, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
-        parts.append(f'<line x1="{at(x):.1f}" x2="{at(x):.1f}" y1="5" y2="125"/><text x="{at(x) + 3:.1f}" y="{y}">{name}</text>')
-    parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, what lies outside (1 %) at the ends</text>')
-    return f'<svg viewBox="0 0 500 145" role="img" aria-label="histogram of Q">{"".join(parts)}</svg>'
-
-
-def scatter(run: Run, count: int = 2000) -> str:
-    """Q against the loss of the base model, for an even sample of the tokens."""
-    places = np.flatnonzero(run.response)
-    places = places[np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)]
-    x, y = run.base_loss[places], run.quality[places]
-    wide, (low, high) = max(float(np.quantile(x, 0.995)), 1e-6), np.quantile(y, [0.005, 0.995])
-    tall = high - low or 1
-    dots = []
-    for loss, q, sign in zip(x, y, run.signs[places]):
-        across, down = 10 + 480 * min(loss / wide, 1), 125 - 115 * min(max((q - low) / tall, 0), 1)
-        dots.append(f'<circle class="{"opn"[sign]}" cx="{across:.0f}" cy="{down:.0f}" r="1.5"/>')
-    note = f"base loss 0 to {wide:.1f} nats to the right, Q {low:.2f} to {high:.2f} upwards; {len(places):,} tokens"
-    text = f'<text x="10" y="140" class="dim">{note}</text>'
-    return f'<svg viewBox="0 0 500 145" role="img" aria-label="Q against base loss">{"".join(dots)}{text}</svg>'
-
-
-# --------------------------------------------------------------------------------------------- tokens
-
-
-DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+def response_texts(run: Run, example: int) -> list[tuple[int, str]]:
+    """(place, text) of a response's tokens; a character in several tokens stands on the last, PART on those before."""
+    places, texts = run.places(example), []
+    tokens = run.corpus.tokens[places.start : places.stop].tolist()
+    while tokens:
+        sizes = range(1, min(len(tokens), MOST_PARTS) + 1)  # where no end is found, the text itself is broken
+        size = next((n for n in sizes if "\ufffd" not in token_text(run.tokenizer, tokens[:n])), 1)
+        texts += [PART] * (size - 1) + [visible(token_text(run.tokenizer, tokens[:size]))]
+        tokens = tokens[size:]
+    return list(zip(places, texts))
 
 
 def visible(text: str) -> str:
     """Text with control characters and changes of direction shown by name, so that none of them acts."""
-    acting = lambda c: unicodedata.category(c) == "Cc" and c not in "\n\t" or c in DIRECTIONS  # noqa: E731
-    return "".join(f"\u2039U+{ord(c):04X}\u203a" if acting(c) else c for c in text)
+    acting = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(acting, lambda found: f"\u2039U+{ord(found[0]):04X}\u203a", text)
 
 
-def token_html(run: Run, place: int, text: str) -> str:
-    """One token: class p, n or o (left out), its strength, and Q and the base loss for hover and tap."""
-    text = escape(visible(text)).replace("\n", "\u23ce\n")
-    if not run.response[place]:
+def safe(text: str, most: int | None = None) -> str:
+    """Text for HTML, also inside an attribute; without its middle, if it has more than `most` characters."""
+    short = text if most is None or len(text) <= most else f"{text[: most // 2]} [\u2026] {text[-most // 2 :]}"
+    return escape(visible(short))
+
+
+def rows_to_show(run: Run, count: int, most_tokens: int = 150_000) -> Array:
+    """The rows of lowest mean Q, and as many at random; fewer than count where responses are long."""
+    count = min(count, 1 + int(most_tokens * len(run.corpus) / run.corpus.response.sum()))
+    order = np.argsort(run.mean_quality, kind="stable")
+    others = np.random.default_rng(0).permutation(order[(count + 1) // 2 :])
+    return np.concatenate([order[: (count + 1) // 2], others[: count // 2]])
+
+
+def token_html(run: Run, place: int, text: str, noisy: bool) -> str:
+    """One token: class p, n or o (left out), and k for known noise; Q and the base loss for hover and tap."""
+    text = escape(text).replace("\n", "\u23ce\n")
+    if not run.corpus.response[place]:
         return f"<i>{text}</i>"
     quality, sign = float(run.quality[place]), int(run.signs[place])
     strength = 0.15 + 0.65 * min(abs(quality - run.threshold) / 3, 1)
-    known = " k" if run.noise is not None and run.noise[place] > 0 else ""
     note = f"Q {quality:.3f}, base loss {run.base_loss[place]:.3f}, {SIDES[sign]}"
-    return f'<b class="{"opn"[sign]}{known}" style="--a:{strength:.2f}" title="{note}">{text}</b>'
+    return f'<b class="{"opn"[sign]}{" k" * noisy}" style="--a:{strength:.2f}" title="{note}">{text}</b>'
 
 
-def example_html(run: Run, example: int) -> str:
-    """An example's response with its source, sum and mean of Q; the filter reads data-text, whatever the tokens cut."""
-    source, places = visible(run.corpus.sources[example]), run.places(example)
-    tokens = "".join(token_html(run, place, text) for place, text in zip(places, run.texts(places)))
-    begin = max(int(run.corpus.offsets[example]), places[0] - 60)
-    asked = run.tokenizer.decode(run.corpus.tokens[begin : places[0]].tolist(), skip_special=False).lstrip("\ufffd")
-    whole, file = escape(visible(run.whole_text(example))), escape(source.rpartition(":")[0])
-    return (f'<section id="row-{example}" data-sum="{run.sums[example]:.6f}" data-mean="{run.means[example]:.6f}" '
-            f'data-at="{example}" data-file="{file}" data-text="{whole}"><h4>{escape(source)} \u00b7 sum {run.sums[example]:.2f} \u00b7 mean '
-            f'{run.means[example]:.3f}</h4><p class="asked">{escape(visible(asked))}</p><p class="tokens">{tokens}</p></section>')
+def row_html(run: Run, example: int, noisy: Array) -> str:
+    """A row: source, mean Q, question, coloured response. The script reads data-text and sorts by data-mean, -sum, -at."""
+    (first, last), begin = run.corpus.offsets[example : example + 2], run.places(example).start
+    tokens = "".join(token_html(run, place, text, bool(noisy[place])) for place, text in response_texts(run, example))
+    source, mean = safe(run.corpus.sources[example]), run.mean_quality[example]
+    total = mean * run.corpus.response[first:last].sum()
+    return (f'<section id="row-{example}" data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
+            f'data-text="{source} {safe(run.text(first, last))}"><h3>{source} \u00b7 mean Q {mean:.3f}</h3>'
+            f'<p class="dim">{safe(run.text(first, begin), 400)}</p><p class="tokens">{tokens}</p></section>')
 
 
-def token_types(run: Run, count: int = 40) -> str:
-    """The types of token with the lowest and the highest mean Q, with a place where each occurs."""
-    places = np.flatnonzero(run.response)
-    ids = run.corpus.tokens[places]
-    seen = np.bincount(ids)
-    sums = np.bincount(ids, run.quality[places])
-    enough = np.flatnonzero(seen >= min(5, seen.max()))
-    order = enough[np.argsort(sums[enough] / seen[enough], kind="stable")]
-    first_place = dict(zip(ids[::-1].tolist(), places[::-1].tolist()))
-    lines = []
-    for token in dict.fromkeys([*order[:count].tolist(), *order[-count:].tolist()]):
-        place = first_place[token]
-        first, last = max(place - 8, 0), min(place + 5, len(run.corpus.tokens))
-        around = [escape(visible(text)) for text in run.texts(range(first, last))]
-        around[place - first] = f"<mark>{around[place - first]}</mark>"
-        name = escape(visible(run.name_of(token))).replace(" ", "\u2423").replace("\n", "\u23ce")
-        cells = (f"<code>{name}</code>", f"{sums[token] / seen[token]:.3f}", f"{seen[token]:,}", "".join(around))
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th>token</th><th>mean Q</th><th>count</th><th>where</th></tr>"
-    return f"<p>Of those seen at least {min(5, seen.max())} times; \u2423 is a space.</p><table>{head}{''.join(lines)}</table>"
-
-
-def lowest_rows(run: Run, examples: list[int]) -> str:
-    """The rows with the lowest mean Q, each with a link to its tokens below."""
-    lines = []
-    for example in (example for example in run.lowest() if example in examples):
-        text = run.tokenizer.decode(run.corpus.tokens[list(run.places(example))].tolist())
-        source = escape(visible(run.corpus.sources[example]))
-        name = source.rpartition("/")[2]  # the whole path would fill a narrow screen
-        link = f'<a href="#row-{example}" title="{source}">{name}</a>'
-        lines.append(f"<tr><td>{link}</td><td>{run.means[example]:.3f}</td>"
-                     f"<td>{escape(visible(text[:160]))}</td></tr>")  # fmt: skip
-    return f"<table><tr><th>row</th><th>mean Q</th><th>response</th></tr>{''.join(lines)}</table>"
-
-
-def print_tokens(run: Run, count: int) -> None:
-    """The same rows for a terminal, in colours."""
-    for example in run.shown(count):
-        print(f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  sum {run.sums[example]:.2f}  mean {run.means[example]:.3f}")
-        places = run.places(example)
-        for place, text in zip(places, map(visible, run.texts(places))):
-            colour = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])]
-            known = "\033[4m" if run.noise is not None and run.noise[place] > 0 else ""
-            print(f"{colour}{known}{text}\033[0m" if colour or known else text, end="")
+def print_rows(run: Run, count: int) -> None:
+    """The same rows for a terminal: blue in P, red in N, known noise underlined."""
+    noisy = noisy_tokens(find_noise(run)[0], run.corpus)
+    for example in rows_to_show(run, count):
+        print(f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  mean Q {run.mean_quality[example]:.3f}")
+        for place, text in response_texts(run, example):
+            code = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])] + "\033[4m" * bool(noisy[place])
+            print(f"{code}{text}\033[0m" if code else text, end="")
         print()
 
 
-# ----------------------------------------------------------------------------------------------- page
+# ----------------------------------------------------------------------------------------------- drawings
 
+
+def curve(points: list[tuple[float, float]], name: str) -> str:
+    """A line through all (step, value) as SVG, with its lowest and highest value."""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    first, wide, tall = points[0][0], points[-1][0] - points[0][0] or 1, high - low or 1
+    line = " ".join(f"{8 + 224 * (x - first) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
+    return (f'<svg viewBox="0 0 240 100" role="img" aria-label="{safe(name)}"><text x="8" y="14">{safe(name)}</text>'
+            f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>')
+
+
+def curves(log: list[dict]) -> str:
+    """Everything that a training logged, each against the step."""
+    names = dict.fromkeys(name for line in log for name in line if name not in ("step", "tokens/s"))
+    lines = {name: [(line["step"], line[name]) for line in log if line.get(name) is not None] for name in names}
+    return "".join(curve(points, name) for name, points in lines.items() if points)
+
+
+def histogram(run: Run, bins: int = 60) -> str:
+    """How many tokens have which Q, each bar stacked of N, left out and P, with lines at 0 and at the threshold."""
+    quality, signs = run.quality[run.corpus.response], run.signs[run.corpus.response]
+    low, high = np.quantile(quality, [0.005, 0.995])
+    low, high = min(low, 0, run.threshold), max(high, 0, run.threshold) + 1e-6
+    inside = np.clip(quality, low, high)
+    counts = np.stack([np.histogram(inside[signs == sign], bins, (low, high))[0] for sign in (-1, 0, 1)])  # (3, bins)
+    tall = 110 * counts / counts.sum(0).max()
+    tops = 125 - tall.cumsum(0)
+    parts = [f'<rect class="{"nop"[side]}" x="{10 + 8 * i}" y="{tops[side, i]:.2f}" width="7" height="{tall[side, i]:.2f}">'
+             f"<title>{counts[side, i]:,} {SIDES[side - 1]}</title></rect>" for side, i in np.argwhere(counts)]  # fmt: skip
+    for value, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
+        x = 10 + 8 * bins * (value - low) / (high - low)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="5" y2="125"/><text x="{x + 3:.1f}" y="{y}">{name}</text>')
+    parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, the outermost 1 % at the ends</text>')
+    return f'<svg viewBox="0 0 {20 + 8 * bins} 145" role="img" aria-label="histogram of Q">{"".join(parts)}</svg>'
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+LOWEST = 20  # rows to look at first
+SHOWN = 1000  # rows whose tokens are on a page
 STYLE = """
-:root { color-scheme: light dark; --p: 47,111,219; --n: 232,131,42; --line: #8885; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 62rem; padding: 0 1rem; overflow-wrap: anywhere; }
-pre, .wide { overflow-x: auto; } pre { font-size: 12px; overflow-wrap: normal; } h4 { margin: .8rem 0 0; font-size: 12px; }
+:root { color-scheme: light dark; --p: 47, 111, 219; --n: 232, 131, 42; --line: #8886; }
+@media (prefers-color-scheme: dark) { :root { --p: 62, 116, 214; --n: 190, 92, 18; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h3 { margin: .8rem 0 0; font-size: 13px; } p { margin: .3rem 0; } .dim { opacity: .7; font-size: 13px; }
+.warning { border-left: 4px solid rgb(var(--n)); padding-left: .6rem; } input, select { font: inherit; max-width: 100%; }
+table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; overflow-wrap: break-word; }
+td, th { border-bottom: 1px solid var(--line); padding: .15rem .5rem; text-align: left; vertical-align: top; unicode-bidi: isolate; }
+@media (max-width: 700px) {  /* each line of a table becomes a list of its own: nothing to scroll, nothing cut */
+  thead, td:empty { display: none; } table, tbody, tr { display: block; } tr { border-bottom: 1px solid var(--line); }
+  td { display: flex; border: 0; } td:first-child { font-weight: 600; }
+  td::before { content: attr(data-name); flex: 0 0 40%; opacity: .7; padding-right: .5rem; }
+}
 svg { width: 100%; max-width: 31rem; } .curves svg { max-width: 15rem; } svg text { font-size: 10px; fill: currentColor; }
-svg polyline { fill: none; stroke: rgb(var(--p)); stroke-width: 1.5; } svg line { stroke: currentColor; stroke-dasharray: 3; }
-svg .p { fill: rgb(var(--p)); } svg .n { fill: rgb(var(--n)); } svg .o { fill: #888; } .dim, .asked { opacity: .65; font-size: 12px; }
-section { content-visibility: auto; contain-intrinsic-size: auto 6rem; }
-.tokens { margin: .2rem 0; white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px; }
-.tokens b { font-weight: 400; unicode-bidi: isolate; border-radius: 3px; } .tokens i { opacity: .6; font-style: normal; unicode-bidi: isolate; }
-.tokens b.p { background: rgba(var(--p), var(--a)); } .tokens b.n { background: rgba(var(--n), var(--a)); }
-.tokens b.k { text-decoration: underline 2px; } .asked { margin: 0; white-space: pre-wrap; unicode-bidi: isolate; }
-table { border-collapse: collapse; font-size: 13px; overflow-wrap: break-word; } mark { border-radius: 3px; }
-td, th { border-bottom: 1px solid var(--line); padding: .1rem .5rem; text-align: left; vertical-align: top;
-unicode-bidi: isolate; }
-th, td:not(:last-child) { white-space: nowrap; } td:last-child { min-width: 14rem; } td code { font-size: 12px; }
-input, select { font: inherit; max-width: 100%; } #value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
+svg line { stroke: currentColor; stroke-dasharray: 3; } svg polyline { fill: none; stroke: rgb(var(--p)); stroke-width: 1.5; }
+svg .p { fill: rgb(var(--p)); } svg .n { fill: rgb(var(--n)); } svg .o { fill: #888; }
+section { content-visibility: auto; contain-intrinsic-size: auto 6rem; } section p { white-space: pre-wrap; unicode-bidi: isolate; }
+.tokens { font: 13px/1.6 ui-monospace, monospace; } .tokens i { opacity: .6; }
+.tokens i, b { font-style: normal; font-weight: 400; border-radius: 3px; unicode-bidi: isolate; } .k { text-decoration: underline 2px; }
+b.p { background: rgba(var(--p), var(--a, .5)); } b.n { background: rgba(var(--n), var(--a, .5)); }
+#value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
 """
 SCRIPT = """
-const list = document.getElementById("examples"), all = [...list.children], $ = (id) => document.getElementById(id);
-function show() {
-  const text = $("text").value.toLowerCase(), file = $("file").value, by = $("sort").value;
-  all.sort((a, b) => a.dataset[by] - b.dataset[by]).forEach((e) => {
-    e.hidden = (file && e.dataset.file !== file) || (text && !e.dataset.text.toLowerCase().includes(text)); list.append(e); });
-}
-["text", "file", "sort"].forEach((id) => $(id).addEventListener("input", show));
+const $ = (id) => document.getElementById(id), list = $("examples"), rows = [...list.children];
+const show = () => rows.sort((a, b) => a.dataset[$("sort").value] - b.dataset[$("sort").value]).forEach((row) => {
+  row.hidden = !row.dataset.text.toLowerCase().includes($("text").value.toLowerCase()); list.append(row); });
+$("text").addEventListener("input", show); $("sort").addEventListener("input", show);
 document.addEventListener("click", (event) => {  // a row that the filter hides is shown when a link leads to it
-  const link = event.target.closest('a[href^="#row-"]'); if (link) $(link.hash.slice(1)).hidden = false; });
-list.addEventListener("click", (event) => { if (event.target.title) $("value").textContent = event.target.title; });
+  const link = event.target.closest('a[href^="#row-"]'); if (link) $(link.hash.slice(1)).hidden = false;
+  if (list.contains(event.target) && event.target.title) $("value").textContent = event.target.title; });
 """
+
+
+def html_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are HTML already; one with many columns is turned on its side."""
+    if len(header) > max(9, len(rows) + 1):
+        header, *rows = (list(cells) for cells in zip(header, *rows))
+    head = "".join(f"<th>{name}</th>" for name in header)
+    lines = ["".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(header, row)) for row in rows]
+    return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{'</tr><tr>'.join(lines)}</tr></tbody></table>"
+
+
+def markdown_html(text: str) -> str:
+    """The tables and lines of a results.md as HTML."""
+    parts = []
+    for is_table, group in groupby(text.split("\n"), lambda line: line.startswith("|")):
+        lines = [safe(line) for line in group if line.strip()]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        parts += [html_table(cells[0], cells[2:])] if is_table else [f"<p>{line.lstrip('# ')}</p>" for line in lines]
+    return "".join(parts)
+
+
+def lowest_rows(run: Run, shown: Array) -> str:
+    """The rows of lowest mean Q, question beside answer, with links to their tokens."""
+    lines = []
+    for example in np.argsort(run.mean_quality, kind="stable")[:LOWEST]:
+        places, source = run.places(example), safe(run.corpus.sources[example])
+        name = source.rpartition("/")[2]  # the whole path would fill a narrow screen
+        link = f'<a href="#row-{example}" title="{source}">{name}</a>' if example in shown else name
+        texts = run.text(run.corpus.offsets[example], places.start), run.text(places.start, places.stop)
+        lines.append([link, f"{run.mean_quality[example]:.3f}", *(safe(text, 300) for text in texts)])
+    return html_table(["row", "mean Q", "question", "answer"], lines)
 
 
 def page(run: Run, count: int) -> str:
     """report.html: nothing in it comes from elsewhere, and every text of the rows is escaped."""
-    path = run.folder / "results.md"
-    examples = sorted(run.shown(count), key=lambda example: run.sums[example])
-    done, _ = finished(run.folder, {})
-    results = comparison(done) if done else "No method of this run is finished yet."
-    if path.is_file():
-        results = path.read_text(encoding="utf-8")
-    found = ""
-    if run.noise is not None:
-        figures = detection(run.quality, run.signs < 0, run.corpus, run.noise)
-        found = "<p>Known noise: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ".</p>"
-    else:
-        found = f"<p>{escape(run.known_noise[1])}</p>"
-    files = Counter(visible(source).rpartition(":")[0] for source in run.corpus.sources)
-    choices = "".join(f'<option value="{escape(name)}">{escape(name)} ({n:,})</option>' for name, n in files.items())
-    quality, (n_p, n_n) = run.quality[run.response], ((run.signs > 0).sum(), (run.signs < 0).sum())
-    trained = "".join(f'<h4>{escape(name)}</h4><div class="curves">{curves(lines)}</div>' for name, lines in run.logs().items())
-    body = f"""<h1>{escape(str(run.folder))}</h1><pre>{escape(visible(results))}</pre>
-<h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} examples: mean {quality.mean():.4f}, deviation {quality.std():.4f};
-threshold {run.threshold:.4f}, {n_p:,} in <b class="p">P</b>, {n_n:,} in <b class="n">N</b>.</p>{found}{histogram(run)}{scatter(run)}
-<h2>Training</h2>{trained}
-<h2>Look at these rows first</h2><div class="wide">{lowest_rows(run, examples)}</div>
-<h2>Tokens</h2><p>Blue: kept in P; orange: in N; plain: left out. {len(examples):,} of {len(run.corpus):,} examples:
-the lowest means and the most negative sums of Q, and others at random. Hover or tap for values.</p>
-<p><label>Search the {len(examples):,} rows shown: <input id="text"></label>
-<select id="file"><option value="">all files</option>{choices}</select>
-<select id="sort"><option value="sum">most negative sum</option><option value="mean">lowest mean</option><option value="at">order</option></select></p>
-<div id="examples">{"".join(example_html(run, example) for example in examples)}</div><p id="value" aria-live="polite"></p>
-<h2>Types of tokens</h2><div class="wide">{token_types(run)}</div>"""
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><title>{escape(run.folder.name)}</title><style>{STYLE}</style></head>'
-            f"<body>{body}<script>{SCRIPT}</script></body></html>\n")
+    path, logs, (noise, reason) = run.folder / "results.md", read_logs(run.folder), find_noise(run)
+    done = {} if path.is_file() else finished(run.folder, {})[0]
+    results = comparison(done) if done else "No method is finished yet."
+    results = path.read_text(encoding="utf-8") if path.is_file() else results
+    notes = [note for name in logs for note in notes_on(name, logs[name])] + [reason] * bool(reason)
+    quality, shown, noisy = run.quality[run.corpus.response], rows_to_show(run, count), noisy_tokens(noise, run.corpus)
+    found = [[safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus, noise).items()]
+    body = f"""<h1>{safe(str(run.folder))}</h1>{markdown_html(results)}
+{"".join(f'<p class="warning">{safe(note)}</p>' for note in notes)}
+<h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} rows: mean {quality.mean():.4f}, deviation {quality.std():.4f};
+threshold {run.threshold:.4f}, {(run.signs > 0).sum():,} in <b class="p">P</b>, {(run.signs < 0).sum():,} in <b class="n">N</b>.</p>
+{histogram(run)}{"<h2>Known noise: does a low Q find it?</h2>" + html_table(["figure", "value"], found) if found else ""}
+<h2>Look at these rows first</h2>{lowest_rows(run, shown)}
+<h2>Training</h2>{"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}
+<h2>Tokens</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. {len(shown):,} of {len(run.corpus):,} rows,
+half of them those of lowest mean Q, half drawn at random. Hover or tap for values.</p>
+<p><label>Search in them: <input id="text"></label> <select id="sort"><option value="mean">lowest mean Q</option>
+<option value="sum">lowest sum of Q</option><option value="at">order of the run</option></select></p>
+<div id="examples">{"".join(row_html(run, example, noisy) for example in shown)}</div><p id="value"></p>"""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{safe(run.folder.name)}</title><style>{STYLE}</style></head>"
+            f"<body>{body}<script>{SCRIPT}</script></body></html>\n")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- command line
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -498,35 +512,39 @@ def runs_in(folder: Path) -> list[Path]:
     return found if found and not (folder / "scores.safetensors").is_file() else [folder]
 
 
-def write_page(run: Run, count: int = SHOWN, path: Path | None = None) -> None:
-    """RUN/report.html, or another path."""
-    path = path or run.folder / "report.html"
-    write_text(page(run, count), path)
-    print(f"its tokens: {path}")
-
-
-# -------------------------------------------------------------------------------------- command line
+def look(arguments: argparse.Namespace) -> None:
+    """What the command line asks for. Raises ValueError and OSError."""
+    if len(arguments.runs) > 1:
+        if arguments.rows or arguments.text:
+            raise ValueError("--rows and --text take one run, not several")
+        print(text := join_runs(arguments.runs))
+        return write_text(text + "\n", arguments.out) if arguments.out else None
+    folders = runs_in(arguments.runs[0])
+    if len(folders) > 1 and (arguments.out or arguments.rows):
+        raise ValueError(f"{arguments.runs[0]} holds {len(folders)} runs and there is one file: name one, such as {folders[0]}")
+    for run in map(read_run, folders):
+        if arguments.text:
+            print_rows(run, arguments.examples)
+        elif arguments.rows:
+            write_rows(rows_by_quality(run), arguments.rows)
+            print(f"{len(run.corpus):,} rows, lowest mean Q first: {arguments.rows}")
+        else:
+            path = arguments.out or run.folder / "report.html"
+            write_text(page(run, arguments.examples), path)
+            notes = [note for name, log in read_logs(run.folder).items() for note in notes_on(name, log)]
+            print("\n".join([*(f"warning: {note}" for note in notes), f"its tokens: {path}"]))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run, or of a demo")
-    parser.add_argument("--text", action="store_true", help="print the rows in colours instead")
+    parser.add_argument("runs", nargs="+", type=Path, help="folder of a run, or of a demo; several: one table")
+    parser.add_argument("--rows", type=Path, help="write a line of JSON for each row of D_train to this file instead")
+    parser.add_argument("--text", action="store_true", help="print rows in colours instead")
     parser.add_argument("--examples", type=int, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
-    parser.add_argument("--out", type=Path, help="the page's path [RUN/report.html]")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="file of the page [RUN/report.html], or of the table of several runs")
     try:
-        folders = runs_in(arguments.run)
-        if len(folders) > 1 and arguments.out:
-            raise ValueError(f"{arguments.run} holds {len(folders)} runs and --out is one page: name one, such as {folders[0]}")
-        if folders != [arguments.run]:
-            print(f"{arguments.run} is a demo's: {len(folders)} run{'s' * (len(folders) > 1)} in it")
-        for run in map(Run, folders):
-            if arguments.text:
-                print_tokens(run, arguments.examples)
-            else:
-                write_page(run, arguments.examples, arguments.out)
+        look(parser.parse_args(argv))
         sys.stdout.flush()
     except BrokenPipeError:  # what reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too

@@ -83,8 +83,8 @@ def main() -> None:
         print(f"real_run.py: {error}", file=sys.stderr)
         sys.exit(2)
     forgetting.report(results, options)
-    run = look.Run(Path(options.out))
-    for name, value in look.detection(run.quality, run.signs < 0, run.corpus, run.noise).items():
+    run = look.read_run(Path(options.out))
+    for name, value in look.detection(run.quality, run.signs < 0, run.corpus, look.find_noise(run)[0]).items():
         print(f"{name} {value:.3f}")
 
 
