@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import types
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -32,8 +31,8 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Corpus, Tokenizer, covers, read_object, read_rows, render, write_rows, write_text  # noqa: E402
 from eval import table  # noqa: E402
-from forgetting import LOSSES, METHODS, TRAINING, choose_signs, columns, comparison, finished  # noqa: E402
-from forgetting import quality_scores, read_scores, spread  # noqa: E402
+from forgetting import LOSSES, METHODS, choose_signs, columns, comparison, finished, is_row  # noqa: E402
+from forgetting import quality_scores, read_log, read_scores, sequence_means, spread  # noqa: E402
 from model import checkpoint_folder  # noqa: E402
 
 Array = np.ndarray  # (C,): one for each token of D_train; (E,): one for each of its rows
@@ -90,7 +89,7 @@ def read_run(folder: Path) -> Run:
     quality = quality_scores(base_loss, ref_loss)
     shares = types.SimpleNamespace(rho=config.get("rho"), forget_rate=config.get("forget_rate"))
     signs = choose_signs(METHODS["forgetting"], quality, corpus, shares, seed=0)
-    means, threshold = row_means(quality, corpus), float(quality[signs > 0].min())
+    means, threshold = sequence_means(quality, corpus)[0], float(quality[signs > 0].min())
     return Run(folder, config, corpus, base_loss, ref_loss, quality, means, signs, threshold)
 
 
@@ -100,16 +99,10 @@ def nearby(name: str, folder: Path) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def row_means(values: Array, corpus: Corpus) -> Array:
-    """The means (E,) of values (C,) over the response tokens of each row."""
-    sums = np.add.reduceat(np.where(corpus.response, values, 0), corpus.offsets[:-1], dtype=np.float64)
-    return sums / np.add.reduceat(corpus.response, corpus.offsets[:-1], dtype=np.int64)
-
-
 def rows_by_quality(run: Run) -> list[dict]:
     """An object for each row of D_train, lowest mean Q first; all figures are over its response tokens."""
     figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss, "share_in_N": run.signs < 0}
-    means = {name: row_means(values, run.corpus).round(6).tolist() for name, values in figures.items()}
+    means = {name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()}
     counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
     return [{"source": run.corpus.sources[row]} | {name: means[name][row] for name in means} | {"response_tokens": counts[row]}
             for row in np.argsort(run.mean_quality, kind="stable")]  # fmt: skip
@@ -120,11 +113,9 @@ def read_logs(folder: Path) -> dict[str, list[dict]]:
     logs: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("**/metrics.jsonl")):
         name = path.parent.relative_to(folder).as_posix()
-        if re.fullmatch(TRAINING, name):
-            logs[name] = []
-            with suppress(ValueError):
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    logs[name].append(json.loads(line))
+        method, _, seed = name.partition("/seed-")
+        if is_row(method) and (seed.isdigit() or name == method):  # not a copy that somebody keeps, say seed-0.bak
+            logs[name] = read_log(path)
     return logs
 
 
@@ -190,7 +181,7 @@ def detection(quality: Array, negative: Array, corpus: Corpus, noise: dict[str, 
     "AUC wrong" is for noise of the kind "wrong", against what is no noise at all. {} where no token is known to be noise;
     a figure with nothing to compare, such as an AUC of rows that are all noisy, is left out.
     """
-    noisy, means = noisy_tokens(noise, corpus), row_means(quality, corpus)
+    noisy, means = noisy_tokens(noise, corpus), sequence_means(quality, corpus)[0]
     if not noisy.any():
         return {}
     kinds = {"": noisy} | {f" {kind}": tokens & corpus.response for kind, tokens in noise.items()}
