@@ -3,9 +3,7 @@
     python tests/tools/bench.py train    --model SMOLLM2 --data rows.jsonl --peers /path/to/peers/bin/python
     python tests/tools/bench.py score    --model SMOLLM2 --data rows.jsonl --peers ... --dtypes float32 bfloat16
     python tests/tools/bench.py evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ...
-    python tests/tools/bench.py load     --model SMOLLM2 --peers ...
     python tests/tools/bench.py partition
-    python tests/tools/bench.py rounding --model SMOLLM2 --data rows.jsonl   # a training whose layers round to bfloat16
 
 Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other examples
 (evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding,
@@ -33,8 +31,7 @@ HERE = Path(__file__).resolve().parent
 LORA = {"r": 64, "alpha": 16}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WORKERS = {"train": ["ours", "transformers", "trl"], "score": ["ours", "transformers", "peft"],
-           "evaluate": ["ours", "lm_eval-1", "lm_eval-8"], "load": ["ours", "transformers"], "partition": ["ours"],
-           "rounding": ["ours"]}  # fmt: skip
+           "evaluate": ["ours", "lm_eval-1", "lm_eval-8"], "partition": ["ours"]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- one measurement
@@ -257,8 +254,6 @@ def measure(job: str, who: str, task: dict) -> dict:
     """Run one measurement in this process."""
     if job == "partition":
         return measure_partition()
-    if job == "load":
-        return measure_load(who, task)
     prepare = {"ours": ours, "transformers": transformers_peft, "peft": peft_padding_free, "trl": trl,
                "lm_eval-1": lm_eval(1), "lm_eval-8": lm_eval(8)}[who]  # fmt: skip
     run = prepare(job, task)
@@ -274,25 +269,6 @@ def measure(job: str, who: str, task: dict) -> dict:
     return {"seconds": seconds, "peak": peak_bytes(task["device"]), "gemm": gemm_rate(task["dtype"], task["device"])}
 
 
-def measure_load(who: str, task: dict) -> dict:
-    """Seconds, and by how much loading raised the peak, in bytes."""
-    import torch
-
-    if who == "ours":
-        sys.path.insert(0, str(HERE.parent.parent))
-        from model import load_model as load
-    else:
-        from transformers import AutoModelForCausalLM
-
-        load = lambda model, device, dtype: AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-    before = peak_bytes("cpu", reset=True)
-    began = time.perf_counter()
-    model = load(task["model"], task["device"], getattr(torch, task["dtype"]))
-    seconds = time.perf_counter() - began
-    weights = sum(p.nbytes for p in model.parameters())
-    return {"seconds": seconds, "peak": peak_bytes("cpu") - before, "weights": weights}
-
-
 def measure_partition() -> dict:
     """Equations 6 and 7 on 20 million scores: seconds, and by how much they raised the peak."""
     sys.path.insert(0, str(HERE.parent.parent))
@@ -305,59 +281,6 @@ def measure_partition() -> dict:
     began = time.perf_counter()
     positive, _ = partition(quality, 0.7)
     return {"seconds": time.perf_counter() - began, "peak": peak_bytes("cpu") - before, "share": float(positive.mean())}
-
-
-def rounded_product(ctx, x, weight, bias, a, b, keep, scaling, float32_output):
-    """_LoRAProduct.forward as a GPU computes it in bfloat16, on float32 tensors: factors and results of 16 bits."""
-    import torch.nn.functional as F
-
-    from lora import apply_mask
-
-    x, a, b = (tensor.bfloat16().float() for tensor in (x, a, b))
-    low = F.linear(x if keep is None else apply_mask(x, keep), a).mul_(scaling).bfloat16().float()
-    ctx.save_for_backward(x, weight, a, b, low, keep)
-    ctx.scaling = scaling
-    return F.linear(x, weight, bias).add_(F.linear(low, b)).bfloat16().float()
-
-
-def losses_of_training(model: str, files: list[str], rounded: bool, steps: int = 100):
-    """(steps, 2) L_P and L_N of a training on four short rows a step, 30 % of the tokens unlearned, with fixed seeds."""
-    sys.path.insert(0, str(HERE.parent.parent))
-    import numpy as np
-    import torch
-
-    import forgetting
-    import lora
-    from data import Tokenizer, build_corpus, read_rows
-    from model import load_model
-
-    if rounded:
-        lora._LoRAProduct.forward = staticmethod(rounded_product)
-    corpus, net = build_corpus(read_rows(files), Tokenizer(model), 96), load_model(model)
-    unlearned = np.random.default_rng(0).random(len(corpus.tokens)) < 0.3
-    signs = np.where(corpus.response, np.where(unlearned, -1, 1), 0).astype(np.int8)
-    lora.add_lora(net, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(lora.lora_parameters(net.train()).values(), weight_decay=0.0, fused=True)
-    options, found = forgetting.Options(micro_tokens=512), []
-    for step in range(steps):
-        forgetting.seed_dropout(0, step)
-        lam, examples = forgetting.lambda_at(step, steps, 1e-5, 0.25), forgetting.examples_of(step, len(corpus), 4, 0)
-        sums, counts = forgetting.step_gradient(net, corpus, signs, examples, lam, options)
-        optimizer.param_groups[0]["lr"] = forgetting.learning_rate_at(step, steps, 1e-3, 0.03)
-        optimizer.step()
-        found.append((sums[1] / counts[0], sums[2] / counts[1]))
-    return np.array(found)
-
-
-def compare_rounding(arguments: argparse.Namespace) -> None:
-    """How far the losses of 100 steps with rounded results are from those in float32."""
-    import numpy as np
-
-    exact, rounded = (losses_of_training(arguments.model, arguments.data, rounded) for rounded in (False, True))
-    for name, column in (("L_P", 0), ("L_N", 1)):
-        a, b = exact[1:, column], rounded[1:, column]  # at step 0 lambda is 0: N is not run
-        tens = abs(b[-90:].reshape(9, 10).mean(1) / a[-90:].reshape(9, 10).mean(1) - 1)
-        print(f"{name}: {np.mean(abs(b / a - 1)):.2%} apart on average over steps, means of ten steps at most {tens.max():.2%}")
 
 
 # ------------------------------------------------------------------------------------------------------ the figures
@@ -462,8 +385,6 @@ def compare(arguments: argparse.Namespace, dtype: str) -> None:
             line += (
                 f"  {figures['rate']:8.0f} tokens/s  {figures['floor']:.2f} of the floor ({figures['gemm'] / 1e9:.0f} GFLOP/s)"
             )
-        if "weights" in figures:
-            line += f"  peak / weights {figures['peak'] / figures['weights']:.2f}"
         if who != "ours":
             line += f"  ours is {statistics.median(ratios):.2f} x as fast [{' '.join(f'{r:.2f}' for r in ratios)}]"
         print(line, flush=True)
@@ -496,8 +417,6 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(measure(arguments.job, arguments.worker, json.loads(Path(arguments.task_file).read_text()))))
         return
-    if arguments.job == "rounding":
-        return compare_rounding(arguments)
     dtypes = arguments.dtypes if arguments.job != "partition" else ["float32"]
     if arguments.device == "cpu":
         features = cpu_features()

@@ -23,7 +23,7 @@ from html import escape
 from itertools import groupby
 from itertools import product
 from pathlib import Path
-from typing import Callable
+from typing import Iterable
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -101,8 +101,14 @@ def nearby(name: str, folder: Path) -> Path | None:
 
 def rows_by_quality(run: Run) -> list[dict]:
     """An object for each row of D_train, lowest mean Q first; all figures are over its response tokens."""
+<<<<<<< HEAD
     figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss, "share_in_N": run.signs < 0}
     means = {name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()}
+=======
+    figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss}
+    figures["share_in_N"] = run.signs < 0
+    means = {name: row_means(values, run.corpus).round(6).tolist() for name, values in figures.items()}
+>>>>>>> 653f5ad (look.py: sections joined, paired differences by sign)
     counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
     return [{"source": run.corpus.sources[row]} | {name: means[name][row] for name in means} | {"response_tokens": counts[row]}
             for row in np.argsort(run.mean_quality, kind="stable")]  # fmt: skip
@@ -197,47 +203,42 @@ def detection(quality: Array, negative: Array, corpus: Corpus, noise: dict[str, 
 
 # ------------------------------------------------------------------------------------------- several runs
 
-LOWER_IS_BETTER = ("held-out", "held-out perplexity", "lambada perplexity")
-
-
-def differences(ours: dict, theirs: dict) -> dict[str, list[float]]:
-    """{column: ours - theirs for every key of both}, of two methods' figures {key: {column: figure}}; not of L_P and L_N.
-
-    A key is a seed, a run, or whatever else makes pairs.
-    """
+def gather(rows: Iterable[dict[str, float]]) -> dict[str, list[float]]:
+    """{column: its figures} of some rows of a table."""
     found: dict[str, list[float]] = {}
-    for key in (key for key in ours if key in theirs):
-        for name, value in ours[key].items():
-            if name in theirs[key] and name not in ("L_P", "L_N"):
-                found.setdefault(name, []).append(value - theirs[key][name])
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
     return found
 
 
-def paired_differences(rows: dict[str, dict], lower_is_better: tuple[str, ...] = LOWER_IS_BETTER) -> str:
-    """A table of each method minus full, and minus ignoring, {method: {key: {column: figure}}}; "" where there is none."""
+def differences(ours: dict, theirs: dict) -> dict[str, list[float]]:
+    """{column: ours - theirs for each key of both}, of two methods' {key: row}; a key is a seed, a run, or another split."""
+    names = {key: [name for name in ours[key] if name in theirs[key] and name not in ("L_P", "L_N")]
+             for key in ours if key in theirs}  # fmt: skip
+    return gather({name: ours[key][name] - theirs[key][name] for name in names[key]} for key in names)
+
+
+def spread_table(corner: str, figures: dict[str, dict[str, list[float]]], paired: bool = False) -> str:
+    """{line: {column: figures}} as mean +- deviation; of pairs also how many differences have the sign of the mean."""
+    names = list(dict.fromkeys(name for line in figures.values() for name in line))
+    lines = []
+    for what, line in figures.items():
+        cells = {name: spread(values, 3 if name in LOSSES else 1, "+" * paired) for name, values in line.items()}
+        for name, values in line.items() if paired else ():
+            cells[name] += f" ({(np.sign(values) == np.sign(np.mean(values))).sum()}/{len(values)})"
+        lines.append([what, *(cells.get(name, "") for name in names)])
+    return table([corner, *names], lines)
+
+
+def paired_differences(rows: dict[str, dict]) -> str:
+    """A table of each method minus full, and minus ignoring, of {method: {key: row}}; "" where there is no pair."""
     pairs = [(method, baseline) for baseline, method in product(("full", "ignoring"), rows)
              if baseline in rows and method not in ("base", "full", baseline)]  # fmt: skip
     figures = {f"{method} - {baseline}": differences(rows[method], rows[baseline]) for method, baseline in pairs}
     figures = {pair: found for pair, found in figures.items() if found}
-
-    def cell(name: str, values: list[float]) -> str:
-        better = sum(value < 0 if name in lower_is_better else value > 0 for value in values)
-        return f"{spread(values, digits(name), '+')} ({better}/{len(values)})"
-
-    title = "Paired differences (in how many the first is better):\n\n"
-    return title + table_of("pair", figures, cell) if figures else ""
-
-
-def table_of(corner: str, figures: dict[str, dict[str, list[float]]], cell: Callable[[str, list[float]], str]) -> str:
-    """{line: {column: values}} as a table, with cell(column, values) where there are values."""
-    names = list(dict.fromkeys(name for line in figures.values() for name in line))
-    lines = [[what, *(cell(name, line[name]) if name in line else "" for name in names)] for what, line in figures.items()]
-    return table([corner, *names], lines)
-
-
-def digits(name: str) -> int:
-    """How many digits a column's figures have: three for losses, one for percentages."""
-    return 3 if name in LOSSES else 1
+    title = "Paired differences (in how many of them the difference has this sign):\n\n"
+    return title + spread_table("pair", figures, paired=True) if figures else ""
 
 
 def join_runs(folders: list[Path]) -> str:
@@ -249,14 +250,11 @@ def join_runs(folders: list[Path]) -> str:
             raise ValueError(f"{folder}: no finished method of a run in it")
         notes += [f"not in the table: {folder}/{what}" for what in left_out]
         for method, seeds in done.items():
-            found = [columns(figures) for figures in seeds.values()]
-            rows.setdefault(method, {})[folder] = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-    figures: dict[str, dict[str, list[float]]] = {}
-    for method, by_run in rows.items():
-        for name, value in (pair for row in by_run.values() for pair in row.items()):
-            figures.setdefault(f"{method} ({len(by_run)})", {}).setdefault(name, []).append(value)
-    means = table_of("method (runs)", figures, lambda name, values: spread(values, digits(name)))
-    return "\n\n".join(filter(None, [means, paired_differences(rows), "\n".join(notes)]))
+            means = {name: float(np.mean(values)) for name, values in gather(map(columns, seeds.values())).items()}
+            rows.setdefault(method, {})[folder] = means
+    figures = {f"{method} ({len(by_run)})": gather(by_run.values()) for method, by_run in rows.items()}
+    parts = [spread_table("method (runs)", figures), paired_differences(rows), "\n".join(notes)]
+    return "\n\n".join(filter(None, parts))
 
 
 # ----------------------------------------------------------------------------------------------- warnings
@@ -365,20 +363,19 @@ def print_rows(run: Run, count: int) -> None:
 # ----------------------------------------------------------------------------------------------- drawings
 
 
-def curve(points: list[tuple[float, float]], name: str) -> str:
-    """A line through all (step, value) as SVG, with its lowest and highest value."""
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    first, wide, tall = points[0][0], points[-1][0] - points[0][0] or 1, high - low or 1
-    line = " ".join(f"{8 + 224 * (x - first) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
-    return (f'<svg viewBox="0 0 240 100" role="img" aria-label="{safe(name)}"><text x="8" y="14">{safe(name)}</text>'
-            f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>')
-
-
 def curves(log: list[dict]) -> str:
-    """Everything that a training logged, each against the step."""
-    names = dict.fromkeys(name for line in log for name in line if name not in ("step", "tokens/s"))
-    lines = {name: [(line["step"], line[name]) for line in log if line.get(name) is not None] for name in names}
-    return "".join(curve(points, name) for name, points in lines.items() if points)
+    """All that a training logged, against the step, each with its lowest and highest value; every point is drawn."""
+    drawn = []
+    for name in dict.fromkeys(name for line in log for name in line if name not in ("step", "tokens/s")):
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+        if not points:  # L_N of a method that unlearns nothing
+            continue
+        first, low, high = points[0][0], min(y for _, y in points), max(y for _, y in points)
+        wide, tall = points[-1][0] - first or 1, high - low or 1
+        line = " ".join(f"{8 + 224 * (x - first) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
+        drawn.append(f'<svg viewBox="0 0 240 100" role="img" aria-label="{safe(name)}"><text x="8" y="14">{safe(name)}</text>'
+                     f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>')
+    return "".join(drawn)
 
 
 def histogram(run: Run, bins: int = 60) -> str:
@@ -404,25 +401,25 @@ def histogram(run: Run, bins: int = 60) -> str:
 LOWEST = 20  # rows to look at first
 SHOWN = 1000  # rows whose tokens are on a page
 STYLE = """
-:root { color-scheme: light dark; --p: 47, 111, 219; --n: 232, 131, 42; --line: #8886; }
+:root { color-scheme: light dark; --p: 47, 111, 219; --n: 232, 131, 42; --line: 1px solid #8886; }
 @media (prefers-color-scheme: dark) { :root { --p: 62, 116, 214; --n: 190, 92, 18; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
-h3 { margin: .8rem 0 0; font-size: 13px; } p { margin: .3rem 0; } .dim { opacity: .7; font-size: 13px; }
-.warning { border-left: 4px solid rgb(var(--n)); padding-left: .6rem; } input, select { font: inherit; max-width: 100%; }
+h3 { margin: .8rem 0 0; font-size: 13px; } p { margin: .3rem 0; } input, select { font: inherit; max-width: 100%; }
+.dim { opacity: .7; font-size: 13px; } .warning { border-left: 4px solid rgb(var(--n)); padding-left: .6rem; }
 table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; overflow-wrap: break-word; }
-td, th { border-bottom: 1px solid var(--line); padding: .15rem .5rem; text-align: left; vertical-align: top; unicode-bidi: isolate; }
+td, th { border-bottom: var(--line); padding: .15rem .5rem; text-align: left; vertical-align: top; }
 @media (max-width: 700px) {  /* each line of a table becomes a list of its own: nothing to scroll, nothing cut */
-  thead, td:empty { display: none; } table, tbody, tr { display: block; } tr { border-bottom: 1px solid var(--line); }
+  thead, td:empty { display: none; } table, tbody, tr { display: block; } tr { border-bottom: var(--line); }
   td { display: flex; border: 0; } td:first-child { font-weight: 600; }
-  td::before { content: attr(data-name); flex: 0 0 40%; opacity: .7; padding-right: .5rem; }
+  td::before { content: attr(data-name); flex: 0 0 40%; opacity: .7; font-weight: 400; padding-right: .5rem; }
 }
 svg { width: 100%; max-width: 31rem; } .curves svg { max-width: 15rem; } svg text { font-size: 10px; fill: currentColor; }
 svg line { stroke: currentColor; stroke-dasharray: 3; } svg polyline { fill: none; stroke: rgb(var(--p)); stroke-width: 1.5; }
 svg .p { fill: rgb(var(--p)); } svg .n { fill: rgb(var(--n)); } svg .o { fill: #888; }
-section { content-visibility: auto; contain-intrinsic-size: auto 6rem; } section p { white-space: pre-wrap; unicode-bidi: isolate; }
-.tokens { font: 13px/1.6 ui-monospace, monospace; } .tokens i { opacity: .6; }
-.tokens i, b { font-style: normal; font-weight: 400; border-radius: 3px; unicode-bidi: isolate; } .k { text-decoration: underline 2px; }
-b.p { background: rgba(var(--p), var(--a, .5)); } b.n { background: rgba(var(--n), var(--a, .5)); }
+section { content-visibility: auto; contain-intrinsic-size: auto 6rem; } section p { white-space: pre-wrap; }
+section p, td, i, b { unicode-bidi: isolate; } .tokens { font: 13px/1.6 ui-monospace, monospace; }
+i { font-style: normal; opacity: .6; } b { font-weight: 400; border-radius: 3px; } .k { text-decoration: underline 2px; }
+.p { background: rgba(var(--p), var(--a, .5)); } .n { background: rgba(var(--n), var(--a, .5)); }
 #value { position: sticky; bottom: 0; background: Canvas; padding: .3rem; }
 """
 SCRIPT = """
@@ -467,31 +464,31 @@ def lowest_rows(run: Run, shown: Array) -> str:
     return html_table(["row", "mean Q", "question", "answer"], lines)
 
 
-def page(run: Run, count: int) -> str:
-    """report.html: nothing in it comes from elsewhere, and every text of the rows is escaped."""
-    path, logs, (noise, reason) = run.folder / "results.md", read_logs(run.folder), find_noise(run)
-    done = {} if path.is_file() else finished(run.folder, {})[0]
-    results = comparison(done) if done else "No method is finished yet."
-    results = path.read_text(encoding="utf-8") if path.is_file() else results
+def write_page(run: Run, count: int, path: Path) -> None:
+    """report.html, with nothing in it that comes from elsewhere, and every text of the rows escaped."""
+    saved, logs, (noise, reason) = run.folder / "results.md", read_logs(run.folder), find_noise(run)
+    results = saved.read_text(encoding="utf-8") if saved.is_file() else comparison(finished(run.folder, {})[0])
     notes = [note for name in logs for note in notes_on(name, logs[name])] + [reason] * bool(reason)
     quality, shown, noisy = run.quality[run.corpus.response], rows_to_show(run, count), noisy_tokens(noise, run.corpus)
     found = [[safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus, noise).items()]
     body = f"""<h1>{safe(str(run.folder))}</h1>{markdown_html(results)}
 {"".join(f'<p class="warning">{safe(note)}</p>' for note in notes)}
-<h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} rows: mean {quality.mean():.4f}, deviation {quality.std():.4f};
-threshold {run.threshold:.4f}, {(run.signs > 0).sum():,} in <b class="p">P</b>, {(run.signs < 0).sum():,} in <b class="n">N</b>.</p>
-{histogram(run)}{"<h2>Known noise: does a low Q find it?</h2>" + html_table(["figure", "value"], found) if found else ""}
+<h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} rows: mean {quality.mean():.4f},
+deviation {quality.std():.4f}; threshold {run.threshold:.4f}, {(run.signs > 0).sum():,} in <b class="p">P</b>,
+{(run.signs < 0).sum():,} in <b class="n">N</b>.</p>{histogram(run)}
+{"<h2>Known noise: does a low Q find it?</h2>" + html_table(["figure", "value"], found) if found else ""}
 <h2>Look at these rows first</h2>{lowest_rows(run, shown)}
 <h2>Training</h2>{"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}
-<h2>Tokens</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. {len(shown):,} of {len(run.corpus):,} rows,
-half of them those of lowest mean Q, half drawn at random. Hover or tap for values.</p>
+<h2>Tokens</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. {len(shown):,} of
+{len(run.corpus):,} rows, half of them those of lowest mean Q, half drawn at random. Hover or tap for values.</p>
 <p><label>Search in them: <input id="text"></label> <select id="sort"><option value="mean">lowest mean Q</option>
 <option value="sum">lowest sum of Q</option><option value="at">order of the run</option></select></p>
 <div id="examples">{"".join(row_html(run, example, noisy) for example in shown)}</div><p id="value"></p>"""
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{safe(run.folder.name)}</title><style>{STYLE}</style></head>"
-            f"<body>{body}<script>{SCRIPT}</script></body></html>\n")  # fmt: skip
+    head = f"""<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{safe(run.folder.name)}</title><style>{STYLE}</style>"""
+    content = f'<html lang="en"><head>{head}</head><body>{body}<script>{SCRIPT}</script></body></html>'
+    write_text(f"<!doctype html>\n{content}\n", path)
+    print("\n".join([f"{run.folder}: its tokens are in {path}", *(f"warning: {note}" for note in notes)]))
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -503,29 +500,6 @@ def runs_in(folder: Path) -> list[Path]:
     return found if found and not (folder / "scores.safetensors").is_file() else [folder]
 
 
-def look(arguments: argparse.Namespace) -> None:
-    """What the command line asks for. Raises ValueError and OSError."""
-    if len(arguments.runs) > 1:
-        if arguments.rows or arguments.text:
-            raise ValueError("--rows and --text take one run, not several")
-        print(text := join_runs(arguments.runs))
-        return write_text(text + "\n", arguments.out) if arguments.out else None
-    folders = runs_in(arguments.runs[0])
-    if len(folders) > 1 and (arguments.out or arguments.rows):
-        raise ValueError(f"{arguments.runs[0]} holds {len(folders)} runs and there is one file: name one, such as {folders[0]}")
-    for run in map(read_run, folders):
-        if arguments.text:
-            print_rows(run, arguments.examples)
-        elif arguments.rows:
-            write_rows(rows_by_quality(run), arguments.rows)
-            print(f"{len(run.corpus):,} rows, lowest mean Q first: {arguments.rows}")
-        else:
-            path = arguments.out or run.folder / "report.html"
-            write_text(page(run, arguments.examples), path)
-            notes = [note for name, log in read_logs(run.folder).items() for note in notes_on(name, log)]
-            print("\n".join([*(f"warning: {note}" for note in notes), f"its tokens: {path}"]))
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -534,8 +508,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", action="store_true", help="print rows in colours instead")
     parser.add_argument("--examples", type=int, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
     parser.add_argument("--out", type=Path, help="file of the page [RUN/report.html], or of the table of several runs")
+    arguments = parser.parse_args(argv)
     try:
-        look(parser.parse_args(argv))
+        folders = [folder for run in arguments.runs for folder in runs_in(run)]
+        if len(arguments.runs) > 1 and not (arguments.rows or arguments.text):
+            print(text := join_runs(arguments.runs))
+            if arguments.out:
+                write_text(text + "\n", arguments.out)
+        elif len(folders) > 1 and (arguments.rows or arguments.out):
+            raise ValueError(f"{len(folders)} runs do not go into one file: name one, such as {folders[0]}")
+        else:
+            for run in map(read_run, folders):
+                if arguments.text:
+                    print_rows(run, arguments.examples)
+                elif arguments.rows:
+                    write_rows(rows_by_quality(run), arguments.rows)
+                else:
+                    write_page(run, arguments.examples, arguments.out or run.folder / "report.html")
         sys.stdout.flush()
     except BrokenPipeError:  # what reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too
