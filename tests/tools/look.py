@@ -101,14 +101,9 @@ def nearby(name: str, folder: Path) -> Path | None:
 
 def rows_by_quality(run: Run) -> list[dict]:
     """An object for each row of D_train, lowest mean Q first; all figures are over its response tokens."""
-<<<<<<< HEAD
-    figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss, "share_in_N": run.signs < 0}
-    means = {name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()}
-=======
     figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss}
     figures["share_in_N"] = run.signs < 0
-    means = {name: row_means(values, run.corpus).round(6).tolist() for name, values in figures.items()}
->>>>>>> 653f5ad (look.py: sections joined, paired differences by sign)
+    means = {name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()}
     counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
     return [{"source": run.corpus.sources[row]} | {name: means[name][row] for name in means} | {"response_tokens": counts[row]}
             for row in np.argsort(run.mean_quality, kind="stable")]  # fmt: skip
