@@ -2,13 +2,13 @@
 
     python tests/plain.py --model tests/demo_model --data rows.jsonl --reference-data trusted.jsonl
 
-    1. reference   theta' = a brief LoRA fine-tune of theta on D_ref
+    1. reference   theta' = a brief fine-tune of theta on D_ref, rows that are trusted
     2. scores      Q = loss under theta - loss under theta', for each response token of D_train
     3. partition   P = the tokens of high Q, N = the rest
-    4. training    learn P and unlearn N, from theta again
+    4. training    from theta again: minimise mean loss on P - lambda * mean loss on N
 
-One sequence at a time, one function for each equation, on the CPU. forgetting.py computes the same, fast and
-for many sequences at once; tests/test_plain.py finds the adapters of both equal.
+One sequence at a time, a function for each equation, on the CPU. forgetting.py computes the same, fast and for
+many sequences at once: tests/test_plain.py finds the adapters of both equal.
 Shapes: L tokens of a sequence, R of them response tokens, V vocabulary.
 """
 
@@ -29,7 +29,7 @@ from model import checkpoint_folder, load_model
 
 
 def examples_of(corpus):
-    """Each sequence of a corpus as (tokens (L,), response (L,)); response is equation 2: which tokens count."""
+    """Each sequence as (tokens (L,), response (L,)); response is equation 2: True at the answer's tokens."""
     tokens = torch.from_numpy(corpus.tokens).long()
     response = torch.from_numpy(corpus.response)
     lengths = corpus.lengths.tolist()
@@ -38,7 +38,7 @@ def examples_of(corpus):
 
 def token_losses(model, tokens, response):
     """Equation 3: -log p(token | all tokens before it), in nats, for each response token; (R,)."""
-    boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)  # of the only sequence
+    boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)  # the model could take several sequences
     logits = model.lm_head(model(tokens, boundaries))  # (L, V)
     losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")  # (L-1,) each token predicts the next
     return losses[response[1:]]  # (R,)
@@ -48,20 +48,23 @@ def token_losses(model, tokens, response):
 def quality_scores(model, examples):
     """Equations 4 and 5: Q = loss under theta - loss under theta'; one (R,) a sequence.
 
-    Q is high where theta' finds a token easier than theta does: D_ref has taught what the token needs.
+    Q is high where theta' finds a token easier than theta does: what D_ref taught has helped.
     """
     quality = []
     for tokens, response in examples:
         reference_loss = token_losses(model, tokens, response)
-        with lora_disabled(model):  # theta' is theta with an adapter: without it the model is theta
+        with lora_disabled(model):  # theta' is theta with an adapter; without it the model is theta
             base_loss = token_losses(model, tokens, response)
         quality.append(base_loss - reference_loss)
     return quality
 
 
 def partition(quality, rho):
-    """Equations 6 and 7: the threshold F(1 - rho), and the masks of P and N, one (R,) a sequence each."""
-    ranked = torch.cat(quality).sort().values  # all tokens of the corpus: there is one threshold
+    """Equations 6 and 7: the threshold F(1 - rho), then the masks of P and of N, one (R,) a sequence.
+
+    A share rho of all tokens of the corpus reaches the threshold: F is the quantile function of Q.
+    """
+    ranked = torch.cat(quality).sort().values
     place = math.ceil(round((1 - rho) * (len(ranked) - 1), 6))  # round: 1 - 0.7 is 0.30000000000000004
     threshold = ranked[place]
     positive = [scores >= threshold for scores in quality]
@@ -70,12 +73,12 @@ def partition(quality, rho):
 
 
 def lambda_at(step, total_steps, options):
-    """How strongly N is unlearned: not at all in the first step, then more with each."""
+    """How strongly N is unlearned: not at all at step 0, then more with every step."""
     return (options.t_max - options.t_min) * step / total_steps
 
 
 def learning_rate_at(step, total_steps, options):
-    """Up from 0 in a straight line over the first 3 % of the steps, then down to 0."""
+    """Linear: up from 0 over the first 3 % of the steps, then down to 0."""
     rising = math.ceil(0.03 * total_steps)
     if step < rising:
         return options.lr * step / rising
@@ -83,7 +86,7 @@ def learning_rate_at(step, total_steps, options):
 
 
 def batches_of(count, options, seed):
-    """Which examples each step takes: every epoch goes through all of them, in an order of its own."""
+    """The examples of each step: every epoch goes through all of them, in a random order of its own."""
     for epoch in range(options.epochs):
         order = np.random.default_rng([seed, epoch]).permutation(count)
         for first in range(0, count, options.batch_size):
@@ -91,15 +94,15 @@ def batches_of(count, options, seed):
 
 
 def train(model, examples, positive, negative, seed, options):
-    """Equation 8: put a new adapter on the model that minimises mean_P loss - lambda * mean_N loss.
+    """Equation 8: train a new adapter to minimise mean loss on P - lambda * mean loss on N.
 
-    With every response token in P, and none in N, this is equation 1: ordinary fine-tuning.
+    With every response token in P and none in N this is equation 1, ordinary fine-tuning.
     """
     add_lora(model, options.rank, options.alpha, dropout=0.0, generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(lora_parameters(model).values(), weight_decay=0.0)
     batches = list(batches_of(len(examples), options, seed))
     for step, batch in enumerate(batches):
-        # both means are over the whole step: a token counts the same in a long sequence and in a short one
+        # the means are over all tokens of the step: one counts the same in a long sequence as in a short one
         n_positive = sum(int(positive[i].sum()) for i in batch)
         n_negative = sum(int(negative[i].sum()) for i in batch)
         lam = lambda_at(step, len(batches), options)
@@ -107,9 +110,10 @@ def train(model, examples, positive, negative, seed, options):
         optimizer.zero_grad()
         for i in batch:
             losses = token_losses(model, *examples[i])  # (R,)
-            on_positive = losses[positive[i]].sum() / max(n_positive, 1)  # this sequence's share of the mean
+            # this sequence's part of the two means; max, because a step may have no token in N
+            on_positive = losses[positive[i]].sum() / max(n_positive, 1)
             on_negative = losses[negative[i]].sum() / max(n_negative, 1)
-            (on_positive - lam * on_negative).backward()  # adds to the gradient of the sequences before
+            (on_positive - lam * on_negative).backward()  # its gradient is added to those of the others
             mean_positive += on_positive.item()
             mean_negative += on_negative.item()
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(batches), options)
@@ -118,16 +122,16 @@ def train(model, examples, positive, negative, seed, options):
 
 
 def algorithm_1(model, d_ref, d_train, options):
-    """All four stages: saves theta' and the final adapter, returns Q, threshold, P and N."""
+    """All four stages. Saves theta' and the adapter of the last; returns Q, the threshold, P and N."""
     print(f"1. reference: {len(d_ref)} sequences of D_ref")
-    everything = [torch.ones(int(response.sum()), dtype=torch.bool) for _, response in d_ref]
+    everything = [torch.ones(int(response.sum()), dtype=torch.bool) for _, response in d_ref]  # (R,) each
     nothing = [~mask for mask in everything]
     train(model, d_ref, everything, nothing, 0, options)
     save_adapter(model, Path(options.out) / "reference", options.model)
 
     print(f"2. scores: {len(d_train)} sequences of D_train")
     quality = quality_scores(model, d_train)
-    remove_lora(model)  # theta' has only judged: stage 4 begins with theta
+    remove_lora(model)  # theta' was only there to judge: training begins with theta again
 
     threshold, positive, negative = partition(quality, options.rho)
     n_positive, n_negative = (int(torch.cat(masks).sum()) for masks in (positive, negative))
@@ -141,13 +145,17 @@ def algorithm_1(model, d_ref, d_train, options):
 
 
 def main(arguments=None):
-    """The command line; the defaults are the paper's recipe, but for dropout, which is 0 here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Its defaults are the paper's recipe without dropout.
+
+    forgetting.py ends in the same adapter with --dropout 0 and as many --reference-epochs as --epochs.
+    """
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
-    parser.add_argument("--data", nargs="+", required=True, help="rows of D_train")
+    parser.add_argument("--data", nargs="+", required=True, help="rows of D_train (FILE:100: its first 100)")
     parser.add_argument("--reference-data", nargs="+", default=[], help="rows of D_ref [a sixth of --data]")
-    recipe = {"rho": 0.7, "t_min": 1e-5, "t_max": 0.25, "rank": 64, "alpha": 16.0, "lr": 1e-4, "batch_size": 24}
-    recipe |= {"epochs": 1, "max_length": 2048, "seed": 0, "out": "runs/plain"}
+    recipe = {"rho": 0.7, "t_min": 1e-5, "t_max": 0.25, "lr": 1e-4, "batch_size": 24, "epochs": 1}
+    recipe |= {"rank": 64, "alpha": 16.0, "max_length": 2048, "seed": 0, "out": "runs/plain"}
     for name, default in recipe.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = parser.parse_args(arguments)
@@ -155,7 +163,7 @@ def main(arguments=None):
     folder = checkpoint_folder(options.model)
     tokenizer = Tokenizer(folder)
     rows, trusted = read_rows(options.data), read_rows(options.reference_data)
-    parts = split_rows(rows, trusted, tokenizer.eos, None, None)  # no row is in both
+    parts = split_rows(rows, trusted, tokenizer.eos, None, None)  # disjoint: no row is in both
     d_ref, d_train = (examples_of(build_corpus(part, tokenizer, options.max_length)) for part in parts)
     return algorithm_1(load_model(folder), d_ref, d_train, options)
 
