@@ -7,8 +7,8 @@
     3. partition   P = the tokens of high Q, N = the rest
     4. training    from theta again: minimise mean loss on P - lambda * mean loss on N
 
-One sequence at a time, a function for each equation, on the CPU. forgetting.py computes the same, fast and for
-many sequences at once: tests/test_plain.py finds the adapters of both equal.
+One sequence at a time, a function for each equation, on the CPU. forgetting.py computes the same fast, many
+sequences at once: tests/test_plain.py finds the adapters of both equal.
 Shapes: L tokens of a sequence, R of them response tokens, V vocabulary.
 """
 
