@@ -1,20 +1,20 @@
-"""tests/tools/look.py: what the page says is what the run wrote, and no row can do it harm."""
+"""tests/tools/look.py: what it shows is what the run wrote, and no row can do it harm."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
+import look
 import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from data import Tokenizer, build_corpus, write_rows, write_text
-from eval import load_tool
-from forgetting import Options
+from data import Tokenizer, build_corpus, read_rows, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = "</script><script>alert(1)</script> \" ' & \u202edlrow \u05e9\u05dc\u05d5\u05dd \x07 <b onclick=x>"
@@ -40,67 +40,150 @@ def make_run(tmp_path, kind, rows=None, name=None):
     ref = np.where(corpus.response, base - draw.normal(0, 1, len(base)), np.nan).astype(np.float32)
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)
     out = tmp_path / "run"
-    (out / "full" / "seed-0").mkdir(parents=True)
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources, "base_loss": base, "ref_loss": ref}
-    save_file(arrays, out / "scores.safetensors", {"done": "12"})
-    config = {"model": str(tmp_path / "model"), "rho": 0.6, "forget_rate": None}
-    write_text(json.dumps(config), out / "config.json")
-    write_rows([{"step": i, "L_P": 2 - i / 10, "L_N": None, "lambda": i / 8, "grad_norm": 1.0} for i in range(8)],
-               out / "full" / "seed-0" / "metrics.jsonl")  # fmt: skip
-    write_text("| method | n |\n| full | 1 |", out / "results.md")
+    write_text(json.dumps({"model": str(tmp_path / "model"), "rho": 0.6, "forget_rate": None,
+                           "inputs": {"training data": corpus.fingerprint()}}), out / "config.json")  # fmt: skip
+    save_file(arrays, out / "scores.safetensors", {"done": str(len(rows))})
+    write_rows([log_line(i, 2 - i / 10, None) for i in range(8)], out / "full" / "seed-0" / "metrics.jsonl")
+    add_results(out, "full/seed-0", 1.5, 40)
     return out
 
 
+def log_line(step, l_p, l_n):
+    return {"step": step, "L_P": l_p, "L_N": l_n, "lambda": step / 8, "lr": 1e-3, "grad_norm": 1.0, "tokens/s": 9.0}
+
+
+def add_results(run, name, held_out, f1, identity="a"):
+    tasks = {"qa": {"f1": f1 / 100, "f1_stderr": 0.1, "n": 8}}
+    write_text(json.dumps({"identity": identity, "held-out": held_out, "tasks": tasks}), run / name / "results.json")
+
+
+def change_rows(run_folder, change):
+    path = run_folder.parent / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_rows([change(i, row) for i, row in enumerate(rows)], path)
+
+
+class Page(HTMLParser):
+    """A page as a browser takes it apart: elements as [tag, attributes, text], in order of their beginning."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+        if tag not in ("meta", "link", "input"):
+            self.open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag, "each element is closed in its place"
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def find(self, tag, **wanted):
+        return [(attributes, text) for name, attributes, text in self.elements
+                if name == tag and all(attributes.get(key.strip("_").replace("_", "-")) == value for key, value in wanted.items())]
+
+
+def page_of(run_folder, *arguments):
+    look.main([str(run_folder), *arguments])
+    return Page((run_folder / "report.html").read_text())
+
+
+def fails(capsys, *arguments):
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        look.main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    return error
+
+
 def test_the_numbers_are_those_of_the_scores(run_folder):
-    look = load_tool("look")
-    look.main([str(run_folder)])
-    text = (run_folder / "report.html").read_text()
+    page = page_of(run_folder)
     scores = load_file(run_folder / "scores.safetensors")
     quality = scores["base_loss"] - scores["ref_loss"]
     judged = np.isfinite(quality)
     threshold = np.quantile(quality[judged], 1 - 0.6, method="higher")
     positive = int((quality[judged] >= threshold).sum())
-    assert f"threshold {threshold:.4f}, {positive:,} in" in text and f"{judged.sum() - positive:,} in <b class=\"n\">" in text
+    text = page.find("body")[0][1].replace("\n", " ")
+    assert f"threshold {threshold:.4f}, {positive} in P, {judged.sum() - positive} in N." in text
+    sections = {int(section["data-at"]): section for section, _ in page.find("section")}
     for example, (first, last) in enumerate(zip(scores["offsets"], scores["offsets"][1:])):
-        total = float(re.search(rf'data-sum="([-.\d]+)" data-mean="[-.\d]+" data-at="{example}"', text)[1])
-        assert total == pytest.approx(np.nansum(quality[first:last]), abs=1e-4)
-    assert len(re.findall(r'<b class="[pn]', text)) == judged.sum() + 2  # and two in the legend
-    assert "1.3 to 2" in text and "rows.jsonl:12" in text and "| full | 1 |" in text
-    sums = [float(x) for x in re.findall(r'data-sum="([-.\d]+)"', text)]
-    assert sums[:6] == sorted(sums)[:6]  # the most negative ones first
+        assert float(sections[example]["data-sum"]) == pytest.approx(np.nansum(quality[first:last]), abs=1e-4)
+        assert float(sections[example]["data-mean"]) == pytest.approx(np.nanmean(quality[first:last]), abs=1e-5)
+    classes = [b.get("class") for b, _ in page.find("b") if "title" in b]
+    assert classes.count("p") == positive and classes.count("n") == judged.sum() - positive and len(classes) == judged.sum()
+    lowest = np.argsort([float(sections[i]["data-mean"]) for i in range(12)])
+    assert list(sections)[:6] == lowest[:6].tolist() == [int(a["href"][5:]) for a, _ in page.find("a")][:6]
+
+
+def test_rows_of_lowest_q_come_first_with_their_question(run_folder):
+    page, run = page_of(run_folder, "--examples", "4"), look.read_run(run_folder)
+    names, questions, answers = (page.find("td", data_name=name) for name in ("row", "question", "answer"))
+    order = np.argsort(run.mean_quality).tolist()
+    assert [name for _, name in names] == [f"rows.jsonl:{i + 1}" for i in order]
+    assert all(f"Say {i}" in text for i, (_, text) in zip(order, questions, strict=True))
+    assert all(f"fox {i}" in text for i, (_, text) in zip(order, answers, strict=True))
+    shown = {section["id"] for section, _ in page.find("section")}
+    assert len(shown) == 4 and {a["href"] for a, _ in page.find("a")} == {f"#row-{i}" for i in order[:2]} | {
+        f"#{name}" for name in shown}, "a link for each row that is shown, and for no other"  # fmt: skip
+
+
+def test_rows_can_be_cleaned_by_their_figures(run_folder, tmp_path):
+    look.main([str(run_folder), "--rows", str(tmp_path / "by-q.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "by-q.jsonl").read_text().splitlines()]
+    run, scores = look.read_run(run_folder), load_file(run_folder / "scores.safetensors")
+    assert len(rows) == 12 and [row["mean_Q"] for row in rows] == sorted(row["mean_Q"] for row in rows)
+    for row in rows:
+        example = run.corpus.sources.index(row["source"])
+        places = [i for i in range(*scores["offsets"][example : example + 2]) if np.isfinite(scores["base_loss"][i])]
+        base, ref = scores["base_loss"][places], scores["ref_loss"][places]
+        assert row["response_tokens"] == len(places) and row["share_in_N"] == pytest.approx((run.signs[places] < 0).mean(), abs=1e-6)
+        assert (row["loss_theta"], row["loss_theta_prime"]) == pytest.approx((base.mean(), ref.mean()), abs=1e-5)
+        assert row["mean_Q"] == pytest.approx((base - ref).mean(), abs=1e-5)
+    given = {row["_source"] for row in read_rows([str(tmp_path / "rows.jsonl")])}
+    assert {row["source"] for row in rows} == given, "the names that read_rows gives"
 
 
 def test_the_bars_of_the_histogram_add_up_to_each_side(run_folder):
     """The bin that straddles the threshold was wholly orange."""
-    look = load_tool("look")
-    run = look.Run(run_folder)
+    run = look.read_run(run_folder)
     run.signs[np.flatnonzero(run.signs > 0)[:5]] = 0  # as --forget-rate leaves some out
-    drawn, judged = look.histogram(run), run.response.sum()
-    tall = {side: sum(map(float, re.findall(rf'class="{side}"[^>]* height="([.\d]+)"', drawn))) for side in "opn"}
+    drawn, judged = look.histogram(run), run.corpus.response.sum()
     for side, name, count in (("n", "in N", (run.signs < 0).sum()), ("o", "left out", 5), ("p", "in P", (run.signs > 0).sum())):
-        numbers = re.findall(rf"<title>([\d,]+) {name}</title>", drawn)
-        assert sum(int(number.replace(",", "")) for number in numbers) == count
-        assert tall[side] / sum(tall.values()) == pytest.approx(count / judged, abs=0.005)
+        assert sum(int(number) for number in re.findall(rf"<title>(\d+) {name}</title>", drawn)) == count
+    heights = {side: sum(map(float, re.findall(rf'class="{side}"[^>]* height="([.\d]+)"', drawn))) for side in "opn"}
+    assert heights["o"] / sum(heights.values()) == pytest.approx(5 / judged, abs=0.005)
 
 
 def test_rows_can_do_no_harm(run_folder):
-    look = load_tool("look")
-    look.main([str(run_folder)])
+    """Nasty texts as rows, as tokens, as kinds of noise, as names of methods and of what was logged."""
+    change_rows(run_folder, lambda i, row: row | {"noise": [[0, 3, NASTY]] * (i % 2)})
+    path = run_folder / "full/seed-0/metrics.jsonl"
+    write_rows([json.loads(line) | {NASTY: 1.0} for line in path.read_text().splitlines()], path)
+    write_text(f"# {NASTY}\n\n| {NASTY} | n |\n| --- | --- |\n| {NASTY} | 1 |\n\n{NASTY}", run_folder / "results.md")
+    page = page_of(run_folder)
+    assert len(page.find("script")) == 1 and not any("onclick" in a for _, a, _ in page.elements)
     text = (run_folder / "report.html").read_text()
-    assert text.count("<script>") == 1 and text.count("</script>") == 1 and "<b onclick" not in text and "\x07" not in text
-    assert "http" not in text  # nothing comes from elsewhere
+    assert "http" not in text and "\x07" not in text and "\u202e" not in text, "nothing from elsewhere, nothing that acts"
+    shown = look.visible(NASTY)
+    assert sum(shown in text for _, text in page.find("td")) >= 4 and sum(shown in text for _, text in page.find("text")) == 1
+    tokens = "".join(text for _, text in page.find("p", class_="tokens"))
+    assert shown in tokens.replace(look.PART, ""), "each of its tokens alone is a text, not a tag"
 
 
-def test_known_noise_is_underlined(run_folder):
-    rows = [json.loads(line) | {"noise": [[0, 9, "wrong"]]} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
-    write_rows(rows, run_folder.parent / "rows.jsonl")
-    load_tool("look").main([str(run_folder)])
-    text = (run_folder / "report.html").read_text()
-    assert len(re.findall(r'<b class="[pno] k"', text)) >= 12 and "precision of N" in text
+def test_no_control_character_and_no_change_of_direction_acts():
+    shown = look.visible("a\x1b[31m\x9b2J\u202eb\u2066c\nd")
+    assert shown == "a\u2039U+001B\u203a[31m\u2039U+009B\u203a2J\u2039U+202E\u203ab\u2039U+2066\u203ac\nd"
 
 
 def test_the_terminal_shows_the_same_rows(run_folder, capsys):
-    load_tool("look").main([str(run_folder), "--text", "--examples", "4"])
+    look.main([str(run_folder), "--text", "--examples", "4"])
     shown = capsys.readouterr().out
     assert shown.count("rows.jsonl:") == 4 and "\033[41m" in shown and "\x07" not in shown
 
@@ -108,90 +191,151 @@ def test_the_terminal_shows_the_same_rows(run_folder, capsys):
 @pytest.mark.parametrize("kind", ["llama3", "llama2"])  # bytes as letters, and bytes as <0x..>
 def test_a_character_in_several_tokens_is_shown_whole(tmp_path, capsys, kind):
     """Its bytes were shown as letters of their own, and the filter did not find the text."""
-    folder, look = make_run(tmp_path, kind), load_tool("look")
-    look.main([str(folder)])
-    section = next(part for part in (folder / "report.html").read_text().split("<section ") if 'data-at="5"' in part)
-    tokens = section.partition('<p class="tokens">')[2].partition("</p>")[0]
-    shown = re.sub(r"<[^>]*>", "", tokens)
-    assert shown.replace(look.PART, "").startswith("the quick fox 5 " + LETTERS) and look.PART in shown
-    text = re.search(r'data-text="([^"]*)"', section)[1]
-    assert LETTERS in text and "Say 5" in text
+    folder = make_run(tmp_path, kind)
+    page = page_of(folder)
+    (section, text), = page.find("section", id="row-5")
+    tokens = text.partition("<|assistant|>")[2].strip()
+    assert tokens.replace(look.PART, "").startswith("the quick fox 5 " + LETTERS) and look.PART in tokens
+    assert LETTERS in section["data-text"] and "Say 5" in section["data-text"]
+    capsys.readouterr()
     look.main([str(folder), "--text"])
-    printed = re.sub(r"\033\[\d*m", "", capsys.readouterr().out)
-    assert LETTERS in printed.replace(look.PART, "")
+    assert LETTERS in re.sub(r"\033\[\d*m", "", capsys.readouterr().out).replace(look.PART, "")
 
 
 def test_text_that_is_broken_itself_is_still_shown(run_folder):
-    look = load_tool("look")
-    run = look.Run(run_folder)
-    first = run.tokenizer.encode(["\u4f60"], special=False)[0][0]
-    run.corpus.tokens[:4] = [*first[:1] * 3, run.tokenizer.encode(["a"], special=False)[0][0][0]]
-    assert run.texts(range(4)) == ["\ufffd"] * 3 + ["a"]
+    run = look.read_run(run_folder)
+    begin = run.places(0).start
+    part, letter = (run.tokenizer.encode([text], special=False)[0][0][0] for text in ("\u4f60", "a"))
+    run.corpus.tokens[begin : begin + 4] = [part, part, part, letter]
+    assert [text for _, text in look.response_texts(run, 0)][:4] == ["\ufffd"] * 3 + ["a"]
 
 
-def test_many_examples_are_sampled(run_folder, monkeypatch):
-    look = load_tool("look")
-    monkeypatch.setattr(look, "LOWEST", 2)
-    run = look.Run(run_folder)
-    assert len(run.shown(6)) == 6 and len(set(run.shown(6))) == 6 and set(run.shown(12)) == set(range(12))
-    assert run.shown(6)[:2] == np.argsort(run.means, kind="stable")[:2].tolist()
-    assert set(np.argsort(run.sums, kind="stable")[:3].tolist()) <= set(run.shown(6))
-    assert len(run.shown(12, most_tokens=30)) < 12
+def test_many_rows_are_sampled(run_folder):
+    run = look.read_run(run_folder)
+    shown, order = look.rows_to_show(run, 7).tolist(), np.argsort(run.mean_quality).tolist()
+    assert shown[:4] == order[:4] and len(set(shown)) == 7 and set(look.rows_to_show(run, 99).tolist()) == set(range(12))
+    assert len(look.rows_to_show(run, 12, most_tokens=30)) < 12
 
 
-def test_rows_to_look_at_first_lead_to_their_tokens(run_folder, monkeypatch):
-    """They were chosen by mean and the rows shown by sum: most of them were not on the page."""
-    look = load_tool("look")
-    monkeypatch.setattr(look, "LOWEST", 3)
-    look.main([str(run_folder), "--examples", "4"])
-    text = (run_folder / "report.html").read_text()
-    linked = [int(number) for number in re.findall(r'href="#row-(\d+)"', text)]
-    run = look.Run(run_folder)
-    assert linked == np.argsort(run.means, kind="stable")[:3].tolist()
-    assert set(linked) <= {int(number) for number in re.findall(r'<section id="row-(\d+)"', text)}
-    assert "Search the 4 rows shown" in text
+KINDS = [[0, 3, "spam"], [4, 9, "wrong"]]  # "the", "quick"
 
 
-def test_known_noise_costs_one_encoding_of_each_row(run_folder, monkeypatch):
-    rows = [json.loads(line) | {"noise": []} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
-    write_rows(rows, run_folder.parent / "rows.jsonl")
-    run, encoded = load_tool("look").Run(run_folder), []
-    encode = run.tokenizer.encode
-    monkeypatch.setattr(run.tokenizer, "encode", lambda texts: encoded.append(len(texts)) or encode(texts))
-    assert run.noise is not None and encoded == [12]
+@pytest.mark.parametrize("several_turns", [False, True])
+def test_known_noise_of_any_kind_is_underlined(tmp_path, several_turns):
+    """Its characters are those of the last response."""
+    turn = lambda i: [("user", f"Say {i}"), ("assistant", f"the quick fox {i}")]  # noqa: E731
+    turns = [[{"role": role, "content": text} for role, text in turn(0) * several_turns + turn(i)] for i in range(12)]
+    rows = [{"messages": messages, "noise": KINDS if i % 2 else []} for i, messages in enumerate(turns)]
+    folder = make_run(tmp_path, "llama3", rows)
+    page = page_of(folder)
+    marked = "".join(text for b, text in page.find("b") if b.get("class", "").endswith(" k"))
+    assert marked.replace(" ", "") == "thequick" * 6
+    run = look.read_run(folder)
+    noise, reason = look.find_noise(run)
+    words = {kind: run.tokenizer.decode(run.corpus.tokens[mask].tolist()).replace(" ", "") for kind, mask in noise.items()}
+    assert words == {"spam": "the" * 6, "wrong": "quick" * 6} and not reason
+    names = [text for _, text in page.find("td", data_name="figure")]
+    assert {"AUC", "AUC spam", "AUC wrong", "row AUC", "precision of N"} < set(names)
+
+
+def test_how_well_a_low_q_finds_noise_against_all_pairs(run_folder):
+    run, draw = look.read_run(run_folder), np.random.default_rng(1)
+    corpus, quality = run.corpus, np.round(run.quality)  # ties
+    noise = {kind: corpus.response & (draw.random(len(quality)) < 0.05) for kind in ("a", "b")}
+    noise["b"][corpus.offsets[6] :] = noise["a"][corpus.offsets[6] :] = False
+    rows = [slice(*corpus.offsets[i : i + 2]) for i in range(12)]
+    either = noise["a"] | noise["b"]
+    means = np.array([np.nanmean(quality[row]) for row in rows])
+    noisy_rows = {kind: np.array([mask[row].any() for row in rows]) for kind, mask in [*noise.items(), ("", either)]}
+
+    def auc(low, high):
+        return np.mean([1.0 if a < b else 0.5 if a == b else 0.0 for a in low for b in high])
+
+    found = look.detection(quality, run.signs < 0, corpus, noise)
+    clean = quality[corpus.response & ~either]
+    for kind, mask in (("", either), (" a", noise["a"]), (" b", noise["b"])):
+        assert found[f"AUC{kind}"] == pytest.approx(auc(quality[mask], clean))
+        assert found[f"row AUC{kind}"] == pytest.approx(auc(means[noisy_rows[kind.strip()]], means[~noisy_rows[""]]))
+    hits = int((either & (run.signs < 0)).sum())
+    assert found["precision of N"] == pytest.approx(hits / (run.signs < 0).sum())
+    assert found["recall of N"] == pytest.approx(hits / either.sum())
+    assert look.detection(quality, run.signs < 0, corpus, {"a": ~corpus.response}) == {}, "no response token is noise"
+    everywhere = look.detection(quality, run.signs < 0, corpus, {"a": corpus.response})
+    assert set(everywhere) == {"noise share", "precision of N", "recall of N"}, "nothing to compare with"
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda i, row: row | ({"noise": []} if i else {}), "only 11 of 12 rows have a field `noise`"),
+    (lambda i, row: row | {"noise": []} | ({} if i else {"output": "quite another text"}), "rows.jsonl:1 has changed since"),
+    (lambda i, row: row | {"noise": 0.3}, "known noise is not shown"),
+    (lambda i, row: row | {"noise": ["wrong"]}, "known noise is not shown"),
+    (None, "is not there"),
+    (lambda i, row: row, ""),
+])  # fmt: skip
+def test_noise_that_cannot_be_trusted_is_not_shown(run_folder, capsys, change, reason):
+    if change is None:
+        (run_folder.parent / "rows.jsonl").unlink()
+    else:
+        change_rows(run_folder, change)
+    page, printed = page_of(run_folder), capsys.readouterr().out
+    assert [text for _, text in page.find("p", class_="warning") if reason in text] if reason else "not shown" not in printed
+    assert reason in printed and not page.find("td", data_name="figure")
 
 
 def test_relative_paths_are_found_from_another_directory(tmp_path, monkeypatch):
-    """Known noise lost its underline there, without the places that were tried."""
     rows = [{"instruction": "Say", "output": f"the fox {i}", "noise": [[0, 3, "wrong"]]} for i in range(12)]
-    folder, look = make_run(tmp_path / "work" / "runs", "llama3", rows, "runs/rows.jsonl"), load_tool("look")
+    folder = make_run(tmp_path / "work" / "runs", "llama3", rows, "runs/rows.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert look.Run(folder).noise.sum() > 0
-    (tmp_path / "work/runs/rows.jsonl").unlink()
-    noise, reason = look.Run(folder).known_noise
-    assert noise is None and "runs/rows.jsonl is not there" in reason and str(tmp_path) in reason and str(folder) in reason
-
-
-def test_a_field_noise_of_another_meaning_is_one_line(run_folder):
-    rows = [json.loads(line) | {"noise": 0.3} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
-    write_rows(rows, run_folder.parent / "rows.jsonl")
-    load_tool("look").main([str(run_folder)])
-    assert "Known noise is not shown: " in (run_folder / "report.html").read_text()
+    assert look.find_noise(look.read_run(folder))[0]["wrong"].any()
 
 
 def test_a_demos_folder_gives_all_its_pages(run_folder, tmp_path, capsys):
-    look, demo = load_tool("look"), tmp_path / "demo"
+    demo = tmp_path / "demo"
     for name in ("world-0/clean", "world-1/clean"):
         shutil.copytree(run_folder, demo / name)
     look.main([str(demo)])
-    assert "2 runs in it" in capsys.readouterr().out
     assert (demo / "world-0/clean/report.html").is_file() and (demo / "world-1/clean/report.html").is_file()
+    capsys.readouterr()
     look.main([str(demo), "--text"])
     assert capsys.readouterr().out.count("rows.jsonl:12") == 2
-    with pytest.raises(SystemExit) as stop:
-        look.main([str(demo), "--out", str(tmp_path / "page.html")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "world-0/clean" in error
+    for flag in ("--out", "--rows"):
+        assert "world-0/clean" in fails(capsys, demo, flag, tmp_path / "file")
+
+
+def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
+    """A run counts once, whatever its seeds; what has no partner has no difference."""
+    held_out = {"one": {"reference": (1.0,), "full": (2.0, 3.0), "forgetting:rho=0.5": (1.0, 1.5)},
+                "two": {"reference": (1.2,), "full": (2.0,), "forgetting:rho=0.5": (1.5,)},
+                "three": {"reference": (1.4,), "full": (1.8,)}}  # fmt: skip
+    for run, methods in held_out.items():
+        for method, values in methods.items():
+            for seed, value in enumerate(values):
+                add_results(tmp_path / run, method if method == "reference" else f"{method}/seed-{seed}", value, 40 + 10 * value)
+    add_results(tmp_path / "two", "full/seed-9", 7.0, 0, identity="other tasks")
+    add_results(tmp_path / "two", "full/seed-0.bak", 7.0, 0)
+    add_results(tmp_path / "two", "full:old/seed-0", 7.0, 0)
+    look.main([*(str(tmp_path / run) for run in held_out), "--out", str(tmp_path / "table.md")])
+    text = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == text
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line.startswith("|")]
+    means, pairs = ({line[0]: dict(zip(rows[0], line)) for line in rows} for rows in (lines[:5], lines[5:]))
+    assert list(means)[2:] == ["forgetting:rho=0.5 (2)", "full (3)", "reference (3)"]
+    full, half = [2.5, 2.0, 1.8], [1.25, 1.5]
+    assert means["full (3)"]["held-out"] == f"{np.mean(full):.3f} +- {np.std(full, ddof=1):.3f}"
+    assert means["full (3)"]["qa f1"] == f"{40 + 10 * np.mean(full):.1f} +- {10 * np.std(full, ddof=1):.1f}"
+    assert means["forgetting:rho=0.5 (2)"]["held-out"] == f"{np.mean(half):.3f} +- {np.std(half, ddof=1):.3f}"
+    assert pairs["forgetting:rho=0.5 - full"]["held-out"] == f"-0.875 +- {np.std([-1.25, -0.5], ddof=1):.3f} (2/2)"
+    assert pairs["reference - full"]["held-out"] == f"-0.900 +- {np.std([-1.5, -0.8, -0.4], ddof=1):.3f} (3/3)"
+    assert "two/full/seed-9: measured on other tasks" in text and "7.000" not in text and "old" not in text
+    assert "no finished method" in fails(capsys, tmp_path / "one", tmp_path / "model")
+
+
+def test_signs_of_paired_differences_are_counted():
+    row = lambda value: {"held-out": value, "L_P": value}  # noqa: E731
+    rows = {"base": {0: row(9)}, "full": {0: row(2), 1: row(2), 2: row(2)}, "ignoring": {2: row(1.5), 0: row(1), 1: row(2.1)}}
+    line = look.paired_differences(rows).splitlines()[-1]
+    assert "| ignoring - full | -0.467 +- 0.551 (2/3) |" == line
+    assert look.paired_differences({"full": rows["full"], "base": rows["base"]}) == ""
 
 
 def test_a_reader_that_stops_early_is_no_error(run_folder):
@@ -200,85 +344,70 @@ def test_a_reader_that_stops_early_is_no_error(run_folder):
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_token_types_show_their_spaces_and_are_marked_in_their_context(run_folder):
-    look = load_tool("look")
-    drawn = look.token_types(look.Run(run_folder))
-    assert "<td><code>\u2423" in drawn and len(re.findall("<mark>[^<]+</mark>", drawn)) == drawn.count("<tr>") - 1
+def test_results_are_tables_of_html():
+    table = "| method | n |\n| ------ | - |\n| full   | 1 |\n"
+    page = Page("<body>" + look.markdown_html(f"Title\n\n{table}\n{table}\nA line.\nAnother") + "</body>")
+    assert len(page.find("table")) == 2 and [text for _, text in page.find("p")] == ["Title", "A line.", "Another"]
+    assert [text for _, text in page.find("th")] == ["method", "n"] * 2
+    assert [(td["data-name"], text) for td, text in page.find("td")] == [("method", "full"), ("n", "1")] * 2
+    wide = Page(look.html_table(["method", *map(str, range(20))], [["full", *("abcdefghijklmnopqrst")]]))
+    assert [text for _, text in wide.find("th")] == ["method", "full"] and len(wide.find("tr")) == 21, "turned on its side"
+    assert wide.find("td", data_name="full")[2][1] == "c"
 
 
-def test_words_and_numbers_of_tables_are_not_broken():
-    """The page's overflow-wrap: anywhere was inherited, and columns shrank to a letter's width."""
-    rules = dict(re.findall(r"([^{}]+?) \{ ([^}]*) \}", load_tool("look").STYLE.replace("\n", " ")))
-    assert "overflow-wrap: break-word" in rules[" table"] and "nowrap" in rules[" th, td:not(:last-child)"]
+@pytest.mark.parametrize("odd", [99.0, -99.0])
+def test_a_spike_and_a_dip_in_a_long_log_are_drawn(odd):
+    drawn = look.curves([{"step": i, "L_P": odd if i == 501 else 1.0, "L_N": None} for i in range(1000)])
+    heights = [float(point.split(",")[1]) for point in re.search('points="([^"]*)"', drawn)[1].split()]
+    assert len(set(heights)) == 2 and heights[501] == (24 if odd > 0 else 84) and drawn.count("<svg") == 1
+    assert ("1 to 99" if odd > 0 else "-99 to 1") in drawn
 
 
-def test_the_command_of_a_run_can_be_given_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["forgetting.py", "--data", "my rows.jsonl"])
-    load_tool("look").write_report([], {}, Options(out=str(tmp_path)))
-    assert "Made by `python forgetting.py --data 'my rows.jsonl'`." in (tmp_path / "results.md").read_text()
-
-
-def test_a_folder_without_scores_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load_tool("look").main([str(tmp_path)])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_spike_in_a_long_log_is_drawn_and_named():
-    """Points were thinned before their range was taken: a spike among 1,000 steps was gone."""
-    drawn = load_tool("look").curve([(i, 99.0 if i == 501 else 1.0) for i in range(1000)], "x")
-    assert "1 to 99" in drawn and len(drawn) < 8000
-
-
-@pytest.mark.parametrize("change, reason", [
-    (lambda rows: rows.pop(), "only 11 of 12 rows carry it"),
-    (lambda rows: rows[2].update(output="quite another text"), "the rows have changed since"),
-    (lambda rows: rows[1].pop("noise"), "only 11 of 12 rows carry it"),
-    (lambda rows: rows.clear(), "was not looked for"),
-])  # fmt: skip
-def test_noise_of_rows_that_changed_is_not_trusted(run_folder, change, reason):
-    rows = [json.loads(line) | {"noise": []} for line in (run_folder.parent / "rows.jsonl").read_text().splitlines()]
-    change(rows)
-    write_rows(rows, run_folder.parent / "rows.jsonl")
-    load_tool("look").main([str(run_folder)])
-    assert reason in (run_folder / "report.html").read_text()
-
-
-def test_no_control_character_and_no_change_of_direction_acts():
-    shown = load_tool("look").visible("a\x1b[31m\x9b2J\u202eb\u2066c\nd")
-    assert shown == "a\u2039U+001B\u203a[31m\u2039U+009B\u203a2J\u2039U+202E\u203ab\u2039U+2066\u203ac\nd"
-
-
-def test_a_log_that_was_cut_off_is_named(run_folder, capsys):
+def test_logs_are_read_up_to_a_line_that_was_cut_off_and_foreign_ones_not_at_all(run_folder):
+    """A full disk leaves half a line."""
     path = run_folder / "full/seed-0/metrics.jsonl"
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(SystemExit):
-        load_tool("look").main([str(run_folder)])
-    assert "full/seed-0/metrics.jsonl: not a whole log" in capsys.readouterr().err
+    for foreign in ("full/seed-0.bak", "forgetting:old/seed-0", "reference/checkpoint"):
+        write_text(path.read_text(), run_folder / foreign / "metrics.jsonl")
+        write_text("{}", run_folder / foreign / "results.json")
+    write_text(path.read_text()[:-9], path)
+    write_text("", run_folder / "forgetting/seed-0/metrics.jsonl")
+    page, logs = page_of(run_folder), look.read_logs(run_folder)
+    assert {name: len(log) for name, log in logs.items()} == {"full/seed-0": 7, "forgetting/seed-0": 0}
+    labels = [text for _, text in page.find("text")]
+    assert "1.4 to 2" in labels and "L_N" not in labels
+    assert [text for _, text in page.find("td", data_name="method")] == ["full"]
 
 
-def test_scores_of_a_stopped_run_are_named(run_folder, capsys):
-    from safetensors.numpy import load_file, save_file
-
-    arrays = load_file(run_folder / "scores.safetensors")
-    save_file(arrays, run_folder / "scores.safetensors", {"done": "3"})
-    with pytest.raises(SystemExit):
-        load_tool("look").main([str(run_folder)])
-    assert f"covers 3 of {len(arrays['offsets']) - 1} examples: give the run's command again" in capsys.readouterr().err
-
-
-def test_what_a_table_would_hide_is_noted_under_it():
+def test_what_a_table_would_hide_is_noted(run_folder, capsys):
     """An empty N, an empty P and a training of rate 0 gave a normal table."""
-    look = load_tool("look")
     line = {"lr": 1e-3, "L_P": 1.0, "L_N": 2.0}
     assert look.notes_on("forgetting/seed-0", [line]) == [] and look.notes_on("full/seed-0", [line | {"L_N": None}]) == []
     assert "N is empty" in look.notes_on("forgetting:rho=1/seed-0", [line | {"L_N": None}])[0]
     assert "P is empty" in look.notes_on("full/seed-0", [line | {"L_P": None}])[0]
-    assert "rate 0" in look.notes_on("reference", [line | {"lr": 0.0}])[0]
-    nothing = look.describe_scores(np.array([2.0, 1.0]), np.array([1.0, 1.0]), np.array([1, 1]))
-    assert "no token is in N" in nothing
+    assert "rate 0" in look.notes_on("reference", [line | {"lr": 0.0}])[0] and look.notes_on("reference", []) == []
+    write_rows([log_line(i, 1 + i / 50, 2 + i / 10) for i in range(40)], run_folder / "forgetting/seed-0/metrics.jsonl")
+    (_, warning), = page_of(run_folder).find("p", class_="warning")
+    assert warning.startswith("forgetting/seed-0: L_P and L_N both rose") and f"warning: {warning}\n" in capsys.readouterr().out
 
 
-def test_tables_are_at_most_100_columns_wide():
-    text = load_tool("look").table(["method", *(f"a column of many words {i}" for i in range(9))], [["forgetting"] + ["1.23 +- 4.5"] * 9])
-    assert max(map(len, text.splitlines())) <= 100
+def spoil(name):
+    def change(arrays):
+        arrays[name] = arrays[name].copy()
+        arrays[name][1] += 1
+    return change  # fmt: skip
+
+
+@pytest.mark.parametrize("change, done, reason", [
+    (lambda arrays: None, "3", "covers 3 of 12 rows: give the run's command again"),
+    (spoil("tokens"), "12", "was not made from the rows that config.json beside it names"),
+    (spoil("offsets"), "12", "was not made from the rows that config.json beside it names"),
+    (lambda arrays: arrays.pop("tokens"), "12", "has no tokens"),
+])  # fmt: skip
+def test_scores_that_are_not_the_runs_are_named(run_folder, capsys, change, done, reason):
+    path = run_folder / "scores.safetensors"
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path, {"done": done})
+    assert reason in fails(capsys, run_folder)
+    path.unlink()
+    assert "no scores.safetensors in it" in fails(capsys, run_folder)
