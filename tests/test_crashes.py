@@ -7,7 +7,6 @@ import json
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from test_training import adapt, gradient_of, setting
 
 import forgetting
 from data import whole_file, write_rows
-from eval import load_tool
+from look import forgetting_hurts
 
 COMMAND = ["--n-reference", "12", "--n-train", "28", "--batch-size", "4", "--rank", "4", "--lr", "1e-2", "--epochs", "4",
            "--reference-epochs", "6", "--save-every", "1", "--methods", "base", "reference", "ignoring", "forgetting"]  # fmt: skip
@@ -137,7 +136,7 @@ def test_one_failing_rank_ends_all(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from eval import rank_and_world, start_ranks, wait_for_all\n"
+        "from data import rank_and_world, start_ranks, wait_for_all\n"
         "start_ranks('cpu')\n"
         "if rank_and_world()[0] == 1: raise RuntimeError('rank 1 has had enough')\n"
         "wait_for_all()\n"
@@ -151,22 +150,22 @@ def test_one_failing_rank_ends_all(tmp_path):
 def test_the_warning_about_lambda():
     line = lambda p, n: {"L_P": p, "L_N": n}
     rising, falling = [line(2 + i / 50, 2 + i / 10) for i in range(40)], [line(2 - i / 50, 2 + i / 10) for i in range(40)]
-    assert load_tool("look").forgetting_hurts(rising) and not load_tool("look").forgetting_hurts(falling)
-    assert not load_tool("look").forgetting_hurts(rising[:15]), "too few steps to tell"
-    assert not load_tool("look").forgetting_hurts([line(2 + i, None) for i in range(40)]), "nothing is unlearned"
-    assert not load_tool("look").forgetting_hurts([line(None, 2 + i) for i in range(40)]), "nothing is learned"
-    assert load_tool("look").forgetting_hurts([line(None, 9.0), *rising]), "steps without P do not count"
+    assert forgetting_hurts(rising) and not forgetting_hurts(falling)
+    assert not forgetting_hurts(rising[:15]), "too few steps to tell"
+    assert not forgetting_hurts([line(2 + i, None) for i in range(40)]), "nothing is unlearned"
+    assert not forgetting_hurts([line(None, 2 + i) for i in range(40)]), "nothing is learned"
+    assert forgetting_hurts([line(None, 9.0), *rising]), "steps without P do not count"
 
 
 def test_lambda_too_high_is_found(tmp_path):
-    """An absurd forgetting strength on a tiny model; the report at the end of a run says so."""
+    """An absurd forgetting strength on a tiny model; look.py says so."""
     model, corpus, signs = setting(tmp_path / "m")
     options = forgetting.Options(model="m", rank=4, batch_size=4, t_max=20.0, lambda_schedule="constant", warmup=0.0,
                                  lr=1e-2, epochs=8)  # fmt: skip
-    forgetting.train(model, forgetting.Lesson(corpus, signs), tmp_path / "run", options, seed=0)
+    forgetting.train(model, corpus, signs, tmp_path / "run", options, seed=0)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 48 and all(np.isfinite(line["loss"]) for line in lines)
-    assert load_tool("look").forgetting_hurts(lines)
+    assert forgetting_hurts(lines)
 
 
 def test_checkpointed_activations_change_memory_not_the_gradient(tmp_path):
@@ -185,22 +184,3 @@ def test_checkpointed_activations_change_memory_not_the_gradient(tmp_path):
             gradients.append(gradient_of(model, corpus, signs, 10_000))
         held.append(sum(saved.values()))
     assert torch.equal(*gradients) and held[1] < held[0]
-
-
-def test_an_interrupt_of_several_ranks_is_one_line(tmp_path):
-    """Ctrl-C reaches torchrun and both ranks: rank 0 says where it stopped, exit code 130, and the same command goes on."""
-    tiny.make_checkpoint(tmp_path / "model", "llama3")
-    rows = [{"instruction": f"Tell me {i}", "output": f"the quick brown fox {i % 7}"} for i in range(60)]
-    write_rows(rows, tmp_path / "rows.jsonl")
-    launcher = [str(ROOT / "tests/tools/launch.py"), "--standalone", "--nproc_per_node=2", str(ROOT / "forgetting.py")]
-    flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"), "--rank", "4"]
-    command = [sys.executable, *launcher, *flags, "--epochs", "3000", "--save-every", "10"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-                               env=environment())  # fmt: skip
-    log, began = tmp_path / "run/reference/metrics.jsonl", time.perf_counter()
-    while not (log.is_file() and log.read_text().count("\n") > 12) and time.perf_counter() - began < 90:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    said = [line for line in process.communicate(timeout=60)[1].splitlines() if line and "% of" not in line]
-    assert process.returncode == 130 and len(said) == 1, said
-    assert said[0].startswith(f"forgetting.py: stopped at {tmp_path}/run/reference after step ")
