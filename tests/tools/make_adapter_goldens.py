@@ -9,6 +9,8 @@ other logits in PEFT, or if transformers and PEFT do not read what publish.py wr
 import contextlib
 import io
 import json
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,13 +18,14 @@ from pathlib import Path
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent.parent  # tests/, where tiny.py and goldens/ are
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import tiny  # noqa: E402
 
-from lora import load_adapter  # noqa: E402
+from data import Tokenizer, build_corpus  # noqa: E402
+from lora import load_adapter, merge_lora  # noqa: E402
 from model import load_model  # noqa: E402
 
 KIND = "llama3"
@@ -51,9 +54,9 @@ SAME = {  # configs that load_adapter takes, as arguments of LoraConfig
 REFUSED = list(SAME)[list(SAME).index("rank pattern") :]
 
 
-def theirs(folder: Path):
+def theirs(folder: Path, dtype: torch.dtype | str = torch.float32):
     """transformers' model of a folder."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -97,7 +100,62 @@ def check_configs(folder: Path) -> None:
         print(f"{name}: {len(shapes)} tensors, logits differ by {worst:.1e}")
 
 
+def program(path: str, *arguments: object) -> None:
+    """Run a program of ours with these arguments."""
+    subprocess.run([sys.executable, "-W", "ignore", HERE.parent / path, *map(str, arguments)], check=True)
+
+
+def check_published(folder: Path) -> None:
+    """A short training of the demo model, published both ways and read by the peers."""
+    base, run = folder / "base", folder / "run"
+    shutil.copytree(HERE / "demo_model", base)
+    # a base model whose generation stops elsewhere, and whose tokenizer_config.json names no eos
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    pairs = [(f"What is {i} plus 2?", f"It is {i + 2}.") for i in range(60)]
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--rank", 64, "--epochs", 10, "--batch-size", 8, "--lr", 2e-3]
+    program("forgetting.py", "--model", base, "--data", folder / "rows.jsonl", "--out", run, "--methods", "full", *flags)
+    adapter = run / "full" / "seed-0"
+    program("tests/tools/publish.py", adapter, folder / "adapter")
+    program("tests/tools/publish.py", adapter, folder / "merged", "--merged", "--base-model", "owner/name")
+
+    ours = Tokenizer(base)
+    prompts = []
+    for name in ("adapter", "merged"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        messages = rows[0]["messages"]
+        (expected,) = build_corpus([{"messages": messages}], ours).split()
+        given = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert given == expected.tolist(), (name, given, expected)
+        assert tokenizer.eos_token == ours.eos, name
+        prompts.append(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt"))
+        config = GenerationConfig.from_pretrained(folder / name)
+        assert config.eos_token_id == [5, ours.eos_id], (name, config.eos_token_id)
+
+    mine = load_model(base)
+    load_adapter(mine, adapter)
+    print("published adapter in PEFT:", difference(PeftModel.from_pretrained(theirs(base), folder / "adapter").eval(), mine))
+    mine = load_model(base, dtype=torch.bfloat16)
+    load_adapter(mine, adapter)
+    merge_lora(mine)
+    merged = theirs(folder / "merged", "auto")
+    assert merged.dtype == torch.bfloat16 and merged.get_input_embeddings().weight.dtype == torch.bfloat16
+    print("merged, in transformers:", difference(merged.float(), mine.float()))
+    answer = merged.generate(**prompts[1], max_new_tokens=60, do_sample=False)[0, prompts[1]["input_ids"].shape[1] :]
+    print("it answers", repr(ours.decode(answer.tolist(), skip_special=False)))
+    assert answer[-1] == ours.eos_id and len(answer) < 60
+    old = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    text = json.dumps(old | {"base_model_name_or_path": str(base)})
+    (folder / "adapter" / "adapter_config.json").write_text(text)  # as --base-model would, if it were on the Hub
+    auto = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32)
+    print("AutoPeftModel:", type(auto).__name__)
+
+
 if __name__ == "__main__":
     write_defaults()
     with tempfile.TemporaryDirectory() as temporary:
         check_configs(Path(temporary))
+    with tempfile.TemporaryDirectory() as temporary:
+        check_published(Path(temporary))

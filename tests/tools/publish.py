@@ -1,21 +1,40 @@
-"""Make the adapters of a run whole for others: a model card, the tokenizer, the template of the training.
+"""Publish an adapter of a run: a new folder for the Hub, with card, tokenizer and chat template.
 
-    python tests/tools/publish.py runs/mine                    # forgetting.py does this at the end of a run
-    python tests/tools/publish.py runs/mine --merged           # and merged/, base model and adapter in one, as --export
-    hf upload you/name runs/mine/forgetting/seed-0             # or seed-0/merged
+    python tests/tools/publish.py RUN/forgetting/seed-0 OUT              # the adapter, for PEFT and vLLM
+    python tests/tools/publish.py RUN/forgetting/seed-0 OUT --merged     # base model and adapter in one checkpoint
+    hf upload you/name OUT
+
+A run that read its base model from a folder does not know the model's name on the Hub: --base-model owner/name gives it.
+Fill in licence and data set in OUT/README.md before you upload.
 """
 
-import argparse, dataclasses, sys  # noqa: E401
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import Tokenizer, read_object, write_text  # noqa: E402
-from forgetting import METHODS, UNLEARNING, VARIANT_OPTIONS, Options, method_of  # noqa: E402
-from lora import load_adapter, merge_lora  # noqa: E402
-from model import DTYPES, TEXT_FILES, checkpoint_folder, load_model, save_model  # noqa: E402
+from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
+from forgetting import METHODS, UNLEARNING, VARIANT_OPTIONS  # noqa: E402
+from lora import load_adapter, merge_lora, read_adapter_config, read_adapter_weights  # noqa: E402
+from model import checkpoint_folder, load_model, model_fingerprint, save_model, weight_files  # noqa: E402
 
-
-CHAT_TEMPLATE = (
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+TULU_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
@@ -24,70 +43,217 @@ CHAT_TEMPLATE = (
 )
 
 
+def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | None = None) -> None:
+    """Make the folder `out` of one adapter of a run; with `merged`, of the checkpoint with the adapter in it.
+
+    base_model is the base's Hub id; without it, it is the run's --model unless that is a folder.
+    Raises ValueError for what is no adapter of a run, for a base model that is not the run's, and where
+    `out` holds files already.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there already: give a new folder")
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
+        raise ValueError(f"--base-model {base_model} is not a Hub id of the form owner/name or owner/name@revision")
+    name, config = read_run(adapter)
+    checkpoint = checkpoint_folder(config["model"])
+    if model_fingerprint(checkpoint) != config["inputs"]["model"]:
+        raise ValueError(f"{config['model']}: its files are not those that the run was made from")
+    if base_model is None and not os.path.isdir(config["model"]):
+        base_model = config["model"]
+    tulu = config.get("template", "tulu") == "tulu"
+    tokenizer = Tokenizer(checkpoint) if tulu else Tokenizer(checkpoint, config["template"])
+    template = chat_template(tokenizer) if tulu else tokenizer.chat_template
+    with whole_folder(out) as folder:
+        if merged:
+            write_merged(adapter, checkpoint, folder)
+        else:
+            write_adapter(adapter, base_model, folder)
+        write_tokenizer(tokenizer, checkpoint, folder, keep_template=not tulu)
+        write_text(template, folder / "chat_template.jinja")
+        rank = None if merged else read_adapter_config(adapter / "adapter_config.json")["r"]
+        write_text(model_card(name, trained_options(name, config), base_model, rank), folder / "README.md")
+    if base_model is None:
+        print(f"{out} does not name its base model: give --base-model owner/name before you upload it")
+
+
+def read_run(adapter: Path) -> tuple[str, dict]:
+    """Name of the method that made an adapter, or "reference", and the run's config.json."""
+    read_adapter_weights(adapter)  # it is whole
+    method, run = adapter.resolve().parent, adapter.resolve().parent.parent
+    name = method.name
+    if adapter.resolve().name == "reference":
+        name, run = "reference", method
+    config = read_object(run / "config.json") if (run / "config.json").is_file() else {}
+    if name.partition(":")[0] not in ("reference", *METHODS) or not {"model", "inputs"} <= config.keys():
+        raise ValueError(f"{adapter} is not an adapter of a run, such as RUN/forgetting/seed-0 or RUN/reference")
+    return name, config
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, which takes out's name when the block ends, and goes after an error."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        yield folder
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # it is on the disk before the folder has its name
+        os.replace(folder, out)
+
+
+def write_adapter(adapter: Path, base_model: str | None, folder: Path) -> None:
+    """PEFT's two files; the base model is named by its Hub id, or not at all: a local path is nobody else's."""
+    base, _, revision = (base_model or "").partition("@")
+    config = read_object(adapter / "adapter_config.json")
+    config |= {"base_model_name_or_path": base or None, "revision": revision or None}
+    write_text(json.dumps(config, indent=2) + "\n", folder / "adapter_config.json")
+    shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+
+
+def write_merged(adapter: Path, checkpoint: Path, folder: Path) -> None:
+    """The checkpoint with the adapter merged in, in the dtype of the checkpoint's files."""
+    model = load_model(checkpoint, "cpu", stored_dtype(checkpoint))
+    load_adapter(model, adapter)
+    merge_lora(model)
+    save_model(model, folder)
+    config = read_object(folder / "config.json")
+    config.pop("_name_or_path", None)  # a path on the disk of whoever saved the checkpoint
+    write_text(json.dumps(config, indent=2) + "\n", folder / "config.json")
+
+
+def stored_dtype(checkpoint: Path) -> torch.dtype:
+    """The dtype that most values in the files of a checkpoint have."""
+    counts: Counter = Counter()
+    for path in weight_files(checkpoint):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensor = file.get_slice(name)
+                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return STORED_DTYPES[max(STORED_DTYPES, key=lambda name: counts[name])]
+
+
+def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_template: bool) -> None:
+    """The tokenizer's files and generation_config.json, naming the tokens that the template and its answers end with.
+
+    keep_template: tokenizer_config.json keeps the chat template that may be in it.
+    """
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    tokens = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = checkpoint / name
+        config = read_object(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for key, text in tokens.items():
+            there = config.get(key)
+            if text is not None and text != (there.get("content") if isinstance(there, dict) else there):
+                config[key] = text
+        config.pop("name_or_path", None)  # as in config.json
+        if not keep_template:
+            config.pop("chat_template", None)
+        if path.is_file() or name == "tokenizer_config.json":
+            write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", folder / name)
+    generation = generation_config(checkpoint, taught_end(tokenizer))
+    write_text(json.dumps(generation, indent=2) + "\n", folder / "generation_config.json")
+
+
+def generation_config(checkpoint: Path, end: int) -> dict:
+    """The checkpoint's generation_config.json, in which generation stops at the token `end`, too."""
+    path, model_config = checkpoint / "generation_config.json", read_object(checkpoint / "config.json")
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")  # what transformers takes where there is no such file
+    config = read_object(path) if path.is_file() else {key: model_config.get(key) for key in keys}
+    there = config.get("eos_token_id")
+    there = there if isinstance(there, list) else [] if there is None else [there]
+    return config | {"eos_token_id": there if end in there else [*there, end]}
+
+
+def taught_end(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends an answer in the training: the first special one of a rendered answer."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    corpus = build_corpus([{"messages": messages}], tokenizer)
+    special = {tokenizer.eos_id, *tokenizer.raw.get_added_tokens_decoder()}
+    return next((int(i) for i in corpus.tokens[corpus.response] if i in special), tokenizer.eos_id)
+
+
 def chat_template(tokenizer: Tokenizer) -> str:
     """render()'s template of conversations as jinja, for transformers' tokenizer.apply_chat_template."""
     puts_bos = tokenizer.bos is not None and tokenizer.encode(["x"])[0][0][0] == tokenizer.bos_id
-    return ("{{ bos_token }}" if puts_bos else "") + CHAT_TEMPLATE
+    return ("{{ bos_token }}" if puts_bos else "") + TULU_TEMPLATE
 
 
-def publish_run(options: Options) -> None:
-    """Publish every trained adapter of options.out; with options.export a merged checkpoint of each, too."""
-    checkpoint = checkpoint_folder(options.model)
-    tokenizer = Tokenizer(checkpoint)
-    reference = Path(options.out) / "reference"
-    if (reference / "adapter_model.safetensors").is_file():
-        epochs = read_object(Path(options.out) / "config.json")["reference_epochs"]  # where the default depends on D_ref
-        its_options = dataclasses.replace(options, lr=options.reference_lr, epochs=epochs, export=False)
-        publish(reference, checkpoint, tokenizer, "reference", its_options)
-    for weights in sorted(Path(options.out).glob("*/seed-*/adapter_model.safetensors")):
-        folder, name = weights.parent, weights.parent.parent.name
-        if name.partition(":")[0] in METHODS:
-            publish(folder, checkpoint, tokenizer, name, method_of(name, options)[1])
-
-
-def publish(folder: Path, checkpoint: Path, tokenizer: Tokenizer, name: str, options: Options) -> None:
-    """One adapter folder; a model card that is there already is its owner's, and stays."""
-    for file in filter(Path.is_file, (checkpoint / file for file in TEXT_FILES)):
-        write_text(file.read_text(encoding="utf-8"), folder / file.name)
-    write_text(chat_template(tokenizer), folder / "chat_template.jinja")
-    if not (folder / "README.md").is_file():
-        write_text(model_card(name, options), folder / "README.md")
-    if options.export and not (folder / "merged" / "config.json").is_file():
-        model = load_model(checkpoint, "cpu", DTYPES[options.dtype])
-        load_adapter(model, folder)
-        merge_lora(model)
-        write_text(chat_template(tokenizer), folder / "merged" / "chat_template.jinja")
-        save_model(model, folder / "merged")
-
-
-def model_card(name: str, options: Options) -> str:
-    """The README.md of an adapter, as the Hub reads it."""
-    method = METHODS.get(name.partition(":")[0], METHODS["full"])  # the reference is trained as full is
+def trained_options(name: str, config: dict) -> dict:
+    """The options of a run that the training of this adapter read, by name; a variant's are part of its name."""
+    stem, _, changes = name.partition(":")
+    method = METHODS.get(stem, METHODS["full"])  # the reference is trained as full is
+    if stem == "reference":
+        epochs = config["reference_epochs"] or f"at least {config['epochs']}, and at least 8 steps"
+        config = config | {"lr": config["reference_lr"], "epochs": epochs}
+    config = config | dict(change.split("=", 1) for change in changes.split(",") if change)
+    if config.get("rho") is None or method.rho == 1:
+        config["rho"] = method.rho
     read = [key for key in VARIANT_OPTIONS if method.unlearn or key not in UNLEARNING]
-    trained = {key: getattr(options, key) for key in read if getattr(options, key) is not None}
-    trained["rho"] = method.rho if options.rho is None or method.rho == 1 else options.rho
-    settings = "\n".join(f"- {key}: {value}" for key, value in trained.items())
-    return (
-        f"---\nbase_model: {options.model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
-        "tags:\n- lora\n- forgetting\n- arxiv:2508.04329\n---\n\n"
-        f"# {name}\n\nA LoRA adapter for {options.model}, trained by the method `{name}` of Forgetting "
-        f"(arXiv 2508.04329) on {', '.join(options.data)}.\n\n{settings}\n"
-    )
+    return {key: config[key] for key in read if config.get(key) is not None}
+
+
+def model_card(name: str, options: dict, base_model: str | None, rank: int | None) -> str:
+    """README.md as the Hub reads it; rank is None for a merged checkpoint."""
+    base, _, revision = (base_model or "").partition("@")
+    library, kind = ("transformers", "A merged model") if rank is None else ("peft", "A LoRA adapter")
+    base_line = f"base_model: {json.dumps(base)}\n" if base else ""  # JSON's strings are YAML's, too
+    where = f"{base}, revision {revision}" if revision else base
+    unnamed = "fill in: the run read it from a folder, publish.py's `--base-model owner/name` names it"
+    settings = "\n".join(f"- {key}: {value}" for key, value in options.items())
+    return f"""---
+{base_line}library_name: {library}
+pipeline_tag: text-generation
+tags:
+- "lora"
+- "forgetting"
+- "arxiv:2508.04329"
+# license: fill in (the base model's licence may bind yours)
+# datasets: fill in (a list of Hub ids)
+---
+
+# {name}
+
+{kind}, trained by the method `{name}` of Forgetting (arXiv 2508.04329).
+
+- base model: {where or unnamed}
+- data: fill in
+{settings}
+
+Conversations take the template in `chat_template.jinja`. Served by vLLM, where DIR is a copy of this folder:
+
+    {vllm_command(base or "BASE", rank)}
+"""
+
+
+def vllm_command(base: str, rank: int | None) -> str:
+    """The command that serves the folder; vLLM's own limit of LoRA ranks is 16."""
+    if rank is None:
+        return "vllm serve DIR"
+    limit = min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
+    adapter = f"--enable-lora --max-lora-rank {limit} --lora-modules forgetting=DIR"
+    return f"vllm serve {base} {adapter} --chat-template DIR/chat_template.jinja"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--merged", action="store_true", help="also a checkpoint of base model and adapter in one")
+    parser.add_argument("adapter", type=Path, help="folder of one adapter of a run: RUN/METHOD/seed-S, RUN/reference")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--merged", action="store_true", help="the whole model, with the adapter in its weights")
+    parser.add_argument("--base-model", help="Hub id of the base model, with an optional @revision")
     arguments = parser.parse_args()
     try:
-        config = read_object(arguments.run / "config.json")
-        fields = {field.name: config[field.name] for field in dataclasses.fields(Options) if field.name in config}
-        publish_run(dataclasses.replace(Options(**fields), out=str(arguments.run), export=arguments.merged))
-    except (ValueError, OSError) as error:
+        publish(arguments.adapter, arguments.out, arguments.merged, arguments.base_model)
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"publish.py: {error}", file=sys.stderr)
         sys.exit(2)
+    print(f"{arguments.out}: fill in licence and data set in README.md, then: hf upload you/name {arguments.out}")
 
 
 if __name__ == "__main__":
