@@ -133,13 +133,23 @@ def test_the_tokenizers_files_name_the_tokens_that_the_template_needs(tmp_path, 
     edit(folder / "special_tokens_map.json", eos_token={"content": tokenizer.eos}, pad_token="!")
     out.mkdir()
     publish.write_tokenizer(tokenizer, folder, out, keep_template=False)
-    named = {"padding_side": "left", "eos_token": tokenizer.eos} | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
-    assert read(out / "tokenizer_config.json") == named
+    named = {"padding_side": "left", "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
+    assert read(out / "tokenizer_config.json") == named | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
     assert read(out / "special_tokens_map.json")["eos_token"] == {"content": tokenizer.eos}
-    (folder / "tokenizer_config.json").unlink()
-    publish.write_tokenizer(tokenizer, folder, out, keep_template=False)
-    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_in_another_form_is_published_as_tokenizer_json(tmp_path):
+    """GPT-Neo's checkpoint has vocab.json and merges.txt, from which an adapter's folder alone is not read."""
+    folder, out = tiny.make_checkpoint(tmp_path / "m", "gpt_neo"), tmp_path / "out"
+    tokenizer = Tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    edit(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    out.mkdir()
+    publish.write_tokenizer(tokenizer, folder, out, keep_template=False)
+    assert Tokenizer(out).encode([tiny.TEXT]) == tokenizer.encode([tiny.TEXT])
+    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "GPT2Tokenizer"
+    assert not (out / "special_tokens_map.json").exists()
 
 
 @pytest.mark.skipif("template" not in inspect.signature(Tokenizer).parameters, reason="data.py has no --template yet")

@@ -143,10 +143,14 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_t
     for name in TOKENIZER_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
+    if not (folder / "tokenizer.json").is_file():  # GPT-Neo's has vocab.json and merges.txt only
+        tokenizer.raw.save(str(folder / "tokenizer.json"))
     tokens = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = checkpoint / name
-        config = read_object(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config = read_object(path) if path.is_file() else {}
+        if name == "tokenizer_config.json":  # an adapter's folder has no config.json, which would say which class
+            config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         for key, text in tokens.items():
             there = config.get(key)
             if text is not None and text != (there.get("content") if isinstance(there, dict) else there):
@@ -154,7 +158,7 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_t
         config.pop("name_or_path", None)  # as in config.json
         if not keep_template:
             config.pop("chat_template", None)
-        if path.is_file() or name == "tokenizer_config.json":
+        if path.is_file() or name == "tokenizer_config.json":  # the other one only where it is
             write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", folder / name)
     generation = generation_config(checkpoint, taught_end(tokenizer))
     write_text(json.dumps(generation, indent=2) + "\n", folder / "generation_config.json")
