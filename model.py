@@ -25,7 +25,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,44 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 # --------------------------------------------------------------------------------------- configuration
 
+# The fields that are read, by model_type, with what transformers fills in where config.json lacks one.
+SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))  # no default
+LLAMA = SIZES | {
+    "intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "rope_theta": 1e4, "rope_scaling": {}, "rope_parameters": {}, "original_max_position_embeddings": None,
+}  # fmt: skip
+BIASES = {"attention_bias": False, "mlp_bias": False}
+WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": None}
+QWEN = LLAMA | WINDOWS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_window_layers": 28,
+                          "max_position_embeddings": 32768}  # fmt: skip
+FIELDS = {
+    "llama": LLAMA | BIASES,
+    "mistral": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
+                        "max_position_embeddings": 131072},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
+    "smollm3": LLAMA | WINDOWS | BIASES | {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        "rope_theta": 2e6, "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
+    "gpt_neo": SIZES | {
+        "intermediate_size": None, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "attention_types": None, "attention_layers": None, "window_size": 256,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+}  # fmt: skip
+LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
+NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "rope_scaling",
+            "rope_parameters", "original_max_position_embeddings", *LISTS)  # fmt: skip
+# names of fields that change the computation in other models and leave no tensor that would be missed here
+FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|bidirectional|attn_temperature|layer_types"
+                     "|per_layer|parallel_residual|parallel_attn|transformers_weights")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
     """What shapes the computation, whatever the architecture calls it; `raw` is config.json as read."""
 
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -58,109 +91,190 @@ class Config:
     norm_eps: float
     tie_word_embeddings: bool
     rope: dict | None  # rope_type, rope_theta and what the type needs; None: positions are learned
+    rotates: tuple[bool, ...]  # by layer: whether q and k are rotated
     windows: tuple[int | None, ...]  # by layer: tokens that a query sees, itself included; None: all before
     score_scale: float  # of the attention scores: 1/sqrt(K), but 1 in GPT-Neo
     raw: dict
+    qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
 
 
-def llama_config(raw: dict) -> Config:
-    """LLaMA 2 to 3.2, Mistral, and Qwen2, which has biases on q, k and v only."""
-    architecture, heads = raw["architectures"][0], raw["num_attention_heads"]
-    qwen = architecture == "Qwen2ForCausalLM"
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    slides = raw.get("use_sliding_window", not qwen) and architecture != "LlamaForCausalLM"
-    if slides and raw.get("sliding_window"):
-        raise ValueError(f"sliding_window {raw['sliding_window']} is not supported, only null")
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+def parse_config(raw: dict) -> Config:
+    """What a config.json means to transformers. Raises ValueError for what this file does not compute."""
+    model_type = model_type_of(raw)
+    refuse_foreign_fields(raw, model_type)
+    values = read_fields(raw, model_type)
+    is_gpt_neo, heads = model_type == "gpt_neo", values["num_attention_heads"]
+    head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    key_heads = values.get("num_key_value_heads") or heads
+    if heads % key_heads:
+        raise ValueError(f"num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}")
+    if head_dim == 0 or not is_gpt_neo and head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim}, but coordinates are rotated in pairs")
+    rotates = () if is_gpt_neo else rotated_layers(values)
+    same = *SIZES, "max_position_embeddings", "tie_word_embeddings"
     return Config(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        model_type=model_type,
+        **{name: values[name] for name in same},
+        intermediate_size=values["intermediate_size"] or 4 * values["hidden_size"],
+        num_key_value_heads=key_heads,
         head_dim=head_dim,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        rope=rope_config(raw),
-        windows=(None,) * raw["num_hidden_layers"],
-        score_scale=head_dim**-0.5,
-        qkv_bias=qwen or raw.get("attention_bias", False),
-        out_bias=not qwen and raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
+        norm_eps=values["layer_norm_epsilon" if is_gpt_neo else "rms_norm_eps"],
+        rope=None if is_gpt_neo else rope_config(values),
+        rotates=rotates or (False,) * values["num_hidden_layers"],
+        windows=gpt_neo_windows(values) if is_gpt_neo else sliding_windows(values, rotates),
+        score_scale=1.0 if is_gpt_neo else head_dim**-0.5,
+        qk_norm=model_type == "qwen3",
+        qkv_bias=model_type == "qwen2" or values.get("attention_bias", False),
+        out_bias=is_gpt_neo or values.get("attention_bias", False),
+        mlp_bias=is_gpt_neo or values.get("mlp_bias", False),
         raw=raw,
     )
 
 
-def rope_config(raw: dict) -> dict:
-    """The rotation's parameters, from rope_theta + rope_scaling (transformers 4) or rope_parameters (5)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+def model_type_of(raw: dict) -> str:
+    """The key of FAMILIES, from `architectures` and `model_type`, which must not contradict each other."""
+    names = raw.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list):
+        raise ValueError(f"architectures = {names!r} is not a list of names")
+    types = {family.architecture: model_type for model_type, family in FAMILIES.items()}
+    by_type = [name for name in types if types[name] == raw.get("model_type")]
+    architecture = (names or by_type or ["none named"])[0]
+    if architecture not in list(types):
+        raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(types)}")
+    if raw.get("model_type", types[architecture]) != types[architecture]:
+        raise ValueError(f"model_type = {raw['model_type']!r} is not that of {architecture}")
+    return types[architecture]
+
+
+def refuse_foreign_fields(raw: dict, model_type: str) -> None:
+    """Raise ValueError for a field that may change the computation and that this family does not have."""
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            raise ValueError(f"{name}: a quantised checkpoint is not read; use the one it was made from")
+    if raw.get("is_causal", True) is not True:
+        raise ValueError(f"is_causal = {raw['is_causal']!r} is not supported, only true")
+    for name, value in raw.items():
+        foreign = name not in FIELDS[model_type] and name[:1] != "_" and FOREIGN.search(name)
+        if foreign and not is_neutral(value):
+            hint = "remove it if the model does not need it"
+            raise ValueError(f"{name} = {value!r} is not a field of model_type {model_type!r} ({hint})")
+
+
+def is_neutral(value) -> bool:
+    """Whether a field says nothing: null, false, 0, empty, or a factor of 1."""
+    return not value or (type(value) in (int, float) and value == 1)
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def read_fields(raw: dict, model_type: str) -> dict:
+    """The family's fields, checked: as config.json has them, or with the default where it lacks one."""
+    if model_type == "gpt_neo":  # it has names of its own for these two; the common ones go first
+        raw = {"num_hidden_layers": raw.get("num_layers"), "num_attention_heads": raw.get("num_heads")} | raw
+    values = {}
+    for name, default in FIELDS[model_type].items():
+        value = values[name] = raw.get(name, default)
+        if isinstance(default, bool):
+            right, kind = isinstance(value, bool), "true or false"
+        elif isinstance(default, float):
+            right, kind = is_number(value), "a number above 0"
+        elif isinstance(default, str):
+            right, kind = value == default, f"{default!r}, the only one supported"
+        elif name in LISTS:
+            right, kind = isinstance(value, list), "a list"
+        elif isinstance(default, dict):
+            right, kind = isinstance(value, dict), "an object"
+        else:
+            least = 0 if name == "max_window_layers" else 1
+            right, kind = type(value) is int and value >= least, f"a whole number of at least {least}"
+        if not right and not (value is None and name in NULLABLE):
+            raise ValueError(f"{name} = {value!r} is not {kind}")
+    return values
+
+
+def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
+    if len(entries) != layers or not all(entry in allowed for entry in entries):
+        raise ValueError(f"{name} = {entries!r} does not hold one of {allowed} for each of {layers} layers")
+
+
+def rotated_layers(values: dict) -> tuple[bool, ...]:
+    """Whether each layer rotates q and k: SmolLM3's where no_rope_layers is 1; null: all but every fourth."""
+    layers = range(values["num_hidden_layers"])
+    if "no_rope_layers" not in values:
+        return (True,) * len(layers)
+    flags = values["no_rope_layers"]
+    if flags is None:
+        return tuple((layer + 1) % values["no_rope_layer_interval"] != 0 for layer in layers)
+    check_layers("no_rope_layers", flags[: len(layers)], (0, 1), len(layers))
+    return tuple(map(bool, flags[: len(layers)]))
+
+
+def sliding_windows(values: dict, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """The window of each layer. LLaMA: none; Mistral: all; Qwen, SmolLM3: some, unless layer_types says."""
+    layers, window = range(values["num_hidden_layers"]), values.get("sliding_window")
+    if not values.get("use_sliding_window", True):
+        window = None
+    slides = [True for _ in layers]
+    if "max_window_layers" in values:
+        slides = [layer >= values["max_window_layers"] for layer in layers]
+    if "no_rope_layers" in values:
+        slides = [not rotates[layer] for layer in layers]
+    if values.get("layer_types") is not None:
+        kinds = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+        check_layers("layer_types", values["layer_types"], kinds, len(layers))
+        slides = [kind == "sliding_attention" for kind in values["layer_types"]]
+    return tuple(window if slide else None for slide in slides)
+
+
+def gpt_neo_windows(values: dict) -> tuple[int | None, ...]:
+    """The window of each layer, from attention_layers or, where that is null, attention_types."""
+    kinds, layers = values["attention_layers"], values["num_hidden_layers"]
+    if kinds is None:
+        patterns = values["attention_types"] or [[["global", "local"], 12]]
+        if not all(isinstance(p, list) and list(map(type, p)) == [list, int] for p in patterns):
+            raise ValueError(f"attention_types = {patterns!r} is not a list of [[kinds], times]")
+        kinds = [kind for pattern, times in patterns for kind in pattern * times]
+    check_layers("attention_layers, or what attention_types gives,", kinds, ("global", "local"), layers)
+    return tuple(values["window_size"] if kind == "local" else None for kind in kinds)
+
+
+def rope_config(values: dict) -> dict:
+    """The rotation's parameters: rope_scaling (transformers 4), which goes first, or rope_parameters (5)."""
+    rope = {"rope_theta": values["rope_theta"]} | (values["rope_scaling"] or values["rope_parameters"] or {})
     kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    needs = {"default": (), "linear": ("factor",), "llama3": ("factor", *bands)}
-    if kind not in needs:
+    old_length = "original_max_position_embeddings"
+    needs = {"default": (), "linear": ("factor",)}
+    needs["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", old_length)
+    if kind not in list(needs):
         raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(needs)}")
+    # at the top level it goes first; where there is none the model's length is the old one
+    rope[old_length] = values[old_length] or rope.get(old_length, values["max_position_embeddings"])
     for name in ("rope_theta", *needs[kind]):
-        if type(rope.get(name)) not in (int, float) or not 0 < rope[name] < math.inf:
+        if not is_number(rope.get(name)):
             raise ValueError(f"{name} = {rope.get(name)!r} of rope type {kind!r} is not a number above 0")
+    known = "rope_type", "type", "rope_theta", old_length, *needs[kind]
+    for name, value in rope.items():
+        if name not in known and not is_neutral(value):
+            raise ValueError(f"{name} = {value!r} is not a parameter of rope type {kind!r}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise ValueError("low_freq_factor of rope type 'llama3' is not below high_freq_factor")
     return rope
 
 
-def gpt_neo_config(raw: dict) -> Config:
-    """GPT-Neo: learned positions, scores without a scale, layers that see all and layers with a window."""
-    activation = raw.get("activation_function", "gelu_new")
-    if activation != "gelu_new":
-        raise ValueError(f"activation_function {activation!r} is not supported, only 'gelu_new'")
-    kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
-    width, heads = raw["hidden_size"], raw["num_heads"]
-    return Config(
-        vocab_size=raw["vocab_size"],
-        hidden_size=width,
-        intermediate_size=raw.get("intermediate_size") or 4 * width,
-        num_hidden_layers=raw["num_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=width // heads,
-        max_position_embeddings=raw["max_position_embeddings"],
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        tie_word_embeddings=raw.get("tie_word_embeddings", True),
-        rope=None,
-        windows=tuple(raw["window_size"] if kind == "local" else None for kind in kinds),
-        score_scale=1.0,
-        raw=raw,
-        out_bias=True,
-        mlp_bias=True,
-    )
-
-
 def read_config(folder: str | os.PathLike) -> Config:
-    """Read config.json. Raises ValueError for what this file does not compute, naming what it does."""
+    """Read config.json. Raises ValueError naming the file, the field, its value and what is allowed."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
     raw = _read_json(path)
-    named = raw.get("architectures") or ["none named"]
-    architecture = named[0] if isinstance(named, list) else named
-    if architecture not in FAMILIES:
-        supported = ", ".join(FAMILIES)
-        raise ValueError(f"{path}: architecture {architecture} is not supported; supported: {supported}")
     try:
-        config = FAMILIES[architecture].read(raw)
-        for field in dataclasses.fields(Config):
-            value = getattr(config, field.name)
-            if field.type is int and not (type(value) is int and value > 0):
-                raise ValueError(f"{field.name} = {value!r} is not a whole number of at least 1")
-        return config
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: a field is missing or of another type ({error})") from None
+        return parse_config(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -336,8 +450,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
-        return F.rms_norm(x, x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -355,7 +469,7 @@ def mark_float32_output(*layers: nn.Linear) -> None:
 
 
 class Attention(nn.Module):
-    """softmax(scale q k^T) v W_o within each sequence; q and k are rotated where positions are rotary.
+    """softmax(scale q k^T) v W_o within each sequence; q and k are normed (Qwen3) and rotated before.
 
     The last projection is the submodule called `output_name`: o_proj in LLaMA, out_proj in GPT-Neo.
     """
@@ -364,12 +478,15 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.output_name, self.head_dim = layer, output_name, config.head_dim
         self.scale, self.window = config.score_scale, config.windows[layer]
+        self.rotates = config.rotates[layer]
         width = config.hidden_size
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.add_module(output_name, nn.Linear(queries, width, bias=config.out_bias))
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         # q and k are rotated in float32, the output is added to the float32 residual stream
         mark_float32_output(self.q_proj, self.k_proj, self.output_proj)
 
@@ -381,7 +498,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        if layout.rotation is not None:
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
+        if self.rotates:
             q = apply_rotary(q, *layout.rotation)  # (T, H, K)
             k = apply_rotary(k, *layout.rotation)  # (T, G, K)
         if cache is not None:
@@ -450,7 +569,7 @@ class GPTNeoBlock(nn.Module):
 class Family:
     """What an architecture is made of, and what its checkpoints call the parts."""
 
-    read: Callable[[dict], Config]  # config.json -> Config
+    architecture: str
     block: type[nn.Module]
     norm: type[nn.Module]
     root_name: str  # the submodule that holds all that follows
@@ -460,13 +579,15 @@ class Family:
     norm_name: str  # the norm after the last block
 
 
-LLAMA = Family(llama_config, LlamaBlock, RMSNorm, "model", "embed_tokens", None, "layers", "norm")
-GPT_NEO = Family(gpt_neo_config, GPTNeoBlock, LayerNorm, "transformer", "wte", "wpe", "h", "ln_f")
-FAMILIES = {
-    "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": LLAMA,
-    "Qwen2ForCausalLM": LLAMA,
-    "GPTNeoForCausalLM": GPT_NEO,
+LLAMA_PARTS = LlamaBlock, RMSNorm, "model", "embed_tokens", None, "layers", "norm"
+GPT_NEO_PARTS = GPTNeoBlock, LayerNorm, "transformer", "wte", "wpe", "h", "ln_f"
+FAMILIES = {  # by the model_type of config.json
+    "llama": Family("LlamaForCausalLM", *LLAMA_PARTS),
+    "mistral": Family("MistralForCausalLM", *LLAMA_PARTS),
+    "qwen2": Family("Qwen2ForCausalLM", *LLAMA_PARTS),
+    "qwen3": Family("Qwen3ForCausalLM", *LLAMA_PARTS),
+    "smollm3": Family("SmolLM3ForCausalLM", *LLAMA_PARTS),
+    "gpt_neo": Family("GPTNeoForCausalLM", *GPT_NEO_PARTS),
 }
 
 
@@ -478,7 +599,7 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False  # True: keep the blocks' inputs only, run blocks again backwards
         self.folder: Path | None = None  # where it was loaded from, tokenizer and all
-        self.family = family = FAMILIES[config.raw["architectures"][0]]
+        self.family = family = FAMILIES[config.model_type]
         width, layers = config.hidden_size, range(config.num_hidden_layers)
         parts = nn.ModuleDict({family.embedding_name: nn.Embedding(config.vocab_size, width)})
         if family.positions_name is not None:
@@ -683,26 +804,25 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The safetensors files of a checkpoint, each with the tensors the index says it has (None: no index)."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: model.safetensors, or else those that the index names."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():  # as in transformers, whatever an index beside it says
+        return [whole]
     if not index.is_file():
-        if whole.is_file():
-            return {whole: None}
         hint = f" ({CONVERT})" if any(folder.glob("*.bin")) else ""
         raise ValueError(f"{folder}: neither {whole.name} nor {index.name} in it{hint}")
-    files: dict[Path, list[str]] = {}
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: no weight_map in it")
+    files = set()
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index}: {name} points to {file!r}, which is not a file of this folder")
-        files.setdefault(folder / file, []).append(name)
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{index}: {path.name} is named there but is not in the folder")
-    return files
+        if not (folder / file).is_file():
+            raise ValueError(f"{index}: {file} is named there but is not in the folder")
+        files.add(folder / file)
+    return sorted(files)
 
 
 def load_model(path_or_repo: str | os.PathLike, device: str = "cpu",
@@ -715,16 +835,13 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu",
     config = read_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    expected = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    expected = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both its names
     loaded: set[str] = set()
-    for path, names in weight_files(folder).items():
+    for path in weight_files(folder):
         try:
-            if names is None:
-                with safe_open(path, framework="pt") as file:
-                    names = list(file.keys())
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if not KNOWN_BUFFERS.search(name)]
             for name in names:
-                if KNOWN_BUFFERS.search(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue  # not a weight; a second copy of a tied head
                 with safe_open(path, framework="pt") as file:  # anew: the pages read so far are given back
                     tensor = file.get_tensor(name)
                 _check_tensor(f"{path}: tensor {name}", tensor, expected.get(name))
@@ -734,11 +851,29 @@ def load_model(path_or_repo: str | os.PathLike, device: str = "cpu",
                 loaded.add(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if config.tie_word_embeddings:
+        loaded |= tie_loaded(model, loaded)
     if missing := sorted(expected.keys() - loaded):
         raise ValueError(f"{folder}: {len(missing)} tensors missing, the first is {missing[0]}")
-    model.tie()
     model.folder = folder
     return model.eval()
+
+
+def tie_loaded(model: Transformer, loaded: set[str]) -> set[str]:
+    """Tie embedding and head, of which the files may hold either or both; names of what is there now.
+
+    Two that differ, as in merged or resized models, stay apart: config.json is wrong, as for transformers.
+    """
+    embedding, head = f"{model.family.root_name}.{model.family.embedding_name}.weight", "lm_head.weight"
+    if not loaded & {embedding, head}:
+        return set()
+    if embedding not in loaded:
+        model.embedding.weight = model.lm_head.weight
+    elif head in loaded and not torch.equal(model.lm_head.weight, model.embedding.weight):
+        raw = model.config.raw | {"tie_word_embeddings": False}
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False, raw=raw)
+    model.tie()
+    return {embedding, head}
 
 
 def _check_tensor(name: str, tensor: Tensor, expected: Tensor | None) -> None:
@@ -765,17 +900,20 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     for file in TEXT_FILES:
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)
-    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
-    dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    raw = dict(model.config.raw)
+    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
+    raw[dtype_key] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n")
+    temporary.write_text(json.dumps(raw, indent=2) + "\n")
     os.replace(temporary, folder / "config.json")
 
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError naming the file for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig")) | {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON, or no object in it ({error})") from None
-
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not valid JSON, or no object in it")
+    return content

@@ -245,7 +245,7 @@ CASES = [
     model_case("a config that is a list", write("config.json", "[]"), "config.json: an object is expected, not list"),
     model_case("an unknown architecture", change("config.json", architectures=["BertModel"]),
                "config.json: architecture BertModel is not supported; supported: LlamaForCausalLM"),
-    model_case("a missing size", change("config.json", hidden_size=None), "config.json: a field is missing", "hidden_size"),
+    model_case("a missing size", change("config.json", hidden_size=None), "config.json: hidden_size = None is not a whole"),
     model_case("a size that is a text", change("config.json", vocab_size="1k"),
                "config.json: vocab_size = '1k' is not a whole"),
     model_case("no heads", change("config.json", num_attention_heads=0), "config.json: num_attention_heads = 0 is not"),

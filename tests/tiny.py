@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
+FAMILIES = ("mistral", "qwen3", "smollm3")  # goldens of their own: families.safetensors
 VOCAB = 384
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -30,7 +31,19 @@ CONFIGS = {
                 "attention_layers": ["global", "local"] * 2, "intermediate_size": None, "activation_function": "gelu_new",
                 "layer_norm_epsilon": 1e-5, "max_position_embeddings": 128, "tie_word_embeddings": True, "embed_dropout": 0.0,
                 "attention_dropout": 0.0, "resid_dropout": 0.0},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "num_key_value_heads": 2,
+                "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 512, "sliding_window": 9,
+                "rope": (10000.0, None)},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "num_key_value_heads": 2,
+              "head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 512,
+              "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 2,
+              "rope": (1000000.0, None)},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "hidden_act": "silu", "num_hidden_layers": 5,
+                "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 512,
+                "no_rope_layers": None, "no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None,
+                "attention_bias": False, "mlp_bias": False, "pad_token_id": 1, "rope": (5000000.0, None)},
 }  # fmt: skip
+TOKENIZER = {"mistral": "llama2", "qwen3": "qwen2", "smollm3": "llama3"}  # the family whose tokenizer they have
 SPECIAL = {  # special tokens, bos, eos, whether the tokenizer puts the bos first
     "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>", True),
     "llama3": (["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|>", "<|end_of_text|>", True),
@@ -50,6 +63,7 @@ What is 12 plus 30? It is 42. Write a short list of things: first, second, third
 
 def make_tokenizer(kind: str) -> Tokenizer:
     """A small tokenizer of the family's style; "llama2" is sentencepiece-like (words carry a mark, bytes fall back)."""
+    kind = TOKENIZER.get(kind, kind)
     special, bos, _, puts_bos = SPECIAL[kind]
     if kind == "llama2":
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -90,7 +104,7 @@ def _bytes_are_not_special(raw: Tokenizer) -> str:
 def save_tokenizer(folder: Path, kind: str) -> None:
     """tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    _, bos, eos, _ = SPECIAL[kind]
+    _, bos, eos, _ = SPECIAL[TOKENIZER.get(kind, kind)]
     make_tokenizer(kind).save(str(folder / "tokenizer.json"))
     named = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -103,7 +117,7 @@ def save_tokenizer(folder: Path, kind: str) -> None:
 def config_of(kind: str, dialect: int) -> dict:
     """config.json as transformers 4 or 5 writes it."""
     config = dict(CONFIGS[kind]) if kind == "gpt_neo" else SHAPE | CONFIGS[kind]
-    raw, (_, bos, eos, _) = make_tokenizer(kind), SPECIAL[kind]
+    raw, (_, bos, eos, _) = make_tokenizer(kind), SPECIAL[TOKENIZER.get(kind, kind)]
     config |= {"bos_token_id": raw.token_to_id(bos) if bos else None, "eos_token_id": raw.token_to_id(eos)}
     if kind == "gpt_neo":
         return config | {"torch_dtype" if dialect == 4 else "dtype": "float32"}
@@ -128,10 +142,16 @@ def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
         shapes |= {p + "input_layernorm.weight": (d,), p + "post_attention_layernorm.weight": (d,)}
         for name, out in (("q", q), ("k", kv), ("v", kv)):
             shapes[f"{p}self_attn.{name}_proj.weight"] = (out, d)
-            if config["model_type"] == "qwen2":
+            if config["model_type"] == "qwen2" or config.get("attention_bias"):
                 shapes[f"{p}self_attn.{name}_proj.bias"] = (out,)
         shapes |= {p + "self_attn.o_proj.weight": (d, q), p + "mlp.gate_proj.weight": (f, d)}
         shapes |= {p + "mlp.up_proj.weight": (f, d), p + "mlp.down_proj.weight": (d, f)}
+        if config["model_type"] == "qwen3":
+            shapes |= {p + "self_attn.q_norm.weight": (k,), p + "self_attn.k_norm.weight": (k,)}
+        if config.get("attention_bias"):
+            shapes[p + "self_attn.o_proj.bias"] = (d,)
+        if config.get("mlp_bias"):
+            shapes |= {p + "mlp.gate_proj.bias": (f,), p + "mlp.up_proj.bias": (f,), p + "mlp.down_proj.bias": (d,)}
     return shapes
 
 
@@ -201,3 +221,172 @@ def adapter_weights(shapes: dict[str, tuple[int, ...]], seed: int = 1) -> dict[s
     """Random LoRA weights for these keys, drawn in name order."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return {name: torch.from_numpy(0.2 * rng.standard_normal(shapes[name]).astype(np.float32)) for name in sorted(shapes)}
+
+
+GONE = "(gone)"  # as a value: the key is taken out of config.json
+L3 = LLAMA3_ROPE | {"factor": 4.0}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+SHAPING = ("attention_bias", "mlp_bias", "head_dim", "num_key_value_heads", "intermediate_size", "tie_word_embeddings")
+CONFIG_CASES = [  # a kind, what is changed in its config.json, and the error if it is refused (None: equal to transformers)
+    ("llama2", {"architectures": "LlamaForCausalLM"}, None),
+    ("llama2", {"architectures": None}, None),
+    ("llama2", {"architectures": []}, None),
+    ("llama2", {"architectures": {"0": "LlamaForCausalLM"}}, "architectures = {.*} is not a list of names"),
+    ("llama2", {"architectures": [["LlamaForCausalLM"]]}, "is not supported; supported: LlamaForCausalLM"),
+    ("llama2", {"architectures": ["LlamaModel"]}, "LlamaModel is not supported; supported: LlamaForCausalLM, Mistral"),
+    ("llama2", {"architectures": None, "model_type": "bloom"}, "architecture none named is not supported"),
+    ("llama2", {"model_type": "mistral"}, "model_type = 'mistral' is not that of LlamaForCausalLM"),
+    ("llama2", {"vocab_size": 384.0}, "vocab_size = 384.0 is not a whole number of at least 1"),
+    ("llama2", {"hidden_size": GONE}, "hidden_size = None is not a whole number of at least 1"),
+    ("llama2", {"num_hidden_layers": True}, "num_hidden_layers = True is not a whole number"),
+    ("llama2", {"intermediate_size": 100, "attention_bias": True, "mlp_bias": True}, None),
+    ("llama2", {"attention_bias": GONE, "mlp_bias": GONE}, None),
+    ("llama2", {"attention_bias": "true"}, "attention_bias = 'true' is not true or false"),
+    ("llama2", {"mlp_bias": None}, "mlp_bias = None is not true or false"),
+    ("llama2", {"num_key_value_heads": 2}, None),
+    ("llama2", {"num_key_value_heads": None}, None),
+    ("llama2", {"num_key_value_heads": GONE}, None),
+    ("llama2", {"num_key_value_heads": 0}, "num_key_value_heads = 0 is not a whole number of at least 1"),
+    ("llama2", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
+    ("llama2", {"head_dim": None}, None),
+    ("llama2", {"head_dim": 16}, None),
+    ("llama2", {"head_dim": 7}, "head_dim = 7, but coordinates are rotated in pairs"),
+    ("llama2", {"head_dim": "8"}, "head_dim = '8' is not a whole number"),
+    ("llama2", {"hidden_act": GONE}, None),
+    ("llama2", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not 'silu', the only one supported"),
+    ("llama2", {"hidden_act": None}, "hidden_act = None is not 'silu'"),
+    ("llama2", {"max_position_embeddings": GONE}, None),
+    ("llama2", {"max_position_embeddings": "2k"}, "max_position_embeddings = '2k' is not a whole number"),
+    ("llama2", {"rms_norm_eps": 0.5}, None),
+    ("llama2", {"rms_norm_eps": GONE}, None),
+    ("llama2", {"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' is not a number above 0"),
+    ("llama2", {"rms_norm_eps": None}, "rms_norm_eps = None is not a number above 0"),
+    ("llama2", {"tie_word_embeddings": None}, "tie_word_embeddings = None is not true or false"),
+    ("llama3", {"tie_word_embeddings": True}, None),
+    # the rotation
+    ("llama2", {"rope_theta": 500}, None),
+    ("llama2", {"rope_theta": GONE}, None),
+    ("llama2", {"rope_theta": None}, "rope_theta = None is not a number above 0"),
+    ("llama2", {"rope_theta": "1e4"}, "rope_theta = '1e4' is not a number above 0"),
+    ("llama2", {"rope_scaling": LINEAR}, None),
+    ("llama2", {"rope_scaling": {"type": "linear", "factor": 4.0}}, None),
+    ("llama2", {"rope_scaling": {"rope_type": "linear", "type": "default", "factor": 4.0}}, None),
+    ("llama2", {"rope_scaling": LINEAR | {"rope_theta": 300.0}}, None),
+    ("llama2", {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}, None),
+    ("llama2", {"rope_scaling": LINEAR, "rope_theta": GONE, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, None),
+    ("llama2", {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}, None),
+    ("llama2", {"rope_scaling": {}, "rope_parameters": LINEAR}, None),
+    ("llama2", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 1.0}}, None),
+    ("llama2", {"rope_scaling": {"factor": 4.0}}, "factor = 4.0 is not a parameter of rope type 'default'"),
+    ("llama2", {"rope_scaling": {"full_attention": LINEAR}}, "full_attention = .* is not a parameter of rope type 'default'"),
+    ("llama2", {"rope_scaling": {"type": "linear"}}, "factor = None of rope type 'linear' is not a number above 0"),
+    ("llama2", {"rope_scaling": LINEAR | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not a parameter"),
+    ("llama2", {"rope_scaling": [4.0]}, "rope_scaling = .* is not an object"),
+    ("llama2", {"rope_scaling": {"rope_type": ["linear"]}}, "rope type .'linear'. is not supported; supported: default, linear"),
+    ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+    ("llama2", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported"),
+    ("llama2", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope type 'longrope' is not supported"),
+    ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not a field of model_type 'llama'"),
+    ("llama3", {"original_max_position_embeddings": 16}, None),
+    ("llama3", {"rope_scaling": {k: v for k, v in L3.items() if k != "original_max_position_embeddings"}}, None),
+    ("llama3", {"rope_scaling": L3, "max_position_embeddings": 64}, None),
+    ("llama3", {"rope_scaling": L3 | {"attention_factor": 2.0}}, "attention_factor = 2.0 is not a parameter of rope type 'llama3'"),
+    ("llama3", {"rope_scaling": L3 | {"low_freq_factor": 4.0}}, "low_freq_factor of rope type 'llama3' is not below"),
+    # windows, and layers without rotation
+    ("llama2", {"sliding_window": 8}, None),
+    ("llama2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, None),
+    ("llama2", {"layer_types": ["sliding_attention"] * 2}, "layer_types = .* is not a field of model_type 'llama'"),
+    ("mistral", {"sliding_window": 5}, None),
+    ("mistral", {"sliding_window": None}, None),
+    ("mistral", {"use_sliding_window": False}, None),
+    ("mistral", {"sliding_window": 0}, "sliding_window = 0 is not a whole number of at least 1"),
+    ("mistral", {"sliding_window": "9"}, "sliding_window = '9' is not a whole number of at least 1"),
+    ("mistral", {"attention_bias": GONE, "tie_word_embeddings": GONE}, None),
+    ("qwen2", WINDOWED | {"max_window_layers": 1}, None),
+    ("qwen2", WINDOWED | {"max_window_layers": 0}, None),
+    ("qwen2", WINDOWED, None),
+    ("qwen2", WINDOWED | {"use_sliding_window": GONE}, None),
+    ("qwen2", WINDOWED | {"layer_types": ["sliding_attention", "full_attention"], "max_window_layers": 1}, None),
+    ("qwen2", WINDOWED | {"layer_types": ["sliding_attention"]}, "layer_types = .* for each of 2 layers"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* one of .'full_attention',. for each"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types = .* for each of 2 layers"),
+    ("qwen2", {"layer_types": "full_attention"}, "layer_types = 'full_attention' is not a list"),
+    ("qwen2", {"max_window_layers": None}, "max_window_layers = None is not a whole number of at least 0"),
+    ("qwen2", {"head_dim": 16}, None),
+    ("qwen2", {"attention_bias": False, "num_key_value_heads": None}, None),
+    ("qwen2", {"use_mrope": True}, "use_mrope = True is not a field of model_type 'qwen2'"),
+    ("qwen3", WINDOWED | {"max_window_layers": 1}, None),
+    ("qwen3", {"attention_bias": True, "head_dim": 8}, None),
+    ("qwen3", {"rope_scaling": LINEAR}, None),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}, None),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1, 1]}, None),
+    ("smollm3", {"no_rope_layer_interval": 2}, None),
+    ("smollm3", {"no_rope_layer_interval": GONE, "tie_word_embeddings": GONE, "rope_theta": GONE}, None),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0 is not a whole number of at least 1"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers = .* for each of 5 layers"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, "0"]}, "no_rope_layers = .* for each of 5 layers"),
+    ("smollm3", WINDOWED, None),
+    ("smollm3", WINDOWED | {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}, None),
+    ("smollm3", WINDOWED | {"use_sliding_window": False}, None),
+    ("smollm3", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}, None),
+    # GPT-Neo
+    ("gpt_neo", {"window_size": 3}, None),
+    ("gpt_neo", {"window_size": "8"}, "window_size = '8' is not a whole number of at least 1"),
+    ("gpt_neo", {"window_size": 0}, "window_size = 0 is not a whole number"),
+    ("gpt_neo", {"attention_types": [[["global"], 4]]}, None),
+    ("gpt_neo", {"attention_types": [[["global"], 4]], "attention_layers": GONE}, None),
+    ("gpt_neo", {"attention_types": [[["global"], 3], [["local"], 1]], "attention_layers": GONE}, None),
+    ("gpt_neo", {"attention_layers": ["local"] * 4}, None),
+    ("gpt_neo", {"attention_types": GONE}, None),
+    ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "attention_layers": GONE}, "attention_types gives.* for each of 4"),
+    ("gpt_neo", {"attention_types": [["global", 4]], "attention_layers": GONE}, r"attention_types = .* is not a list of \[\[kinds"),
+    ("gpt_neo", {"attention_types": ["global"], "attention_layers": GONE}, r"attention_types = .* is not a list of \[\[kinds"),
+    ("gpt_neo", {"attention_layers": ["sparse"] * 4}, "'sparse'.* for each of 4 layers"),
+    ("gpt_neo", {"num_hidden_layers": 2, "attention_layers": ["global", "local"]}, None),
+    ("gpt_neo", {"num_attention_heads": 2}, None),
+    ("gpt_neo", {"num_heads": 2}, None),
+    ("gpt_neo", {"layer_norm_epsilon": 0.5}, None),
+    ("gpt_neo", {"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon = '1e-5' is not a number above 0"),
+    ("gpt_neo", {"intermediate_size": GONE, "activation_function": GONE, "tie_word_embeddings": GONE}, None),
+    ("gpt_neo", {"activation_function": "gelu"}, "activation_function = 'gelu' is not 'gelu_new'"),
+    ("gpt_neo", {"rope_scaling": LINEAR}, "rope_scaling = .* is not a field of model_type 'gpt_neo'"),
+    # what no family has
+    ("llama2", {"is_causal": False}, "is_causal = False is not supported, only true"),
+    ("llama2", {"per_layer_config": {"0": {"rms_norm_eps": 0.5}}}, "per_layer_config = .* is not a field of"),
+    ("llama2", {"transformers_weights": "other.safetensors"}, "transformers_weights = 'other.safetensors' is not a field of"),
+    ("llama2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: a quantised checkpoint is not"),
+    ("llama2", {"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0 is not a field of model_type 'llama'"),
+    ("llama2", {"scale_emb": 12}, "scale_emb = 12 is not a field of model_type 'llama'"),
+    ("llama2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not a field of"),
+    ("llama2", {"embedding_multiplier": 1.0, "logit_scale": None, "rope_interleaved": False}, None),
+    ("llama2", {"pretraining_tp": 2, "use_cache": False, "unsloth_version": "2026.1", "temperature": 0.6}, None),
+]  # fmt: skip
+
+
+def case_name(kind: str, changes: dict) -> str:
+    """How a case is called in goldens/configs.json."""
+    return f"{kind} {json.dumps(changes)}"
+
+
+def make_config_case(folder: Path, kind: str, changes: dict) -> Path:
+    """The kind's checkpoint with another config.json, and weights of the shapes that it asks for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(kind, 4)
+    shaping = {name: value for name, value in changes.items() if name in SHAPING and isinstance(value, (int, bool)) and value}
+    if changes.get("num_key_value_heads", 0) is None:
+        shaping["num_key_value_heads"] = config["num_attention_heads"]
+    if kind == "gpt_neo" and "num_hidden_layers" in changes:
+        shaping["num_layers"] = changes["num_hidden_layers"]
+    save_file(make_weights(config | shaping), folder / "model.safetensors", metadata={"format": "pt"})
+    config = {name: value for name, value in (config | changes).items() if value != GONE}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+CASE_TOKENS = torch.arange(3, 43)  # (40,): longer than every window above
+
+
+def case_logits(logits: torch.Tensor) -> list[float]:
+    """Eight of the last token's logits (40, V), which all that comes before has a part in."""
+    return [round(x, 5) for x in logits[-1, ::48].tolist()]

@@ -2,10 +2,12 @@
 
     /path/to/peers/bin/python tests/tools/make_goldens.py        # by hand, with a Python that has transformers and peft
 
-Writes goldens/logits.safetensors and goldens/adapters.safetensors. Fails if PEFT does not read our adapters with equal
+Writes goldens/logits.safetensors, adapters.safetensors, families.safetensors and configs.json. Fails if PEFT does not read our adapters with equal
 logits, or transformers our merged exports.
 """
 
+import dataclasses
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent.parent  # tests/, where tiny.py and goldens/ are
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -85,6 +87,43 @@ def adapter_goldens() -> dict[str, torch.Tensor]:
     return goldens
 
 
+def family_goldens() -> dict[str, torch.Tensor]:
+    """Logits of the later families, in both dialects, and our copies of them read back there."""
+    goldens = {}
+    for kind in tiny.FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            logits = logits_of(theirs(tiny.make_checkpoint(Path(folder) / "m", kind, 5)), kind)
+            assert torch.equal(logits, logits_of(theirs(tiny.make_checkpoint(Path(folder) / "m", kind, 4)), kind)), kind
+            goldens[kind] = logits[:, ::9].contiguous()
+            mine = ours.load_model(f"{folder}/m")
+            print(kind, "here:", distance(our_logits(mine, kind), logits))
+            ours.save_model(mine, f"{folder}/copy")
+            print(kind, "our copy in transformers:", distance(logits_of(theirs(f"{folder}/copy"), kind), logits))
+    return goldens
+
+
+@torch.no_grad()
+def config_goldens() -> dict:
+    """Every case of tiny.CONFIG_CASES: a few logits, or null where transformers fails; and the fields of every class."""
+    cases = {}
+    for kind, changes, _ in tiny.CONFIG_CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                model = theirs(tiny.make_config_case(Path(folder), kind, changes))
+                logits = tiny.case_logits(model(input_ids=tiny.CASE_TOKENS[None], use_cache=False).logits[0])
+            except Exception as error:  # of many types
+                print(kind, changes, "fails there:", type(error).__name__, " ".join(str(error).split())[:80])
+                logits = None
+        cases[tiny.case_name(kind, changes)] = logits
+    fields = {}
+    for kind in ("llama2", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neo"):
+        configuration = AutoConfig.for_model(tiny.CONFIGS[kind]["model_type"]).__class__
+        fields[configuration.model_type] = {field.name: field.default for field in dataclasses.fields(configuration)}
+        if kind != "gpt_neo":
+            fields[configuration.model_type]["rope_theta"] = configuration.default_theta
+    return {"fields": fields, "cases": cases}
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Greatest difference, which must be small."""
     worst = (a - b).abs().max().item()
@@ -98,3 +137,6 @@ if __name__ == "__main__":
     # a third of the columns is plenty to notice a mistake and keeps the files small
     save_file({name: logits[:, ::3].contiguous() for name, logits in plain_goldens().items()}, folder / "logits.safetensors")
     save_file(adapter_goldens(), folder / "adapters.safetensors")
+    save_file(family_goldens(), folder / "families.safetensors")
+    text = json.dumps(config_goldens(), indent=1, default=lambda x: None)  # a default factory has no value
+    (folder / "configs.json").write_text(text + "\n")
