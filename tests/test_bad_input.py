@@ -117,6 +117,16 @@ def remove(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).unlink()
 
 
+def index_alone(text: str) -> Callable[[Path], None]:
+    """An index of other weights in the place of the whole file, beside which it would not be read."""
+
+    def spoil(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return spoil
+
+
 def nothing(folder: Path) -> None:
     """All is as it should be."""
 
@@ -264,8 +274,8 @@ CASES = [
     model_case("a weight that is not finite", tensors(WEIGHTS, spoiled(float("nan"))), "holds values that are not finite"),
     model_case("whole numbers for weights", tensors(WEIGHTS, lambda t: {k: v.char() for k, v in t.items()}),
                "is torch.int8; read are"),
-    model_case("an index without map", write("model.safetensors.index.json", "{}"), "index.json: no weight_map in it"),
-    model_case("an index out of the folder", write("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}'),
+    model_case("an index without map", index_alone("{}"), "index.json: no weight_map in it"),
+    model_case("an index out of the folder", index_alone('{"weight_map": {"a": "../b"}}'),
                "index.json: a points to '../b', which is not a file of this folder"),
     # a run folder
     run_case("a run on other data", "--n-train 8", nothing, "was made with other training data (there"),

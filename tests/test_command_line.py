@@ -334,7 +334,8 @@ def test_the_demo_runs_both_panels(demo_model, tmp_path):
             assert f"| {method} " in panel
         assert "AUC wrong" in panel and "demo_qa popular" in panel
     row = lambda text, name: next(line for line in text.splitlines() if line.startswith(f"| {name} "))
-    assert row(clean, "full").split("|")[:7] == row(same, "full").split("|")[:7]  # trained once, shown twice
+    cells = lambda line: [cell.strip() for cell in line.split("|")][:7]
+    assert cells(row(clean, "full")) == cells(row(same, "full"))  # trained once, shown twice
     results = json.loads((tmp_path / "results.json").read_text())
     panel = next(iter(results.values()))
     losses = {name: next(iter(seeds.values()))["L_N"] for name, seeds in panel["methods"].items()}
@@ -356,7 +357,7 @@ def test_a_small_pool_works_with_the_defaults(setting, tmp_path, monkeypatch, ca
     assert "D_ref has 6 examples: the reference takes 8 epochs" in said
     assert len((tmp_path / "reference" / "metrics.jsonl").read_text().splitlines()) == 8
     assert re.search(r"Q of \d+ response tokens: mean .* 5 / 50 / 95 % at", said) and "under theta'" in said
-    assert re.search(r"threshold [-\d.]+: \d+ tokens in P, \d+ in N; \d+% of N with Q > 0", said)
+    assert re.search(r"\d+% of the tokens have Q > 0[^\n]+\nthreshold [-\d.]+: \d+ tokens in P, \d+ in N\n", said)
     full, forgetting = (load_file(tmp_path / name / "seed-0" / "adapter_model.safetensors") for name in ("full", "forgetting"))
     assert any(not torch.equal(full[name], forgetting[name]) for name in full)
 
@@ -392,7 +393,8 @@ def test_the_table_keeps_what_is_finished(setting, tmp_path, monkeypatch, capsys
     assert "not in the table" not in table
     assert all(re.search(rf"\| {method} +\| {seeds} +\|", table) for method, seeds in (("full", 2), ("ignoring", 1), ("base", 1)))
     said = in_process(monkeypatch, capsys, *common, "--methods", "reference", "--tasks", "mc", "--data-dir", setting)
-    assert said.count("\n| ") == 3 and re.search(r"\| reference +\| 1 ", said), "a head, a rule and one row: the others know no mc"
+    table = said[said.rindex("\n| method") :]
+    assert table.count("\n| ") == 3 and re.search(r"\| reference +\| 1 ", table), "a head, a rule and one row: the others know no mc"
     for other in ("base", "full/seed-0", "full/seed-1", "ignoring/seed-0"):
         assert f"not in the table: {other}: measured on other tasks or held-out rows" in said
 
@@ -546,16 +548,6 @@ def test_help_and_the_papers_defaults(capsys):
     assert (options.t_min, options.t_max, options.max_grad_norm, len(options.targets)) == (1e-5, 0.25, 0.0, 10)
     options = parse_options(["--lr", "1"], seeds=[0, 1, 2], lr=2.0)
     assert options.lr == options.reference_lr == 1 and options.seeds == [0, 1, 2]
-
-
-def test_less_perplexity_is_a_win():
-    """A pair that lowered LAMBADA's perplexity was once counted as lost."""
-    import look
-
-    figures = lambda value: {0: {"L_P": None, "L_N": None, "tasks": {"lambada": {"acc": 0.5, "acc_stderr": 0.0,
-                                   "perplexity": value, "perplexity_stderr": 0.0}}}}  # fmt: skip
-    text = look.paired_differences({"full": figures(9.0), "forgetting": figures(7.0)})
-    assert "-2.0 (1/1)" in text and "+0.0 (0/1)" in text
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,7 @@ def spoil(name):
     (lambda arrays: None, "3", "covers 3 of 12 rows: give the run's command again"),
     (spoil("tokens"), "12", "was not made from the rows that config.json beside it names"),
     (spoil("offsets"), "12", "was not made from the rows that config.json beside it names"),
-    (lambda arrays: arrays.pop("tokens"), "12", "has no tokens"),
+    (lambda arrays: arrays.pop("tokens"), "12", "not a whole file of scores ('tokens')"),
 ])  # fmt: skip
 def test_scores_that_are_not_the_runs_are_named(run_folder, capsys, change, done, reason):
     path = run_folder / "scores.safetensors"
