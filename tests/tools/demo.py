@@ -226,9 +226,8 @@ def looks_at_reference(method: str) -> bool:
 def prepare_world(options: forgetting.Options, world: str) -> None:
     """Write the rows of every seed. Raises ValueError where other files are."""
     out, rows_of = Path(options.out), {seed: demo_rows(world, seed) for seed in options.seeds}
-    foreign = [path.name for path in out.iterdir() if not path.name.startswith(("world-", "results."))] if out.is_dir() else []
-    if foreign:
-        raise ValueError(f"{out} holds files that are not of a demo, such as {foreign[0]}: use another --out")
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob("world-*")):
+        raise ValueError(f"{out} holds files that are not of a demo: use another --out")
     paths = {out / f"world-{seed}" / f"{name}.jsonl": rows for seed in rows_of for name, rows in rows_of[seed].items()}
     for path, rows in paths.items():
         if path.is_file() and [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] != rows:
@@ -374,6 +373,9 @@ def parse_demo(argv: list[str] | None) -> tuple[forgetting.Options, argparse.Nam
     options = forgetting.parse_options(rest, **(DEMO | {"out": out}))
     if options.tasks or options.reference_data or options.data:
         raise ValueError("the demo brings its own --data, --reference-data and --tasks: leave them out")
+    for name in options.methods:
+        if name not in forgetting.UNTRAINED:
+            forgetting.method_of(name, options)  # raises ValueError, before rows are written
     return options, own
 
 
