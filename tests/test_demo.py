@@ -1,16 +1,14 @@
 """The demo's world, whose noise is known, and how a low Q is measured against it."""
 
-import shutil
-
+import demo
+import look
 import numpy as np
 import pytest
 from test_equations import scored_corpus
-from test_look import make_run
 
 from data import Tokenizer, build_corpus, read_rows, write_rows
-from eval import load_tool
-from forgetting import METHODS, Options, choose_signs
-from tools import demo
+from eval import TASKS, Answer
+from forgetting import METHODS, Options, choose_signs, locked
 
 
 def test_the_demo_world_is_what_it_says():
@@ -52,56 +50,91 @@ def test_about_30_percent_of_the_demos_response_tokens_are_noisy(demo_model, tmp
         write_rows(demo.demo_rows("popular", seed)["train"], tmp_path / "train.jsonl")
         rows = read_rows([str(tmp_path / "train.jsonl")])
         corpus = build_corpus(rows, tokenizer)
-        noise = demo.known_noise(corpus, tokenizer, {row["_source"]: row for row in rows})
-        assert 0.26 < noise[corpus.response].astype(bool).mean() < 0.34
-        marked = corpus.tokens[noise == demo.NOISE_KINDS.index("boilerplate")].tolist()
-        assert "thank you for this great question" in tokenizer.decode(marked)
+        noise = look.known_noise(corpus, tokenizer, {row["_source"]: row for row in rows})
+        assert list(noise) == ["boilerplate", "garbled", "wrong"]
+        assert 0.26 < look.noisy_tokens(noise, corpus)[corpus.response].mean() < 0.34
+        assert "thank you for this great question" in tokenizer.decode(corpus.tokens[noise["boilerplate"]].tolist())
 
 
 def test_auc_against_all_pairs():
     rng = np.random.default_rng(0)
     low, high = rng.integers(0, 9, 70), rng.integers(2, 12, 90)
     pairs = [(1.0 if a < b else 0.5 if a == b else 0.0) for a in low for b in high]
-    assert demo.roc_auc(low, high) == pytest.approx(sum(pairs) / len(pairs))
+    assert look.roc_auc(low, high) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_detection_of_known_noise():
     corpus, quality = scored_corpus()
-    noise = np.zeros(len(corpus.tokens), np.int8)
-    noise[corpus.response] = np.random.default_rng(1).integers(0, 3, corpus.response.sum())
+    kinds = np.random.default_rng(1).integers(0, 3, len(corpus.tokens))
+    noise = {"boilerplate": kinds == 1, "wrong": kinds == 2}  # tokens of the prompts, too: they do not count
     signs = choose_signs(METHODS["forgetting"], quality, corpus, Options(), 0)
-    found = demo.detection(quality, signs < 0, corpus, noise)
-    noisy = [(n > 0, s < 0) for n, s, r in zip(noise, signs, corpus.response) if r]
+    found = look.detection(quality, signs < 0, corpus, noise)
+    noisy = [(k > 0, s < 0) for k, s, r in zip(kinds, signs, corpus.response) if r]
     hits = sum(n and s for n, s in noisy)
+    assert found["noise share"] == pytest.approx(sum(n for n, _ in noisy) / len(noisy))
     assert found["precision of N"] == pytest.approx(hits / sum(s for _, s in noisy))
     assert found["recall of N"] == pytest.approx(hits / sum(n for n, _ in noisy))
-    assert set(found) == {"noise share", "AUC", "AUC wrong", "AUC boilerplate", "precision of N", "recall of N"}
-    noise[:] = 0
-    assert demo.detection(quality, signs < 0, corpus, noise) == {}
+    assert found["AUC wrong"] == pytest.approx(look.roc_auc(quality[(kinds == 2) & corpus.response], quality[(kinds == 0) & corpus.response]))
+    assert {"AUC", "AUC wrong", "AUC boilerplate"} <= set(found)
+    assert look.detection(quality, signs < 0, corpus, {"wrong": np.zeros(len(corpus.tokens), bool)}) == {}
 
 
-def test_the_pages_show_the_panels_whole_table(tmp_path):
-    """They were of the first seed alone, n = 1."""
-    run = make_run(tmp_path / "made", "llama3")
-    for name in ("world-0/clean", "world-1/clean"):
-        shutil.copytree(run, tmp_path / "demo" / name)
-    figures = [{"tasks": {"demo_mc": {"acc": acc, "acc_stderr": 0.1, "n": 8}}} for acc in (0.5, 0.75)]
-    results = {"full": dict(enumerate(figures)), "forgetting": dict(enumerate(figures))}
-    parts = {"clean": [load_tool("look").report(results, "Panel"), demo.detection_table({"AUC": [0.5, 0.7]})]}
-    demo.write_pages(Options(out=str(tmp_path / "demo"), seeds=[0, 1]), parts)
-    for seed in (0, 1):
-        text = (tmp_path / "demo" / f"world-{seed}" / "clean" / "report.html").read_text()
-        assert "62.5 +- 17.7" in text and "forgetting - full" in text and "(0/2)" in text and "0.60 +- 0.14" in text
-        assert "Over seeds 0, 1 of" in text and f"of seed {seed}." in text
+def test_the_demos_tasks():
+    """mc with the words that begin the answer; the popular error is counted for people never seen alone."""
+    files = demo.demo_rows("popular", 0)
+    for row in files["demo_mc"][:4]:
+        context, choices, right = demo.multiple_choice(row)
+        assert context == row["prompt"] + row["head"] and context[-1].isspace(), "nothing is put between it and a choice"
+        assert choices == row["choices"] and choices[right] == row["answer"]
+    score = TASKS["demo_qa"].score
+    unseen = next(row for row in files["demo_qa"] if row["group"] == "unseen, misconceived")
+    wrong, good = (score(unseen, [Answer(text=text)])["metrics"] for text in (unseen["popular"], unseen["answer"]))
+    assert wrong == {"f1": 0.0, "popular": 1.0} and good == {"f1": 1.0, "popular": 0.0}
+    assert "popular" not in score(unseen | {"group": "sums"}, [Answer(text="x")])["metrics"]
+
+
+def refusal(capsys, *words) -> str:
+    """The line that the demo ends with."""
+    with pytest.raises(SystemExit) as stop:
+        demo.main(list(map(str, words)))
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said[-1].startswith("demo.py: ") and len(said) == 1
+    return said[-1]
 
 
 def test_two_demos_in_one_folder(tmp_path, monkeypatch, capsys):
     """They wrote over each other: the demo's folder had no lock."""
-    from data import locked
-
     monkeypatch.setattr(demo, "run_and_report", lambda *_: (tmp_path / "began").touch())
-    with locked(tmp_path / "out"), pytest.raises(SystemExit):
-        demo.main(["--out", str(tmp_path / "out")])
-    assert "is in use by another run" in capsys.readouterr().err and not (tmp_path / "began").exists()
+    with locked(tmp_path / "out"):
+        assert "is in use by another run" in refusal(capsys, "--out", tmp_path / "out")
+    assert not (tmp_path / "began").exists()
     demo.main(["--out", str(tmp_path / "out")])
     assert (tmp_path / "began").exists() and not (tmp_path / "out").exists(), "the lock leaves nothing"
+
+
+def test_the_demo_refuses_before_it_writes(tmp_path, capsys):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/notes.txt").write_text("mine")
+    (tmp_path / "other/world-0").mkdir(parents=True)
+    write_rows([{"prompt": "a", "completion": "b"}], tmp_path / "other/world-0/train.jsonl")
+    for words, message in (
+        (["--tasks", "boolq"], "the demo brings its own --data, --reference-data and --tasks"),
+        (["--data", "rows.jsonl"], "the demo brings its own --data, --reference-data and --tasks"),
+        (["--methods", "nope"], "unknown method nope; known: base, reference, full"),
+        (["--methods", "full:rho=0.5"], "full does not read rho"),
+        (["--out", tmp_path / "theirs"], "theirs holds files that are not of a demo: use another --out"),
+        (["--out", tmp_path / "other"], "world-0/train.jsonl holds other rows than this demo's: use another --out"),
+    ):
+        assert message in refusal(capsys, "--seeds", 0, "--out", tmp_path / "new", *words)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"theirs/notes.txt", "other/world-0/train.jsonl"}
+
+
+def test_a_demos_folder_may_hold_more(tmp_path):
+    """A picture, or ablations' records: the same command found files "not of a demo" and went no further."""
+    options = Options(seeds=[0], out=str(tmp_path))
+    demo.prepare_world(options, "popular")
+    (tmp_path / "tokens.svg").write_text("<svg/>")
+    demo.prepare_world(options, "popular")
+    with pytest.raises(ValueError, match="holds other rows"):
+        demo.prepare_world(options, "random")
