@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import ablations
 import numpy as np
 import pytest
 
 from data import read_object, read_rows, write_rows, write_text
-from tools import ablations
 
 MINUTE = 60.0
 DEMO_ROWS = ablations.demo.demo_rows
