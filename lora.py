@@ -313,8 +313,8 @@ def read_adapter_config(path: Path) -> dict:
             whole = ", a whole one" if key == "r" else ""
             raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number above 0{whole}")
     names = raw.get("target_modules")  # a list, a regular expression or "all-linear"
-    # not `or`: layers_to_transform may be 0, the first layer
-    exceptions = raw.get("exclude_modules") or raw.get("layers_to_transform") not in (None, [])
+    some_layers = raw.get("layers_to_transform") not in (None, [])  # it may be 0, the first layer
+    exceptions = some_layers or raw.get("exclude_modules")
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names) and not exceptions
     return {
         "r": raw["r"],
@@ -325,18 +325,19 @@ def read_adapter_config(path: Path) -> dict:
     }
 
 
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, under the names of lora_parameters."""
-    path = folder / "adapter_model.safetensors"
+def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """An adapter folder: read_adapter_config, and the tensors under the names of lora_parameters."""
+    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not path.is_file() and (pickle := path.with_suffix(".bin")).is_file():
         command = f"save_file(torch.load({str(pickle)!r}, weights_only=True), {str(path)!r})"
         command = f'python -c "import torch; from safetensors.torch import save_file; {command}"'
         raise ValueError(f"{pickle}: a pickle is not read; this command converts it: {command}")
-    for file in (folder / "adapter_config.json", path):
+    for file in (config_path, path):
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name} in it, so it is not an adapter folder")
+    config = read_adapter_config(config_path)
     try:
-        return {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
+        return config, {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
@@ -349,8 +350,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     other keys make exceptions to it, the names of the tensors alone say which layers.
     """
     folder = Path(folder)
-    tensors = read_adapter_weights(folder)
-    config = read_adapter_config(folder / "adapter_config.json")
+    config, tensors = read_adapter(folder)
     in_file = {name.rpartition(".lora_")[0] or name for name in tensors}  # whole names of layers
     targets = config["targets"] or sorted(in_file)
     known = matching_layers(model, targets)

@@ -478,7 +478,7 @@ def test_an_adapter_is_float32_whatever_the_file_and_the_model_are(tmp_path):
     load_adapter(again, tmp_path / "a")
     for name, parameter in lora_parameters(again).items():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, halves[f"base_model.model.{name}"].float())
-    save_adapter(again, tmp_path / "b", "m")
+    save_adapter(again.bfloat16(), tmp_path / "b", "m")
     assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {torch.float32}
     merge_lora(again)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}

@@ -216,6 +216,8 @@ def test_vllm_is_told_the_rank(rank, limit):
         ("ignoring/seed-0", {"rho": 0.6}, ["rho: 0.6"], ["t_min"]),
         ("forgetting:rho=0.5,lr=0.002/seed-0", {}, ["rho: 0.5", "lr: 0.002", "t_max: 0.25"], []),
         ("reference", {"reference_lr": 0.003, "reference_epochs": 4}, ["lr: 0.003", "epochs: 4", "rho: 1.0"], ["t_max"]),
+        ("forgetting-clipped/seed-0", {}, ["rho: 0.7", "ceiling: 6.907755278982137"], []),
+        ("forgetting-clipped/seed-0", {"ceiling": 5.0}, ["ceiling: 5.0"], []),
         ("reference", {"epochs": 2}, ["lr: 0.0001", "epochs: at least 2, and at least 8 steps"], []),
     ],
 )
@@ -225,6 +227,9 @@ def test_the_card_has_the_options_that_the_training_read(tmp_path, name, options
     assert f"# {name.partition('/')[0]}\n" in card
     assert [option for option in there if f"\n- {option}\n" not in card] == []
     assert [option for option in absent if f"\n- {option}" in card] == []
+
+
+FULL = "out could not be written ([Errno 28] No space left on device)"
 
 
 def no_space(*_, **__):
@@ -237,12 +242,13 @@ def no_space(*_, **__):
         (lambda at, _: at.joinpath("out").mkdir() or (at / "out" / "x").write_text(""), ["{a}", "{o}"], "out is there already"),
         (lambda at, _: at.joinpath("out").write_text(""), ["{a}", "{o}"], "out is there already: give a new folder"),
         (lambda *_: None, ["{a}", "{o}", "--base-model", "/home/me/base"], "--base-model /home/me/base is not a Hub id"),
-        (lambda *_: None, ["{a}/..", "{o}"], "no adapter_config.json in it"),
+        (lambda *_: None, ["{a}/..", "{o}"], "is not an adapter of a run, such as"),
+        (lambda at, _: (at / "run" / ADAPTER / "adapter_config.json").unlink(), ["{a}", "{o}"], "no adapter_config.json in it"),
         (lambda at, _: (at / "run" / "config.json").unlink(), ["{a}", "{o}"], "is not an adapter of a run, such as"),
         (lambda at, _: (at / "run" / ADAPTER / "adapter_model.safetensors").write_bytes(b"x"), ["{a}", "{o}"], "not a whole"),
         (lambda at, _: edit(at / "base" / "config.json", rms_norm_eps=1e-3), ["{a}", "{o}"], "base: its files are not those"),
-        (lambda _, patch: patch.setattr(publish, "model_card", no_space), ["{a}", "{o}"], "No space left on device"),
-        (lambda _, patch: patch.setattr(publish, "save_model", no_space), ["{a}", "{o}", "--merged"], "No space left"),
+        (lambda _, patch: patch.setattr(publish, "model_card", no_space), ["{a}", "{o}"], FULL),
+        (lambda _, patch: patch.setattr(publish, "save_model", no_space), ["{a}", "{o}", "--merged"], FULL),
     ],
 )
 def test_what_cannot_be_published_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, change, arguments, message):

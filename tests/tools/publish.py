@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
 from forgetting import METHODS, UNLEARNING, VARIANT_OPTIONS  # noqa: E402
-from lora import load_adapter, merge_lora, read_adapter_config, read_adapter_weights  # noqa: E402
+from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, save_model, weight_files  # noqa: E402
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
@@ -53,10 +53,11 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there already: give a new folder")
     if base_model is not None and not HUB_ID.fullmatch(base_model):
-        raise ValueError(f"--base-model {base_model} is not a Hub id of the form owner/name or owner/name@revision")
+        raise ValueError(f"--base-model {base_model} is not a Hub id: owner/name or owner/name@revision")
     name, config = read_run(adapter)
+    lora_config, _ = read_adapter(adapter)  # raises ValueError for files that are not whole
     checkpoint = checkpoint_folder(config["model"])
-    if model_fingerprint(checkpoint) != config["inputs"]["model"]:
+    if model_fingerprint(checkpoint) != config["inputs"].get("model"):
         raise ValueError(f"{config['model']}: its files are not those that the run was made from")
     if base_model is None and not os.path.isdir(config["model"]):
         base_model = config["model"]
@@ -70,7 +71,7 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
             write_adapter(adapter, base_model, folder)
         write_tokenizer(tokenizer, checkpoint, folder, keep_template=not tulu)
         write_text(template, folder / "chat_template.jinja")
-        rank = None if merged else read_adapter_config(adapter / "adapter_config.json")["r"]
+        rank = None if merged else lora_config["r"]
         write_text(model_card(name, trained_options(name, config), base_model, rank), folder / "README.md")
     if base_model is None:
         print(f"{out} does not name its base model: give --base-model owner/name before you upload it")
@@ -78,13 +79,12 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
 
 def read_run(adapter: Path) -> tuple[str, dict]:
     """Name of the method that made an adapter, or "reference", and the run's config.json."""
-    read_adapter_weights(adapter)  # it is whole
     method, run = adapter.resolve().parent, adapter.resolve().parent.parent
     name = method.name
     if adapter.resolve().name == "reference":
         name, run = "reference", method
     config = read_object(run / "config.json") if (run / "config.json").is_file() else {}
-    if name.partition(":")[0] not in ("reference", *METHODS) or not {"model", "inputs"} <= config.keys():
+    if name.partition(":")[0] not in ("reference", *METHODS) or not isinstance(config.get("inputs"), dict):
         raise ValueError(f"{adapter} is not an adapter of a run, such as RUN/forgetting/seed-0 or RUN/reference")
     return name, config
 
@@ -93,19 +93,22 @@ def read_run(adapter: Path) -> tuple[str, dict]:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, which takes out's name when the block ends, and goes after an error."""
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
-        yield folder
-        for path in folder.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # it is on the disk before the folder has its name
-        os.replace(folder, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            folder = Path(temporary) / out.name
+            folder.mkdir()
+            yield folder
+            for path in folder.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())  # it is on the disk before the folder has its name
+            os.replace(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out} could not be written ({error})") from None
 
 
 def write_adapter(adapter: Path, base_model: str | None, folder: Path) -> None:
-    """PEFT's two files; the base model is named by its Hub id, or not at all: a local path is nobody else's."""
+    """PEFT's two files; they name the base model by its Hub id, or not at all: never by a path on this disk."""
     base, _, revision = (base_model or "").partition("@")
     config = read_object(adapter / "adapter_config.json")
     config |= {"base_model_name_or_path": base or None, "revision": revision or None}
@@ -136,7 +139,7 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
 
 
 def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_template: bool) -> None:
-    """The tokenizer's files and generation_config.json, naming the tokens that the template and its answers end with.
+    """The tokenizer's files, with the bos and eos that the template needs, and generation_config.json.
 
     keep_template: tokenizer_config.json keeps the chat template that may be in it.
     """
@@ -145,21 +148,19 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_t
             shutil.copyfile(checkpoint / name, folder / name)
     if not (folder / "tokenizer.json").is_file():  # GPT-Neo's has vocab.json and merges.txt only
         tokenizer.raw.save(str(folder / "tokenizer.json"))
-    tokens = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = checkpoint / name
-        config = read_object(path) if path.is_file() else {}
-        if name == "tokenizer_config.json":  # an adapter's folder has no config.json, which would say which class
-            config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-        for key, text in tokens.items():
+    files = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if (checkpoint / name).is_file()]
+    configs = {name: read_object(checkpoint / name) for name in files}
+    # the class is named because an adapter's folder has no config.json, from which transformers would take it
+    configs.setdefault("tokenizer_config.json", {}).setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    for name, config in configs.items():
+        for key, text in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
             there = config.get(key)
             if text is not None and text != (there.get("content") if isinstance(there, dict) else there):
                 config[key] = text
         config.pop("name_or_path", None)  # as in config.json
         if not keep_template:
             config.pop("chat_template", None)
-        if path.is_file() or name == "tokenizer_config.json":  # the other one only where it is
-            write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", folder / name)
+        write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", folder / name)
     generation = generation_config(checkpoint, taught_end(tokenizer))
     write_text(json.dumps(generation, indent=2) + "\n", folder / "generation_config.json")
 
@@ -189,15 +190,16 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def trained_options(name: str, config: dict) -> dict:
-    """The options of a run that the training of this adapter read, by name; a variant's are part of its name."""
+    """The options that the training of this adapter read, by name; a variant's are part of the method's name."""
     stem, _, changes = name.partition(":")
     method = METHODS.get(stem, METHODS["full"])  # the reference is trained as full is
     if stem == "reference":
         epochs = config["reference_epochs"] or f"at least {config['epochs']}, and at least 8 steps"
         config = config | {"lr": config["reference_lr"], "epochs": epochs}
     config = config | dict(change.split("=", 1) for change in changes.split(",") if change)
-    if config.get("rho") is None or method.rho == 1:
-        config["rho"] = method.rho
+    for key in ("rho", "ceiling"):  # the method's own where none is given
+        if config.get(key) is None or (key == "rho" and method.rho == 1):
+            config[key] = getattr(method, key)
     read = [key for key in VARIANT_OPTIONS if method.unlearn or key not in UNLEARNING]
     return {key: config[key] for key in read if config.get(key) is not None}
 
@@ -254,7 +256,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         publish(arguments.adapter, arguments.out, arguments.merged, arguments.base_model)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         print(f"publish.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{arguments.out}: fill in licence and data set in README.md, then: hf upload you/name {arguments.out}")
