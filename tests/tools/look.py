@@ -334,12 +334,12 @@ def token_html(run: Run, place: int, text: str, noisy: bool) -> str:
 
 
 def row_html(run: Run, example: int, noisy: Array) -> str:
-    """A row: source, mean Q, question, coloured response. The script reads data-text and sorts by data-mean, -sum, -at."""
+    """A row: source, mean Q, question, coloured response; the script reads data-text, and sorts by the other data."""
     (first, last), begin = run.corpus.offsets[example : example + 2], run.places(example).start
     tokens = "".join(token_html(run, place, text, bool(noisy[place])) for place, text in response_texts(run, example))
     source, mean = safe(run.corpus.sources[example]), run.mean_quality[example]
     total = mean * run.corpus.response[first:last].sum()
-    return (f'<section id="row-{example}" data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
+    return (f'<section data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
             f'data-text="{source} {safe(run.text(first, last))}"><h3>{source} \u00b7 mean Q {mean:.3f}</h3>'
             f'<p class="dim">{safe(run.text(first, begin), 400)}</p><p class="tokens">{tokens}</p></section>')
 
@@ -380,7 +380,7 @@ def histogram(run: Run, bins: int = 60) -> str:
     low, high = min(low, 0, run.threshold), max(high, 0, run.threshold) + 1e-6
     inside = np.clip(quality, low, high)
     counts = np.stack([np.histogram(inside[signs == sign], bins, (low, high))[0] for sign in (-1, 0, 1)])  # (3, bins)
-    tall = 110 * counts / counts.sum(0).max()
+    tall = 98 * counts / counts.sum(0).max()
     tops = 125 - tall.cumsum(0)
     parts = [f'<rect class="{"nop"[side]}" x="{10 + 8 * i}" y="{tops[side, i]:.2f}" width="7" height="{tall[side, i]:.2f}">'
              f"<title>{counts[side, i]:,} {SIDES[side - 1]}</title></rect>" for side, i in np.argwhere(counts)]  # fmt: skip
@@ -393,8 +393,7 @@ def histogram(run: Run, bins: int = 60) -> str:
 
 # --------------------------------------------------------------------------------------------------- page
 
-LOWEST = 20  # rows to look at first
-SHOWN = 1000  # rows whose tokens are on a page
+SHOWN = 1000  # rows on a page
 STYLE = """
 :root { color-scheme: light dark; --p: 47, 111, 219; --n: 232, 131, 42; --line: 1px solid #8886; }
 @media (prefers-color-scheme: dark) { :root { --p: 62, 116, 214; --n: 190, 92, 18; } }
@@ -404,14 +403,16 @@ h3 { margin: .8rem 0 0; font-size: 13px; } p { margin: .3rem 0; } input, select 
 table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; overflow-wrap: break-word; }
 td, th { border-bottom: var(--line); padding: .15rem .5rem; text-align: left; vertical-align: top; }
 @media (max-width: 700px) {  /* each line of a table becomes a list of its own: nothing to scroll, nothing cut */
-  thead, td:empty { display: none; } table, tbody, tr { display: block; } tr { border-bottom: var(--line); }
-  td { display: flex; border: 0; } td:first-child { font-weight: 600; }
+  thead, td:empty { display: none; } table, tbody, tr { display: block; overflow-wrap: anywhere; }
+  tr { border-bottom: var(--line); } td { display: flex; border: 0; } td:first-child { font-weight: 600; }
   td::before { content: attr(data-name); flex: 0 0 40%; opacity: .7; font-weight: 400; padding-right: .5rem; }
 }
 svg { width: 100%; max-width: 31rem; } .curves svg { max-width: 15rem; } svg text { font-size: 10px; fill: currentColor; }
 svg line { stroke: currentColor; stroke-dasharray: 3; } svg polyline { fill: none; stroke: rgb(var(--p)); stroke-width: 1.5; }
 svg .p { fill: rgb(var(--p)); } svg .n { fill: rgb(var(--n)); } svg .o { fill: #888; }
-section { content-visibility: auto; contain-intrinsic-size: auto 6rem; } section p { white-space: pre-wrap; }
+section { content-visibility: auto; contain-intrinsic-size: auto 5rem; } section p { white-space: pre-wrap; }
+@media (min-width: 700px) { section { display: grid; grid-template-columns: 2fr 3fr; column-gap: 1rem; } }
+section h3 { grid-column: 1 / 3; } [hidden] { display: none; }
 section p, td, i, b { unicode-bidi: isolate; } .tokens { font: 13px/1.6 ui-monospace, monospace; }
 i { font-style: normal; opacity: .6; } b { font-weight: 400; border-radius: 3px; } .k { text-decoration: underline 2px; }
 .p { background: rgba(var(--p), var(--a, .5)); } .n { background: rgba(var(--n), var(--a, .5)); }
@@ -422,9 +423,7 @@ const $ = (id) => document.getElementById(id), list = $("examples"), rows = [...
 const show = () => rows.sort((a, b) => a.dataset[$("sort").value] - b.dataset[$("sort").value]).forEach((row) => {
   row.hidden = !row.dataset.text.toLowerCase().includes($("text").value.toLowerCase()); list.append(row); });
 $("text").addEventListener("input", show); $("sort").addEventListener("input", show);
-document.addEventListener("click", (event) => {  // a row that the filter hides is shown when a link leads to it
-  const link = event.target.closest('a[href^="#row-"]'); if (link) $(link.hash.slice(1)).hidden = false;
-  if (list.contains(event.target) && event.target.title) $("value").textContent = event.target.title; });
+list.addEventListener("click", (event) => { if (event.target.title) $("value").textContent = event.target.title; });
 """
 
 
@@ -447,18 +446,6 @@ def markdown_html(text: str) -> str:
     return "".join(parts)
 
 
-def lowest_rows(run: Run, shown: Array) -> str:
-    """The rows of lowest mean Q, question beside answer, with links to their tokens."""
-    lines = []
-    for example in np.argsort(run.mean_quality, kind="stable")[:LOWEST]:
-        places, source = run.places(example), safe(run.corpus.sources[example])
-        name = source.rpartition("/")[2]  # the whole path would fill a narrow screen
-        link = f'<a href="#row-{example}" title="{source}">{name}</a>' if example in shown else name
-        texts = run.text(run.corpus.offsets[example], places.start), run.text(places.start, places.stop)
-        lines.append([link, f"{run.mean_quality[example]:.3f}", *(safe(text, 300) for text in texts)])
-    return html_table(["row", "mean Q", "question", "answer"], lines)
-
-
 def write_page(run: Run, count: int, path: Path) -> None:
     """report.html, with nothing in it that comes from elsewhere, and every text of the rows escaped."""
     saved, logs, (noise, reason) = run.folder / "results.md", read_logs(run.folder), find_noise(run)
@@ -472,10 +459,10 @@ def write_page(run: Run, count: int, path: Path) -> None:
 deviation {quality.std():.4f}; threshold {run.threshold:.4f}, {(run.signs > 0).sum():,} in <b class="p">P</b>,
 {(run.signs < 0).sum():,} in <b class="n">N</b>.</p>{histogram(run)}
 {"<h2>Known noise: does a low Q find it?</h2>" + html_table(["figure", "value"], found) if found else ""}
-<h2>Look at these rows first</h2>{lowest_rows(run, shown)}
-<h2>Training</h2>{"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}
-<h2>Tokens</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. {len(shown):,} of
-{len(run.corpus):,} rows, half of them those of lowest mean Q, half drawn at random. Hover or tap for values.</p>
+<h2>Training</h2><details><summary>curves of {len(logs)} trainings</summary>
+{"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}</details>
+<h2>Look at these rows first</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. Hover or tap for
+values. {len(shown):,} of {len(run.corpus):,} rows: half are those of lowest mean Q, then as many drawn at random.</p>
 <p><label>Search in them: <input id="text"></label> <select id="sort"><option value="mean">lowest mean Q</option>
 <option value="sum">lowest sum of Q</option><option value="at">order of the run</option></select></p>
 <div id="examples">{"".join(row_html(run, example, noisy) for example in shown)}</div><p id="value"></p>"""
