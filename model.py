@@ -72,7 +72,7 @@ NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_s
             "rope_parameters", "original_max_position_embeddings", *LISTS)  # fmt: skip
 # names of fields that change the computation in other models and leave no tensor that would be missed here
 FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|bidirectional|attn_temperature|layer_types"
-                     "|per_layer|parallel_residual|parallel_attn|transformers_weights")  # fmt: skip
+                     "|per_layer|parallel_(residual|attn|block)|alibi|qk_norm|transformers_weights")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,29 +205,25 @@ def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
 
 def rotated_layers(values: dict) -> tuple[bool, ...]:
     """Whether each layer rotates q and k: SmolLM3's where no_rope_layers is 1; null: all but every fourth."""
-    layers = range(values["num_hidden_layers"])
-    if "no_rope_layers" not in values:
-        return (True,) * len(layers)
-    flags = values["no_rope_layers"]
+    layers = values["num_hidden_layers"]
+    flags = values.get("no_rope_layers", [1] * layers)
     if flags is None:
-        return tuple((layer + 1) % values["no_rope_layer_interval"] != 0 for layer in layers)
-    check_layers("no_rope_layers", flags[: len(layers)], (0, 1), len(layers))
-    return tuple(map(bool, flags[: len(layers)]))
+        flags = [(layer + 1) % values["no_rope_layer_interval"] != 0 for layer in range(layers)]
+    check_layers("no_rope_layers", flags[:layers], (0, 1), layers)  # more are allowed
+    return tuple(map(bool, flags[:layers]))
 
 
 def sliding_windows(values: dict, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
     """The window of each layer. LLaMA: none; Mistral: all; Qwen, SmolLM3: some, unless layer_types says."""
-    layers, window = range(values["num_hidden_layers"]), values.get("sliding_window")
-    if not values.get("use_sliding_window", True):
-        window = None
-    slides = [True for _ in layers]
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    slides = [True] * len(rotates)
     if "max_window_layers" in values:
-        slides = [layer >= values["max_window_layers"] for layer in layers]
+        slides = [layer >= values["max_window_layers"] for layer in range(len(rotates))]
     if "no_rope_layers" in values:
-        slides = [not rotates[layer] for layer in layers]
+        slides = [not rotated for rotated in rotates]
     if values.get("layer_types") is not None:
         kinds = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
-        check_layers("layer_types", values["layer_types"], kinds, len(layers))
+        check_layers("layer_types", values["layer_types"], kinds, len(rotates))
         slides = [kind == "sliding_attention" for kind in values["layer_types"]]
     return tuple(window if slide else None for slide in slides)
 
@@ -900,11 +896,10 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     for file in TEXT_FILES:
         if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
             shutil.copyfile(model.folder / file, folder / file)
-    raw = dict(model.config.raw)
-    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
-    raw[dtype_key] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+    dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
     temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(raw, indent=2) + "\n")
+    temporary.write_text(json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n")
     os.replace(temporary, folder / "config.json")
 
 

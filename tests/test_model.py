@@ -244,6 +244,16 @@ def test_losses_stay_float32_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(found[False], found[True]))
 
 
+def test_a_hidden_state_that_is_not_a_number_gives_a_loss_that_is_none():
+    """Nothing on the way from logits to losses hides it: neither a ceiling nor a weight of zero."""
+    hidden, head, targets = torch.randn(5, 16), torch.randn(50, 16), torch.arange(5)
+    hidden[3] = torch.nan
+    assert token_losses(hidden, head, targets).isnan().tolist() == [False, False, False, True, False]
+    for weight in (1.0, -1.0, 0.0):
+        total, losses = WeightedTokenLoss.apply(hidden, head, targets, torch.full((5,), weight), 3.0)
+        assert total.isnan() and losses.isnan().tolist() == [False, False, False, True, False]
+
+
 def test_token_losses_in_chunks(tmp_path):
     """Equation 3 against log_softmax in float64, over more rows than one chunk of the head holds."""
     generator = torch.Generator().manual_seed(0)
@@ -263,6 +273,14 @@ def test_saved_model_loads_again(tmp_path, kind, shard_bytes):
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
     assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (shard_bytes < 10**6)
     assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("dialect, key", [(4, "torch_dtype"), (5, "dtype")])
+def test_a_saved_config_says_the_dtype_of_its_weights(tmp_path, dialect, key):
+    save_model(load_model(tiny.make_checkpoint(tmp_path / "a", "qwen3", dialect), dtype=torch.bfloat16), tmp_path / "b")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert after == before | {key: "bfloat16"}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def edit_weights(folder: Path, change) -> None:

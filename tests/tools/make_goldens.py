@@ -138,5 +138,9 @@ if __name__ == "__main__":
     save_file({name: logits[:, ::3].contiguous() for name, logits in plain_goldens().items()}, folder / "logits.safetensors")
     save_file(adapter_goldens(), folder / "adapters.safetensors")
     save_file(family_goldens(), folder / "families.safetensors")
-    text = json.dumps(config_goldens(), indent=1, default=lambda x: None)  # a default factory has no value
-    (folder / "configs.json").write_text(text + "\n")
+    parts = {}
+    for part, entries in config_goldens().items():  # a line for each entry; a default factory has no value
+        lines = [f"  {json.dumps(name)}: {json.dumps(entry, default=lambda x: None)}" for name, entry in entries.items()]
+        parts[part] = "{\n" + ",\n".join(lines) + "\n }"
+    text = ",\n".join(f" {json.dumps(part)}: {lines}" for part, lines in parts.items())
+    (folder / "configs.json").write_text("{\n" + text + "\n}\n")
