@@ -635,8 +635,8 @@ def describe_plan(ref_options: "Options", plans: dict, d_ref: Corpus, d_train: C
         if steps == 1 and its_options.warmup:
             notes.append("warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs")
         elif steps * its_options.lr < 0.005:  # 17 steps at 3e-4 hardly told methods apart (tests/README.md)
-            notes.append(f"note: {steps} steps at {its_options.lr:g}: expect little; for a few hundred rows try "
-                         "--lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")  # fmt: skip
+            notes.append(f"note: {steps} steps at {its_options.lr:g}: expect little; for a few hundred rows "
+                         "try --lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")  # fmt: skip
     plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
     return "\n".join([plan, *dict.fromkeys(notes)])
 

@@ -118,11 +118,11 @@ def remove(file: str) -> Callable[[Path], None]:
 
 
 def index_alone(text: str) -> Callable[[Path], None]:
-    """An index of other weights in the place of the whole file, beside which it would not be read."""
+    """An index, and no model.safetensors, which would be taken instead."""
 
     def spoil(folder: Path) -> None:
-        (folder / WEIGHTS).unlink()
-        (folder / "model.safetensors.index.json").write_text(text)
+        remove(WEIGHTS)(folder)
+        write("model.safetensors.index.json", text)(folder)
 
     return spoil
 
@@ -277,6 +277,7 @@ CASES = [
     model_case("an index without map", index_alone("{}"), "index.json: no weight_map in it"),
     model_case("an index out of the folder", index_alone('{"weight_map": {"a": "../b"}}'),
                "index.json: a points to '../b', which is not a file of this folder"),
+    model_case("an index that names an absent file", index_alone('{"weight_map": {"a": "b"}}'), "index.json: b is named there"),
     # a run folder
     run_case("a run on other data", "--n-train 8", nothing, "was made with other training data (there"),
     run_case("a run with another rate", "--lr 0.5", nothing, "run was made with other lr (there 0.0001, now 0.5); reference_lr",
