@@ -6,6 +6,9 @@
     corpus = build_corpus(read_rows(["train.jsonl:500"]), tokenizer, max_length=2048)
     for batch in pack(corpus, range(len(corpus)), token_budget=4096): ...
 
+Order: tokenizer; reading files; layouts, which turn a row into turns; templates, which turn turns into text;
+rendering; corpus; batches; files.
+
 A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores
 and signs are arrays of the same length, indexed by the token they judge, and a batch carries the places its
 tokens came from: to store what a batch yields, or fetch what it needs, is one line whatever the packing.
@@ -13,22 +16,28 @@ tokens came from: to store what a batch yields, or fetch what it needs, is one l
 Shapes: C tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
 
+import gzip
 import hashlib
 import json
 import os
 import re
 import sys
+from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
+import jinja2.ext
+import jinja2.sandbox
 import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tokenizers import decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,45 +46,62 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # ------------------------------------------------------------------------------------------- tokenizer
 
 
-class Tokenizer:
-    """tokenizer.json of a checkpoint folder, with the special tokens that its config files name."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-    def __init__(self, folder: str | os.PathLike):
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder: its tokens, and what the folder's config files say about them.
+
+    template: how conversations become text, "tulu" or "model" (the checkpoint's own chat template).
+    Raises ValueError naming the file for what cannot be read, and for a template that is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike, template: str = "tulu"):
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            hint = "a sentencepiece tokenizer.model alone is not read"
-            raise ValueError(f"{folder}: no tokenizer.json in it ({hint})")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            self.raw = tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+        settings = tokenizer_settings(folder)
+        self.raw = _read_tokenizer(folder, settings)
+        _add_tokens(self.raw, settings, folder)
         self.raw.no_truncation()
         self.raw.no_padding()
-        self.bos, self.bos_id = self._special(folder, "bos")
-        self.eos, self.eos_id = self._special(folder, "eos")
+        configs = [_object(folder / name) for name in ("config.json", "generation_config.json")]
+        ids = {kind: [_token_ids(config, kind, folder) for config in configs] for kind in ("bos", "eos")}
+        self.bos, self.bos_id = self._special(settings, "bos_token", ids["bos"])
+        self.eos, self.eos_id = self._special(settings, "eos_token", ids["eos"])
         if self.eos is None:
             raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
         self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
+        # an instruct model ends a turn with one token and a text with another: generation stops at any
+        self.stop_ids = {self.eos_id, *(ids["eos"][1] or ids["eos"][0])}
         if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
-            raise ValueError(f"{path}: the eos token {self.eos!r} is not encoded as one token")
+            raise ValueError(f"{folder}: the eos token {self.eos!r} is not encoded as one token")
+        if self.raw.post_processor is None and self.bos is not None and settings.get("add_bos_token"):
+            self._put_bos()  # where there is a processor, it says so itself
+        self.chat_template = read_chat_template(folder, settings)
+        self.template = None if template == "tulu" else self._model_template(settings, folder)
 
-    def _special(self, folder: Path, kind: str) -> tuple[str | None, int | None]:
-        """Text and id of a special token, from the first of three files that names it."""
-        files = [folder / name for name in ("tokenizer_config.json", "config.json", "generation_config.json")]
-        configs = [read_object(path) if path.is_file() else {} for path in files]
-        text = configs[0].get(f"{kind}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        if text is None:
-            ids = [config.get(f"{kind}_token_id") for config in configs[1:]]
-            ids = [i[0] if isinstance(i, list) else i for i in ids if i is not None]
-            if ids and not (isinstance(ids[0], int) and ids[0] >= 0):
-                raise ValueError(f"{folder}: {kind}_token_id {ids[0]!r} is not a token id")
-            text = self.raw.id_to_token(ids[0]) if ids else None
-        if not isinstance(text, str | None):
-            raise ValueError(f"{files[0]}: {kind}_token {text!r} is not a text")
+    def _special(self, settings: dict, name: str, ids: list[list[int]]) -> tuple[str | None, int | None]:
+        """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
+        text = _content(settings.get(name), name)
+        first = [some[0] for some in ids if some]
+        if text is None and first:
+            text = self.raw.id_to_token(first[0])
         return text, None if text is None else self.raw.token_to_id(text)
+
+    def _put_bos(self) -> None:
+        """Let each text begin with a bos."""
+        single, pair = f"{self.bos} $A", f"{self.bos} $A {self.bos} $B"
+        known = [(self.bos, self.bos_id)]
+        put = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
+        self.raw.post_processor = put
+
+    def _model_template(self, settings: dict, folder: Path) -> "ModelTemplate":
+        if self.chat_template is None:
+            raise ValueError(f"{folder}: it has no chat template, which --template model needs: use tulu")
+        names = {key: value for key, value in settings.items() if key.endswith("_token")}
+        texts = {key: _content(value, key) for key, value in names.items() if isinstance(value, str | dict)}
+        texts |= {"bos_token": self.bos, "eos_token": self.eos}
+        given = {key: text for key, text in texts.items() if text is not None}
+        return ModelTemplate(self.chat_template, given, f"{folder}: its chat template")
 
     def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, character spans) of each text, with one bos if the tokenizer puts any; no eos is added."""
@@ -92,6 +118,105 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids."""
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
+
+
+def tokenizer_settings(folder: Path) -> dict:
+    """tokenizer_config.json, completed from the older files in the order of transformers.
+
+    Where it does not list the added tokens, special_tokens_map.json goes over it, and added_tokens.json has
+    the list; where it does, neither is read.
+    """
+    settings = _object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings = settings | _object(folder / "special_tokens_map.json")
+        named = {_content(value, name) for name, value in _special_tokens(settings)}
+        settings["added_tokens_decoder"] = {
+            index: {"content": text, "special": text in named, "normalized": text not in named}
+            for text, index in _object(folder / "added_tokens.json").items()
+        }
+    return settings
+
+
+def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
+    """tokenizer.json, or GPT-2's pair of files, vocab.json and merges.txt, which is all that GPT-Neo has."""
+    path, pair = folder / "tokenizer.json", [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    try:
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+        path = Path(pair[0])
+        if not all(map(os.path.isfile, pair)):
+            convert = (f"python -c \"from transformers import AutoTokenizer as A; "
+                       f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"")  # fmt: skip
+            missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
+            raise ValueError(f"{folder}: {missing}; a sentencepiece tokenizer.model is converted: {convert}")
+        family = settings.get("tokenizer_class") or _object(folder / "config.json").get("model_type", "gpt2")
+        if family not in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2", "gpt_neo"):
+            reason = f"vocab.json and merges.txt are read as GPT-2's, not as those of {family}"
+            raise ValueError(f"{folder}: no tokenizer.json in it, and {reason}: transformers saves one")
+        raw = tokenizers.Tokenizer(models.BPE.from_file(*pair))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        if str(error).startswith(str(folder)):
+            raise
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
+    raw.decoder = decoders.ByteLevel()
+    for name in ("bos_token", "eos_token", "unk_token"):  # GPT-2's defaults
+        settings.setdefault(name, "<|endoftext|>")
+    return raw
+
+
+def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
+    """(name, token) of every special token that the settings name, in the order in which they are added."""
+    others = [name for name in settings if name.endswith("_token") and name not in SPECIAL_TOKENS]
+    found = [(name, settings.get(name)) for name in (*SPECIAL_TOKENS, *others)]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    found += extra.items() if isinstance(extra, dict) else [("extra_special_tokens", one) for one in extra]
+    # add_bos_token and its like are switches, not tokens
+    return [(name, token) for name, token in found if isinstance(token, str | dict)]
+
+
+def _add_tokens(raw: tokenizers.Tokenizer, settings: dict, folder: Path) -> None:
+    """Add the tokens that the settings list and the tokenizer lacks. Raises ValueError for another id."""
+    listed = settings["added_tokens_decoder"]
+    for index, token in sorted(listed.items(), key=lambda pair: int(pair[0])):
+        raw.add_tokens([_added_token(token)])
+        text = _content(token, "added_tokens_decoder")
+        if raw.token_to_id(text) != int(index):
+            found = raw.token_to_id(text)
+            raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    for name, token in _special_tokens(settings):
+        if _content(token, name) not in known:
+            raw.add_tokens([_added_token(token, special=True)])
+
+
+def _added_token(token: str | dict, **flags: bool) -> tokenizers.AddedToken:
+    fields = {"content": token} if isinstance(token, str) else token
+    return tokenizers.AddedToken(**{name: fields[name] for name in fields if name != "__type"} | flags)
+
+
+def _content(token: Any, name: str) -> str | None:
+    """The text of a token as a config file writes it. Raises ValueError for what is no text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise ValueError(f"tokenizer_config.json: {name} {text!r} is not a text")
+    return text
+
+
+def _token_ids(config: dict, kind: str, folder: Path) -> list[int]:
+    """bos_token_id or eos_token_id of a config as a list: models have none, one or several."""
+    ids = config.get(f"{kind}_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for i in ids:
+        if not (isinstance(i, int) and not isinstance(i, bool) and i >= 0):
+            raise ValueError(f"{folder}: {kind}_token_id {i!r} is not a token id")
+    return ids
+
+
+def _object(path: Path) -> dict:
+    """The object in a JSON file, empty where there is no such file."""
+    return read_object(path) if path.is_file() else {}
 
 
 def check_ids(ids: Any, vocab_size: int, where: object) -> None:
@@ -115,147 +240,627 @@ def keep_offsets(content: Any) -> Any:
     return content | kept
 
 
-# ------------------------------------------------------------------------------------ rows and layouts
+# -------------------------------------------------------------------------------------- reading files
 
-CONVERTERS = {".csv": "csv(FILE)", ".tsv": "csv(FILE, sep='\\t')", ".parquet": "parquet(FILE)"}
+PANDAS = "python -c \"import pandas; pandas.read_{}.to_json('rows.jsonl', orient='records', lines=True)\""
+CONVERTERS = {  # what turns a file of another kind into one that is read
+    ".csv": PANDAS.format("csv('{0}')"),
+    ".tsv": PANDAS.format("csv('{0}', sep='\\t')"),
+    ".xlsx": PANDAS.format("excel('{0}')"),
+    ".feather": PANDAS.format("feather('{0}')"),
+    ".parquet": "pip install pyarrow, and it is read as it is",
+    ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('rows.jsonl')\"",
+    ".zst": "unzstd {0}",
+    ".zip": "unzip {0}",
+    ".bz2": "bunzip2 {0}",
+    ".xz": "unxz {0}",
+}
 
 
-def read_rows(files: Iterable[str]) -> list[dict]:
-    """The rows of .jsonl or .json files, each `path` or `path:count` (the first count rows).
+class RowError(ValueError):
+    """What is wrong with one row: a reason that many rows may share, and what is particular to this one."""
 
-    Every row gets a field "_source" (file:line) for messages. Raises ValueError naming the file and line.
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail, self.where = reason, detail, "row"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}{self.detail}"
+
+
+class NoResponse(RowError):
+    """A row of a known layout that has nothing to learn."""
+
+
+def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
+    """The rows of .jsonl, .json and .parquet files, each `path` or `path:count` (the first count rows).
+
+    Every row gets a field "_source" (file:line) for messages. Raises ValueError naming the file, and all
+    lines that are no rows; with keep_bad these are rows with a RowError in "_bad", for render_rows to report.
     """
     rows: list[dict] = []
     for entry in files:
         path, _, count = entry.rpartition(":")
         path, count = (path, count) if count.isdigit() else (entry, "")
-        if (kind := Path(path).suffix.lower()) == ".gguf":
-            raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
-        if not os.path.isfile(path):
-            if os.path.isdir(path):
-                raise ValueError(f"{path}: a folder, not a file")
-            raise ValueError(f"{path}: no such file (public sets: python tests/tools/get_data.py --help)")
-        if kind in CONVERTERS:
-            convert = f"pandas.read_{CONVERTERS[kind]}.to_json('rows.jsonl', orient='records', lines=True)"
-            raise ValueError(f"{path}: {kind} is not read, only .jsonl and .json: {convert}")
-        read = list(_parse(Path(path)))
+        read = _parse(Path(path), _content_of(Path(path)))
+        if not read:
+            raise ValueError(f"{path}: no rows in it")
         if count and not 1 <= int(count) <= len(read):
             raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
         rows += read[: int(count)] if count else read
+    if not keep_bad:
+        refuse([row["_bad"] for row in rows if isinstance(row.get("_bad"), RowError)], len(rows))
     return rows
 
 
-def _parse(path: Path) -> Iterator[dict]:
-    """The rows of one file, each an object of text that is whole UTF-8."""
+def _kind_of(path: Path) -> str:
+    """The suffix that says what is in a file, in small letters and without .gz."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def _content_of(path: Path) -> str | list:
+    """The text of a file, or the rows of a table. Raises ValueError saying how to convert other files."""
+    kind = _kind_of(path)
+    if kind == ".gguf":
+        raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what} (public sets by name: python tests/tools/get_data.py --help)")
+    if kind == ".parquet" and path.suffix.lower() == kind:
+        with suppress(ImportError):
+            return _read_parquet(path)
+    if kind not in (".jsonl", ".json"):
+        convert = CONVERTERS.get(kind, f"mv {{0}} {path.stem}.jsonl, if it holds a JSON object a line")
+        what = kind or "a file without a suffix"
+        raise ValueError(f"{path}: {what} is not read, only .jsonl, .json, .parquet: {convert.format(path)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark first
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # some editors put a byte-order mark first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
-    half_characters = "\\ud" in text or "\\uD" in text  # escapes: no UTF-8 text holds them as they are
-    lines: Iterable = enumerate(text.split("\n"), 1)
-    if path.suffix == ".json":
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    """The rows of a table. Raises ImportError where pyarrow, which is no requirement, is not installed."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error})") from None
+
+
+def _parse(path: Path, content: str | list) -> list[dict]:
+    """The rows of one file's content; a line that is no row becomes one with a RowError in "_bad"."""
+    # escapes: no UTF-8 text holds half characters as they are
+    half_characters = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
+    values = content
+    if isinstance(content, str):
+        values = _whole_json(path, content) if _kind_of(path) == ".json" else content.split("\n")
+    rows = []
+    for number, value in enumerate(values, 1):
+        if isinstance(value, str) and not value.strip():
+            continue
+        source = f"{path}:{number}"
         try:
-            whole = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(whole, list):
-            raise ValueError(f"{path}: a list of rows is expected, not {type(whole).__name__}")
-        lines = enumerate(whole, 1)
-    count = 0
-    for number, line in lines:
-        if isinstance(line, str):
-            if not line.strip():
-                continue
-            try:
-                line = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(line, dict):
-            raise ValueError(f"{path}:{number}: a row must be an object, not {type(line).__name__}")
-        if half_characters and (found := HALF_CHARACTER.search(json.dumps(line, ensure_ascii=False))):
-            what = f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)"
-            raise ValueError(f"{path}:{number}: {what}")
-        count += 1
-        yield line | {"_source": f"{path}:{number}"}
-    if not count:
-        raise ValueError(f"{path}: no rows in it")
+            row = _row_of(value, half_characters)
+        except RowError as error:
+            error.where = source
+            row = {"_bad": error}
+        rows.append(row | {"_source": source})
+    return rows
 
 
-LAYOUTS = {  # layout: the fields that must be there, the last one the response
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt + completion": ("prompt", "completion"),
-    "prompt + response": ("prompt", "response"),
-    "instruction (+ input) + output": ("instruction", "output"),
-    "instruction (+ context) + response": ("instruction", "response"),
-    "inputs + targets": ("inputs", "targets"),
+def _row_of(value: Any, half_characters: bool) -> dict:
+    """The row in a line, or in an element of a list."""
+    try:
+        row = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise RowError("not valid JSON", f" ({error})") from None
+    if not isinstance(row, dict):
+        raise RowError("a row must be an object", f", not {type(row).__name__}")
+    if half_characters and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
+        raise RowError(f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
+    return row
+
+
+def _whole_json(path: Path, text: str) -> list:
+    """The rows in a .json file: a list, an object with a list under `data`, or lines after all."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = text.split("\n")
+        with suppress(ValueError, RecursionError):
+            if isinstance(json.loads(next(filter(str.strip, lines), "")), dict):
+                return lines
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(whole, dict):
+        lists = [key for key, value in whole.items() if isinstance(value, list | dict)]
+        whole = whole["data"] if lists == ["data"] else whole
+    if not isinstance(whole, list):
+        raise ValueError(f"{path}: a list of rows is expected, or an object with one under `data` alone, "
+                         f"not {type(whole).__name__}")  # fmt: skip
+    return whole
+
+
+def refuse(errors: Sequence[RowError], total: int) -> None:
+    """Raise ValueError for all errors, if any: the first ten, and how many there are of each kind."""
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise ValueError(str(errors[0]))
+    shown = "".join(f"\n  {error}" for error in errors[:10])
+    more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
+    heading = f"{len(errors)} of {total} rows cannot be used:"
+    raise ValueError(f"{heading}{shown}{more}\n  in all: {by_reason(errors)}")
+
+
+def by_reason(errors: Sequence[RowError]) -> str:
+    """How many errors there are of each kind, the most frequent first."""
+    counts = Counter(error.reason for error in errors)
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+
+
+# --------------------------------------------------------------------------------------------- layouts
+
+
+class Turn(NamedTuple):
+    """What one speaker says: system, user or assistant. Learned: the model is judged on it."""
+
+    role: str
+    content: str
+    learned: bool
+
+
+class Raw(NamedTuple):
+    """A prompt and a response that are text already: no template, no speakers."""
+
+    prompt: str
+    response: str
+
+
+# What no template here renders: words of a field's name, and what such a field holds. Refused unless it is
+# absent, false or 0.
+UNRENDERED = {
+    "tool tools function functions toolcalls plugin plugins observation observations": "tool use",
+    "image images picture pictures video videos audio audios media pixel attachment attachments": "media",
+    "reasoning thinking thought thoughts rationale scratchpad cot": "reasoning apart from the answer",
+    "chosen rejected preferred dispreferred winner loser negative": "one of two answers: keep the better one",
+    "mask masks labels": "a mask made elsewhere",
 }
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # of `conversations`; system is called so, too
+# names that end so describe the row: image_id, question_type
+DESCRIPTIONS = ("id", "ids", "idx", "index", "type", "source", "score", "count", "length", "language", "lang")
+# fields that hold text of a prompt or a response, in one layout or another
+TEXTS = ("prompt", "completion", "response", "instruction", "input", "context", "output", "inputs", "targets",
+         "messages", "conversations", "system", "system_prompt", "history", "question", "query", "answer",
+         "document", "documents", "passage", "passages", "knowledge", "suffix")  # fmt: skip
+# of a turn or a row: 0 and false say that it is not learned
+LEARNED = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "train_on_turn")
+BAD_ANSWER = ("label", "kto_tag")  # 0 and false mark a bad answer (KTO)
+HARMLESS = frozenset("""
+    author categories category conversation_hash created created_at date dataset dataset_name difficulty
+    domain generator hash id is_classification lang language length license meta metadata model model_name
+    name noise num_tokens num_turns origin quality rating score scores source sources split subset subtask
+    tag tags task task_name template template_name timestamp topic type uid url uuid version
+""".split())  # fmt: skip
+
+
+@cache
+def meaning_of(name: str) -> str | None:
+    """What a field of this name holds, if it is something that cannot be rendered."""
+    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().split("_")
+    if words[-1] in DESCRIPTIONS:
+        return None
+    return next((meaning for some, meaning in UNRENDERED.items() if set(words) & set(some.split())), None)
+
+
+def present(fields: dict) -> dict:
+    """The fields that say something: null, "", [] and {} are as good as absent; "_source" is our own."""
+    absent = (None, "", [], {})
+    return {name: value for name, value in fields.items() if value not in absent and name != "_source"}
+
+
+def take_text(fields: dict, name: str) -> str:
+    """Take a field that must be a text out of the fields; "" where it is absent."""
+    value = fields.pop(name, "")
+    if not isinstance(value, str):
+        raise RowError(f"{name} must be a string", f", not {type(value).__name__}")
+    return value
+
+
+def take_one(fields: dict, *names: str) -> str:
+    """Take the one of two fields of the same meaning that is there, a text."""
+    found = [take_text(fields, name) for name in names if name in fields]
+    if len(set(found)) > 1:
+        raise RowError(f"{' and '.join(names)} are both there: one of them is needed")
+    return found[0] if found else ""
+
+
+def take_learned(fields: dict) -> bool:
+    """Whether no field says that a turn, or a row, is not to be learned."""
+    learned = not fields.pop("masked", False)
+    for name in [name for name in LEARNED if name in fields]:
+        value = fields.pop(name)
+        if value not in (0, 1):  # False and True are equal to these
+            raise RowError(f"{name} can only be 0, 1, false or true", f", not {value!r}")
+        learned = learned and bool(value)
+    return learned
+
+
+def check_rest(fields: dict, unused: set[str], said: Sequence[str] = (), owner: str = "") -> None:
+    """Judge the fields that no layout has taken: refused, harmless, or put into `unused`.
+
+    A text that is said elsewhere in the row, such as a prompt beside messages, is a copy.
+    """
+    for name, value in fields.items():
+        if value in said:
+            continue
+        if value and (meaning := meaning_of(name)):
+            reason = f"{owner}{name} cannot be rendered ({meaning})"
+            raise RowError(f"{reason}: write it into the text, or take the field out")
+        if name in TEXTS:
+            reason = f"{owner}{name} has no place in this layout"
+            raise RowError(f"{reason}: write it into the text, or take the field out")
+        if name in BAD_ANSWER and value in (0, 1):
+            if not value:
+                raise RowError(f"{owner}{name} {value!r} marks a bad answer: leave such rows out")
+        elif name not in HARMLESS and name.rpartition("_")[2] not in DESCRIPTIONS:
+            unused.add(owner + name)
+
+
+def read_message(message: Any, unused: set[str]) -> Turn:
+    """A message of OpenAI's (role, content) or ShareGPT's (from, value) layout."""
+    if not isinstance(message, dict):
+        raise RowError("a message must be an object with role and content, or from and value")
+    fields = present(message)
+    role = take_one(fields, "role", "from")
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    if role not in ("system", "user", "assistant"):
+        raise RowError(f"role {role!r} is not allowed: system, user, assistant")
+    name = "value" if "value" in message and "content" not in message else "content"
+    content = fields.pop(name, message.get(name))
+    flags = [flag for flag in LEARNED if flag in fields]
+    learned = take_learned(fields)
+    if flags and learned and role != "assistant":
+        unused.add(f"a message's {flags[0]}, where it is not the assistant's")
+    if "name" in fields:
+        raise RowError("a speaker's name cannot be rendered: write it into the content, or take it out")
+    check_rest(fields, unused, owner="a message's ")
+    if isinstance(content, list):
+        content = "".join(read_part(part, unused) for part in content)
+    if not isinstance(content, str):
+        kind = type(content).__name__
+        raise RowError("the content of a message must be a string, or a list of text parts", f", not {kind}")
+    return Turn(role, content, learned and role == "assistant")
+
+
+def read_part(part: Any, unused: set[str]) -> str:
+    """The text of a part of a content: {"type": "text", "text": ...}, in some files with "value"."""
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise RowError(f"a part of a content must be of type text, not {kind}")
+    fields = present(part)
+    del fields["type"]
+    text = take_one(fields, "text", "value")
+    check_rest(fields, unused, owner="a part's ")
+    return text
+
+
+def read_messages(messages: Any, name: str, unused: set[str]) -> list[Turn]:
+    """The turns in a list of messages."""
+    if not isinstance(messages, list):
+        raise RowError(f"{name} must be a list of messages", f", not {type(messages).__name__}")
+    return [read_message(message, unused) for message in messages]
+
+
+def read_history(history: Any, unused: set[str]) -> list[Turn]:
+    """Earlier turns: pairs of a question and its answer (learned, too), or messages."""
+    turns = []
+    for entry in history if isinstance(history, list) else [history]:
+        if isinstance(entry, dict):
+            turns.append(read_message(entry, unused))
+        elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry):
+            turns += [Turn("user", entry[0], False), Turn("assistant", entry[1], True)]
+        else:
+            raise RowError("history must be a list of messages, or of pairs of a question and an answer")
+    return turns
+
+
+def conversation(fields: dict, unused: set[str], name: str) -> list[Turn]:
+    """messages, conversations: the turns as they are."""
+    return read_messages(fields.pop(name), name, unused)
+
+
+def text_pair(fields: dict, unused: set[str], prompt: str, response: str) -> Raw | list[Turn]:
+    """prompt + completion, prompt + response: text as it is, or TRL's two lists of messages."""
+    pair = fields.get(prompt), fields.get(response)
+    if any(isinstance(value, list) for value in pair):
+        before = read_messages(fields.pop(prompt), prompt, unused)
+        answer = read_messages(fields.pop(response), response, unused)
+        return [turn._replace(learned=False) for turn in before] + answer
+    turns = instruction(fields, unused, prompt, response)
+    if {"system", "system_prompt", "history"} & fields.keys():
+        return turns  # these are turns, and then the pair is two more
+    return Raw(turns[0].content, turns[1].content)
+
+
+def instruction(fields: dict, unused: set[str], prompt: str, response: str) -> list[Turn]:
+    """instruction (+ input or context) + output or response, inputs + targets: one question, one answer."""
+    question = [take_text(fields, prompt), take_one(fields, "input", "context")]
+    question = "\n\n".join(filter(None, question))
+    return [Turn("user", question, False), Turn("assistant", take_text(fields, response), True)]
+
+
+LAYOUTS = {  # the fields that must be there, the last one the response: the function that reads them
+    ("messages",): conversation,
+    ("conversations",): conversation,
+    ("prompt", "completion"): text_pair,
+    ("prompt", "response"): text_pair,
+    ("instruction", "output"): instruction,
+    ("instruction", "response"): instruction,
+    ("inputs", "targets"): instruction,
+}
+
+
+def layout_of(row: dict) -> tuple[str, ...]:
+    """The layout of a row, a key of LAYOUTS. Raises RowError where there is none, or no response."""
+    fields = present(row)
+    for layout in LAYOUTS:
+        if all(name in fields for name in layout):
+            return layout
+    for layout in LAYOUTS:  # a prompt may be empty, where its response is a text on its own
+        if layout[-1] in fields and row.get(layout[0]) == "":
+            return layout
+    for name in fields:
+        if meaning := meaning_of(name):
+            raise RowError(f"{name} cannot be rendered ({meaning}); no known layout beside it")
+    begun = [names for names in LAYOUTS if names[-1] in row and all(name in fields for name in names[:-1])]
+    if begun:
+        raise NoResponse(f"{max(begun, key=len)[-1]} is empty")
+    found, known = ", ".join(sorted(fields)) or "none", "; ".join(map(" + ".join, LAYOUTS))
+    alone = ": which part is the response? prompt and completion say it" if list(fields) == ["text"] else ""
+    raise RowError(f"unknown layout, fields found: {found}{alone}; known: {known}")
+
+
+def read_row(row: dict, unused: set[str]) -> Raw | list[Turn]:
+    """The turns of a row, or its raw text; the names of fields that are not used go into `unused`."""
+    if isinstance(row.get("_bad"), RowError):
+        raise row["_bad"]
+    layout, fields = layout_of(row), present(row)
+    if not take_learned(fields):
+        raise RowError("its weight says that the row is not to be learned: leave such rows out")
+    found = LAYOUTS[layout](fields, unused, *layout)
+    if isinstance(found, list):
+        earlier = read_history(fields.pop("history", []), unused)
+        system = take_one(fields, "system", "system_prompt")
+        found = [Turn("system", system, False)] * bool(system) + earlier + found
+        check_turns(found)
+    if fields:
+        said = [turn.content for turn in found] if isinstance(found, list) else list(found)
+        check_rest(fields, unused, said)
+    return found
+
+
+def check_turns(turns: list[Turn]) -> None:
+    """Raise RowError unless there is at most one system turn, in front, then user and assistant in turn."""
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
+        order = ", ".join(spoken)
+        raise RowError("user and assistant must take turns, starting with user", f", not {order}")
+    if not any(turn.role == "assistant" and turn.content for turn in turns):
+        raise NoResponse("no assistant message with text")
+    if not any(turn.learned and turn.content for turn in turns):
+        raise NoResponse("no assistant message is to be learned")
+
+
+# ------------------------------------------------------------------------------------------- templates
 
 Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order
 
 
-def render(row: dict, eos: str) -> Pieces:
-    """A row of any known layout as pieces of text; the responses, with their eos, are the pieces marked True.
-
-    Conversations take the template of the paper's corpus (Tulu); prompt + completion and prompt + response
-    rows are taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
-    """
-    where = row.get("_source", "row")
-    layout = next((fields for fields in LAYOUTS.values() if all(field in row for field in fields)), None)
-    if layout is None:
-        found = ", ".join(sorted(key for key in row if not key.startswith("_"))) or "none"
-        raise ValueError(f"{where}: unknown layout, fields found: {found}; known: {'; '.join(LAYOUTS)}")
-    if len(layout) == 1:
-        return _conversation(_turns(row[layout[0]], layout[0], where), eos)
-    context = None
-    if layout[0] == "instruction":
-        context = row.get("input" if layout[1] == "output" else "context")
-    for value in (*(row[field] for field in layout), context or ""):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {' and '.join(layout)} must be strings, not {type(value).__name__}")
-    prompt, response = (row[field] for field in layout)
-    if not response:
-        raise ValueError(f"{where}: {layout[1]} is empty")
-    if layout[0] == "prompt":
-        spaced = not prompt or prompt[-1].isspace() or response[0].isspace()
-        return [(prompt if spaced else prompt + " ", False), (response + eos, True)]
-    prompt = f"{prompt}\n\n{context}" if context else prompt
-    return _conversation([("user", prompt), ("assistant", response)], eos)
+def closed(text: str, eos: str) -> str:
+    """The text with an eos at its end; some files have written it already."""
+    return text if text.endswith(eos) else text + eos
 
 
-def _turns(messages: object, layout: str, where: str) -> list[tuple[str, str]]:
-    """Messages as (role, content), checked: an optional system message, then user and assistant in turn."""
-    names = ("from", "value") if layout == "conversations" else ("role", "content")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{where}: {layout} must be a list of objects with {names[0]} and {names[1]}")
-    turns = [tuple(message.get(name) for name in names) for message in messages]
-    if layout == "conversations":
-        turns = [(SHAREGPT_ROLES.get(str(role), role), content) for role, content in turns]
-    for role, content in turns:
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"{where}: role {role!r} is not allowed: system, user, assistant")
-        if not isinstance(content, str):
-            kind = type(content).__name__
-            raise ValueError(f"{where}: the content of a message must be a string, not {kind}")
-    roles = [role for role, _ in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        order = ", ".join(spoken)
-        raise ValueError(f"{where}: user and assistant must take turns, starting with user, not {order}")
-    if not any(role == "assistant" and content for role, content in turns):
-        raise ValueError(f"{where}: no assistant message with text")
-    return turns
-
-
-def _conversation(turns: list[tuple[str, str]], eos: str) -> Pieces:
-    """The Tulu template, with a newline between two turns as in the authors' files, none after the last."""
+def tulu(turns: list[Turn], eos: str) -> Pieces:
+    """The template of the paper's corpus; a newline between two turns as in the authors' files."""
     pieces: Pieces = []
-    for i, (role, content) in enumerate(turns):
-        newline = "\n" if i and turns[i - 1][0] == "assistant" else ""
+    for i, (role, content, learned) in enumerate(turns):
+        newline = "\n" if i and turns[i - 1].role == "assistant" else ""
         pieces.append((f"{newline}<|{role}|>\n", False))
-        pieces.append((content + eos, True) if role == "assistant" else (content + "\n", False))
+        pieces.append((closed(content, eos), learned) if role == "assistant" else (content + "\n", False))
     return pieces
+
+
+def raw_text(row: Raw, eos: str) -> Pieces:
+    """Prompt and response as they are, joined by a space unless one is there."""
+    prompt, response = row
+    spaced = not prompt or prompt[-1].isspace() or response[0].isspace()
+    return [(prompt if spaced else prompt + " ", False), (closed(response, eos), True)]
+
+
+def read_chat_template(folder: Path, settings: dict) -> str | None:
+    """The text of a checkpoint's chat template: chat_template.jinja, else what tokenizer_config.json has."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several, each with its name
+        template = next((some["template"] for some in template if some.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, with which some templates mark the answer: what is inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+class ModelTemplate:
+    """A checkpoint's own chat template, rendered with what transformers gives it.
+
+    source: a jinja template, run in a sandbox; tokens: bos_token, eos_token and so on. Raises ValueError
+    for a template that is not valid.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str], where: str):
+        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        )
+        sandbox.filters["tojson"] = _to_json
+        sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        try:
+            self.compiled = sandbox.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{where} is not valid ({error})") from None
+        self.tokens = tokens
+
+    def text(self, turns: list[Turn], ask: bool = False) -> str:
+        """The turns as text; ask: and the beginning of an answer."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        names = {"tools": None, "documents": None, "add_generation_prompt": ask}
+        try:
+            return self.compiled.render(messages=messages, **names, **self.tokens)
+        except Exception as error:  # a template is a program: what it may raise is not known
+            reason = " ".join(str(error).split())
+            raise RowError(f"the chat template does not take it ({reason})") from None
+
+    def pieces(self, turns: list[Turn]) -> Pieces:
+        """A response is what an assistant turn adds to the text that asks for it.
+
+        Raises RowError for templates that write earlier turns anew: then this text is not the model's.
+        """
+        earlier = "the chat template writes earlier turns anew: it is right for one turn only"
+        begun = "the chat template does not go on from how it asks for an answer"
+        pieces: Pieces = []
+        done = ""
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            asked, answered = self.text(turns[:i], ask=True), self.text(turns[: i + 1])
+            pieces.append((_added(done, asked, earlier), False))
+            pieces.append((_added(asked, answered, begun), turn.learned))
+            done = answered
+        if turns[-1].role != "assistant":
+            pieces.append((_added(done, self.text(turns), earlier), False))
+        return pieces
+
+
+def _added(before: str, text: str, otherwise: str) -> str:
+    """What a text has more than the one before. It must begin with that; if not, `otherwise` is the reason."""
+    if not text.startswith(before):
+        raise RowError(otherwise, " (--template tulu)")
+    return text[len(before) :]
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+             separators: tuple | None = None, sort_keys: bool = False) -> str:
+    """The filter tojson: plain JSON, where jinja's own escapes HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+# ------------------------------------------------------------------------------------------- rendering
+
+
+@dataclass
+class RenderedRow:
+    """A row as text; spans are those of its responses, in characters."""
+
+    row: dict
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    raw: bool  # text that took no template
+    templated: bool  # by the model's chat template, which writes the special tokens itself
+
+
+def render(row: dict, eos: str, template: ModelTemplate | None = None) -> Pieces:
+    """A row of any known layout as pieces of text; the responses, with their end of turn, are marked True.
+
+    Conversations take the template, Tulu's where it is None; prompt + completion and prompt + response are
+    taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
+    """
+    try:
+        return _pieces(read_row(row, set()), eos, template)
+    except RowError as error:
+        error.where = row.get("_source", "row")
+        raise
+
+
+def _pieces(found: Raw | list[Turn], eos: str, template: ModelTemplate | None) -> Pieces:
+    if isinstance(found, Raw):
+        return raw_text(found, eos)
+    return tulu(found, eos) if template is None else template.pieces(found)
+
+
+def render_rows(groups: Sequence[list[dict]], tokenizer: Tokenizer,
+                skip_bad: bool = False) -> tuple[list[list[RenderedRow]], list[str]]:
+    """The rows of each group as text, and lines that a user should see.
+
+    Raises one ValueError for all rows that cannot be used; with skip_bad they are left out, and counted.
+    """
+    rendered, errors, unused = [], [], set()
+    for rows in groups:
+        rendered.append([])
+        for row in rows:
+            try:
+                rendered[-1].append(_render_row(row, tokenizer, unused))
+            except RowError as error:
+                error.where = row.get("_source", "row")
+                errors.append(error)
+    total = sum(map(len, groups))
+    if not skip_bad or len(errors) == total:
+        refuse(errors, total)
+    lines = []
+    if errors:
+        lines.append(f"{len(errors)} of {total} rows are left out (--skip-bad-rows): {by_reason(errors)}")
+    if unused:
+        lines.append(f"fields not used: {', '.join(sorted(unused))}")
+    raw = [example.row for examples in rendered for example in examples if example.raw]
+    if 0 < len(raw) < total - len(errors):
+        layouts = " and ".join(sorted({" + ".join(layout_of(row)) for row in raw}))
+        lines.append(f"{len(raw)} of {total} rows are raw text without turn markers ({layouts})")
+    return rendered, lines
+
+
+def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRow:
+    found = read_row(row, unused)
+    pieces = _pieces(found, tokenizer.eos, tokenizer.template)
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for text, is_response in pieces:
+        start, end = end, end + len(text)
+        if is_response and text:
+            joined = spans and spans[-1][1] == start
+            spans[-1:] = [(spans[-1][0], end)] if joined else [*spans[-1:], (start, end)]
+    raw = isinstance(found, Raw)
+    text = "".join(text for text, _ in pieces)
+    return RenderedRow(row, text, tuple(spans), raw, not raw and tokenizer.template is not None)
+
+
+def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a question in the template, up to where the answer begins."""
+    pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
+    text = "".join(text for text, is_response in pieces if not is_response)
+    return tokenizer.encode([text], special=tokenizer.template is None)[0][0]
 
 
 # ---------------------------------------------------------------------------------------------- corpus
@@ -270,6 +875,7 @@ class Corpus:
     offsets: np.ndarray  # (E+1,) int64
     sources: list[str]  # (E,) file:line of each example
     dropped: int  # rows that max_length left without a response token
+    noise: dict[str, np.ndarray] = field(default_factory=dict)  # kind: (C,) bool, tokens known to be noise
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -277,6 +883,11 @@ class Corpus:
     @cached_property
     def lengths(self) -> np.ndarray:  # (E,), worked out once: a step must not cost what the corpus does
         return np.diff(self.offsets)
+
+    @property
+    def noisy(self) -> np.ndarray:
+        """(C,) bool: the tokens that are known to be noise of any kind."""
+        return np.logical_or.reduce([np.zeros(len(self.tokens), bool), *self.noise.values()])
 
     def fingerprint(self) -> str:
         """sha256 of tokens, mask and boundaries."""
@@ -302,35 +913,39 @@ class Corpus:
         return np.concatenate(spans) if spans else np.empty(0, np.int64)
 
 
-def unique_rows(rows: list[dict], eos: str) -> list[dict]:
-    """The rows without later exact duplicates, equal in rendered text: D_ref and D_train stay disjoint."""
-    first: dict[str, dict] = {}
+def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
+    """The rows without later duplicates, those of equal text and response spans, whatever their layouts."""
+    first: dict[tuple, RenderedRow] = {}
     for row in rows:
-        first.setdefault("\0".join(text for text, _ in render(row, eos)), row)
+        first.setdefault((row.text, row.spans), row)
     return list(first.values())
 
 
-def split_rows(rows: list[dict], reference: list[dict], eos: str, n_reference: int | None,
-               n_train: int | None) -> tuple[list[dict], list[dict]]:
-    """Rows of D_ref and D_train: exact duplicates out, then disjoint draws, always the same.
+def split_rows(rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None,
+               n_train: int | None) -> tuple[list[RenderedRow], list[RenderedRow], int]:
+    """Rows of D_ref and D_train: exact duplicates out, then disjoint draws, always the same; how many went.
 
     D_ref is drawn from `rows` unless `reference` has rows. A number that is None is the paper's, 10,000 and
     50,000, or, where there are fewer rows, a sixth of them and the rest. Raises ValueError where a number
     cannot be had.
     """
-    rows, reference = unique_rows(rows, eos), unique_rows(reference, eos)
+    total = len(rows) + len(reference)
+    rows, reference = unique_rows(rows), unique_rows(reference)
+    repeated = total - len(rows) - len(reference)
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     if reference:
         reference = _take(reference, "--n-reference", n_reference, len(reference))
-        rows = unique_rows(reference + rows, eos)[len(reference) :]
+        others = unique_rows(reference + rows)[len(reference) :]
+        repeated += len(rows) - len(others)
+        rows = others
     else:
         usual = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
         reference = _take(rows[:-1], "--n-reference", n_reference, usual)  # one is left at least
         rows = rows[len(reference) :]
-    return reference, _take(rows, "--n-train", n_train, 50_000)
+    return reference, _take(rows, "--n-train", n_train, 50_000), repeated
 
 
-def _take(rows: list[dict], flag: str, asked: int | None, usual: int) -> list[dict]:
+def _take(rows: list[RenderedRow], flag: str, asked: int | None, usual: int) -> list[RenderedRow]:
     """The first rows: as many as the flag asks for, or up to the usual number."""
     if not rows:
         raise ValueError("D_ref and D_train need a row each: none is left, exact duplicates taken out")
@@ -342,37 +957,65 @@ def _take(rows: list[dict], flag: str, asked: int | None, usual: int) -> list[di
 
 
 def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
-    """Render and tokenise rows, cut each to max_length tokens, drop and count those without a response then.
+    """Render and tokenise rows. Raises one ValueError for all that cannot be used."""
+    (rendered,), _ = render_rows([rows], tokenizer)
+    return encode_rows(rendered, tokenizer, max_length)
+
+
+def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
+    """Tokenise rows, cut each to max_length tokens, drop and count those without a response then.
 
     The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response
     token if it covers any character of a response. Tokenising a prefix apart would miss tokens that merge
-    across the border.
+    across the border. Corpus.noise comes from the rows' field `noise`: [[start, end, kind], ...], in
+    characters of the last response.
     """
-    tokens, response, lengths, sources = [], [], [], []
+    tokens, response, lengths, sources, noise = [], [], [], [], []
     for first in range(0, len(rows), 1000):
         part = rows[first : first + 1000]
-        pieces = [render(row, tokenizer.eos) for row in part]
-        encoded = tokenizer.encode(["".join(text for text, _ in p) for p in pieces])
-        for row, row_pieces, (ids, spans) in zip(part, pieces, encoded):
+        for row, (ids, spans) in zip(part, _encode(part, tokenizer)):
             kept = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
             mask = np.zeros(len(kept), bool)
-            start = 0
-            for text, is_response in row_pieces:
-                if is_response:
-                    mask |= covers(kept, start, start + len(text))
-                start += len(text)
+            for start, end in row.spans:
+                mask |= covers(kept, start, end)
             mask[:1] = False  # nothing predicts the first token
             if mask.any():
                 tokens.append(np.array(ids[:max_length], np.int32))
                 response.append(mask)
                 lengths.append(len(kept))
-                sources.append(row.get("_source", ""))
+                sources.append(row.row.get("_source", ""))
+                begin = row.spans[-1][0]
+                noise.append([(kind, covers(kept, begin + start, begin + end) & mask)
+                              for start, end, kind in noise_of(row.row)])  # fmt: skip
     if not lengths:
         reason = f"no response token within --max-length {max_length}"
         raise ValueError(f"all {len(rows)} rows were dropped: {reason}")
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     dropped = len(rows) - len(lengths)
-    return Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
+    corpus = Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
+    for example, marks in enumerate(noise):
+        for kind, mask in marks:
+            known = corpus.noise.setdefault(kind, np.zeros(len(corpus.tokens), bool))  # (C,)
+            known[offsets[example] : offsets[example + 1]] |= mask
+    return corpus
+
+
+def noise_of(row: dict) -> list[list]:
+    """The field `noise` of a row, [start, end, kind] each; [] where it is absent, or means something else."""
+    marks = row.get("noise") or []
+    known = isinstance(marks, list) and all(
+        isinstance(mark, list) and list(map(type, mark)) == [int, int, str] for mark in marks
+    )
+    return marks if known else []
+
+
+def _encode(rows: list[RenderedRow], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list]]:
+    """(ids, character spans) of each row; a chat template has said itself whether there is a bos."""
+    encoded: dict[int, tuple] = {}
+    for templated in (False, True):
+        group = [i for i, row in enumerate(rows) if row.templated == templated]
+        encoded |= zip(group, tokenizer.encode([rows[i].text for i in group], special=not templated))
+    return (encoded[i] for i in range(len(rows)))
 
 
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:

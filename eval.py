@@ -33,8 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Tokenizer, advance, check_ids, join_over_ranks, print0, progress, rank_and_world, read_rows
-from data import render, split_by_tokens, start_ranks, sum_over_ranks, write_rows, write_text
+from data import Tokenizer, advance, check_ids, join_over_ranks, print0, progress, question_ids
+from data import rank_and_world, read_rows, split_by_tokens, start_ranks, sum_over_ranks
+from data import write_rows, write_text
 from lora import load_adapter, remove_lora
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, read_config
 from model import to_device
@@ -169,7 +170,7 @@ def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] |
 @torch.inference_mode()
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
              stop: str | None = None, batch_tokens: int = 4096, label: str = "replies") -> list[str]:
-    """Greedy continuations of token lists, up to an eos, `stop` or max_new_tokens, without special tokens.
+    """Greedy continuations of token lists, up to a stop id, `stop` or max_new_tokens, without special tokens.
 
     Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
     """
@@ -206,7 +207,7 @@ def _generate_pack(model: Transformer, tokenizer: Tokenizer, prompts: list[list[
         best = [logprobs.argmax(-1) for _, logprobs, _ in head_chunks(last, head, no_target)]
         unfinished = []
         for place, (i, token) in enumerate(zip(active, torch.cat(best).tolist())):  # the one wait for a GPU
-            if token == tokenizer.eos_id:
+            if token in tokenizer.stop_ids:
                 continue
             written[i].append(token)
             if not stop or stop not in tokenizer.decode(written[i]):
@@ -842,6 +843,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
     add("--tasks", nargs="+", default=[], help=f"of {', '.join([*TASKS, *GROUPS])}")
     add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
+    add("--template", choices=["tulu", "model"], default="tulu", help="of --prompt, that of the run [tulu]")
     add("--data-dir", default="runs/data", help="folder of the row files [runs/data]")
     add("--limit", type=int, help="only the first LIMIT documents of each task")
     add("--output", help="write the results here (.json)")
@@ -860,6 +862,19 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
     expand_tasks(arguments.tasks)
     return arguments
+
+
+def prompts_of(argument: str) -> list[str]:
+    """The prompt of --prompt, or, for "-", the lines of stdin. Raises ValueError for what is not UTF-8."""
+    content = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt: not UTF-8 (byte {error.start})") from None
+    if argument != "-":
+        return [text]
+    # not splitlines(), for which a form feed or U+2028 ends a line, too
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def write_results(results: dict[str, dict], samples: list[dict], arguments: argparse.Namespace) -> None:
@@ -886,24 +901,9 @@ def write_results(results: dict[str, dict], samples: list[dict], arguments: argp
         write_rows(samples, arguments.samples)
 
 
-def read_prompts(prompt: str) -> list[str]:
-    """The prompt itself, or the lines of stdin for "-"; a line ends at a newline and nothing else."""
-    if prompt != "-":
-        return [prompt]
-    content = sys.stdin.buffer.read()
-    try:
-        return [line for line in content.decode("utf-8").split("\n") if line]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt -: stdin is not UTF-8 (byte {error.start})") from None
-
-
 def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
     """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
-    texts = []
-    for prompt in prompts:
-        parts = render({"instruction": prompt, "output": "-"}, tokenizer.eos)
-        texts.append("".join(text for text, is_response in parts if not is_response))
-    ids = [ids for ids, _ in tokenizer.encode(texts)]
+    ids = [question_ids(prompt, tokenizer) for prompt in prompts]
     length = min(256, model.config.max_position_embeddings // 2)
     answers = {"base": generate(model, tokenizer, ids, length)}
     for adapter in adapters:
@@ -922,12 +922,12 @@ def main() -> None:
         arguments = parse_arguments()
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, arguments.template)
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
-            answer_prompts(model, tokenizer, read_prompts(arguments.prompt), arguments.adapter)
+            answer_prompts(model, tokenizer, prompts_of(arguments.prompt), arguments.adapter)
         else:
             for adapter in arguments.adapter:
                 load_adapter(model, adapter)

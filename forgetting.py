@@ -48,9 +48,9 @@ from safetensors.numpy import save_file as save_arrays
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Corpus, Tokenizer, advance, build_corpus, check_ids, pack, print0, progress, rank_and_world
-from data import read_object, read_rows, shift, split_rows, start_ranks, sum_over_ranks, unique_rows
-from data import wait_for_all, whole_file, write_rows, write_text
+from data import Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress, rank_and_world
+from data import read_object, read_rows, render_rows, shift, split_rows, start_ranks, sum_over_ranks
+from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
 from eval import Documents, check_room, evaluate, headlines, metrics_of, prepare, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
@@ -69,7 +69,7 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     """
     plans = {name: method_of(name, options) for name in options.methods if name not in UNTRAINED}
     checkpoint = checkpoint_folder(options.model)
-    tokenizer = Tokenizer(checkpoint)
+    tokenizer = Tokenizer(checkpoint, options.template)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
     held_out = read_held_out(options, tokenizer, d_ref, d_train)  # an empty corpus without --eval-data
@@ -87,6 +87,7 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     table_signs = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (C,)
     print0(describe_scores(base_loss, ref_loss, table_signs))
     print0(describe_trust(model, held_out, quality, options))
+    print0(describe_noise(detection(quality, table_signs < 0, d_train)))
     print0(lowest_rows(quality, d_train, tokenizer))
 
     by = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
@@ -583,6 +584,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
         load_adapter(model, out / "reference")
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
+    arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
     part_size = options.save_every * options.batch_size
     for first in range(done, count, part_size):
         last = min(first + part_size, count)
@@ -678,6 +680,42 @@ def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options
     )
 
 
+def roc_auc(low: Array, high: Array) -> float:
+    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
+    if not len(low) or not len(high):
+        return math.nan
+    ordered = np.sort(high)
+    above = len(high) - (np.searchsorted(ordered, low, "left") + np.searchsorted(ordered, low, "right")) / 2
+    return float(above.mean() / len(high))
+
+
+def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, float]:
+    """How well a low Q (C,) finds noise that the rows mark: AUC of tokens and of rows, precision, recall of N.
+
+    negative (C,) bool is N. A kind's AUC is against what is no noise at all; a row's score is its mean Q. {}
+    where no token is known to be noise.
+    """
+    if not corpus.noise:
+        return {}
+    noisy, (means, _) = corpus.noisy, sequence_means(quality, corpus)
+    kinds = {"": noisy} | {f" {kind}": known for kind, known in sorted(corpus.noise.items())}
+    rows = {kind: np.logical_or.reduceat(known, corpus.offsets[:-1]) for kind, known in kinds.items()}  # (E,)
+    clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]
+    figures = {"noise share": float(noisy.sum() / corpus.response.sum())}
+    figures |= {f"AUC{kind}": roc_auc(quality[known], clean) for kind, known in kinds.items()}
+    figures |= {f"row AUC{kind}": roc_auc(means[rows[kind]], clean_rows) for kind in kinds}
+    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
+    figures["recall of N"] = float((noisy & negative).sum() / max(noisy.sum(), 1))
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def describe_noise(figures: dict[str, float]) -> str:
+    """detection() in a line."""
+    if not figures:
+        return "no row has a field `noise`: which tokens are noise is not known"
+    return "known noise, AUC of a low Q (chance: 0.5): " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items())
+
+
 def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> str:
     """The rows of lowest mean Q, each with the end of its question and the beginning of its answer."""
     means, _ = sequence_means(quality, corpus)
@@ -696,9 +734,16 @@ def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int
 
 def select_data(options: "Options", tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """D_ref and D_train, the same for every seed and method."""
-    rows, reference = (read_rows(files) for files in (options.data, options.reference_data))
-    chosen = split_rows(rows, reference, tokenizer.eos, options.n_reference, options.n_train)
-    d_ref, d_train = (build_corpus(part, tokenizer, options.max_length) for part in chosen)
+    read = [read_rows(files, keep_bad=True) for files in (options.data, options.reference_data)]
+    (rows, reference), notes = render_rows(read, tokenizer, options.skip_bad_rows)
+    *chosen, repeated = split_rows(rows, reference, options.n_reference, options.n_train)
+    if repeated:
+        notes.append(f"{repeated} of {len(rows) + len(reference)} rows are exact duplicates, and left out")
+    if tokenizer.chat_template and tokenizer.template is None:
+        notes.append("the model has a chat template of its own; conversations take Tulu's (--template)")
+    for note in notes:
+        print0(note)
+    d_ref, d_train = (encode_rows(part, tokenizer, options.max_length) for part in chosen)
     for name, corpus in (("D_ref", d_ref), ("D_train", d_train)):
         counts = f"{len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response"
         dropped = f"{corpus.dropped} rows dropped: no response within {options.max_length} tokens"
@@ -710,8 +755,11 @@ def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) ->
     """The rows of --eval-data, none without it. Raises ValueError if some are in D_ref or D_train."""
     if not options.eval_data:
         return trained[0].part(0, 0)  # an empty corpus
-    rows = unique_rows(read_rows(options.eval_data), tokenizer.eos)
-    held_out = build_corpus(rows, tokenizer, options.max_length)
+    read = read_rows(options.eval_data, keep_bad=True)
+    (rows,), notes = render_rows([read], tokenizer, options.skip_bad_rows)
+    for note in notes:
+        print0(f"--eval-data: {note}")
+    held_out = encode_rows(unique_rows(rows), tokenizer, options.max_length)
     known = {tokens.tobytes() for corpus in trained for tokens in corpus.split()}
     shared = sum(tokens.tobytes() in known for tokens in held_out.split())
     if shared:
@@ -751,9 +799,9 @@ def load_base(options: "Options", checkpoint: Path, documents: list[Documents],
 # --------------------------------------------------------------------------------------- the run folder
 
 # options that may change: what was made stays valid (of model and rows open_run compares the fingerprints)
-FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "out", "methods", "seeds",
-        "tasks", "data_dir", "limit", "eval_data", "eval_every", "skip_train_losses", "device",
-        "micro_tokens", "save_every", "checkpoint_activations", "compile")  # fmt: skip
+FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "skip_bad_rows", "out",
+        "methods", "seeds", "tasks", "data_dir", "limit", "eval_data", "eval_every", "skip_train_losses",
+        "device", "micro_tokens", "save_every", "checkpoint_activations", "compile")  # fmt: skip
 
 
 @contextmanager
@@ -1048,6 +1096,8 @@ class Options:
     n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", "[1, inf)")
     n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", "[1, inf)")
     max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
+    template: str = option("tulu", "of conversations; model: the checkpoint's own", ("tulu", "model"))
+    skip_bad_rows: bool = option(False, "train without the rows that cannot be used")
     methods: list[str] = option("base reference full ignoring forgetting".split, "or forgetting:rho=0.5")
     seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
     rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")

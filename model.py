@@ -38,7 +38,8 @@ from torch.utils.checkpoint import checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
 CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TEXT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+              "special_tokens_map.json", "generation_config.json")  # fmt: skip
 
 # --------------------------------------------------------------------------------------- configuration
 
@@ -71,8 +72,10 @@ LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
 NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "rope_scaling",
             "rope_parameters", "original_max_position_embeddings", *LISTS)  # fmt: skip
 # names of fields that change the computation in other models and leave no tensor that would be missed here
-FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|bidirectional|attn_temperature|layer_types"
-                     "|per_layer|parallel_(residual|attn|block)|alibi|qk_norm|transformers_weights")  # fmt: skip
+FOREIGN = re.compile(
+    "multiplier|scal|softcap|clip|rope|rotary|bidirectional|attn_temperature|layer_types"
+    "|per_layer|parallel_(residual|attn|block)|alibi|qk_norm|transformers_weights"
+)
 
 
 @dataclass(frozen=True)
@@ -765,7 +768,7 @@ class WeightedTokenLoss(torch.autograd.Function):
 def checkpoint_folder(path_or_repo: str) -> Path:
     """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched first.
 
-    Only what is read here is fetched: the safetensors and JSON files at the top, no pickles, GGUF files or
+    Only what is read is fetched: safetensors, JSON and tokenizer files at the top, no pickles, GGUF files or
     subfolders. Raises ValueError saying what is not there, or what the Hub wants first.
     """
     is_folder = os.path.isdir(path_or_repo)
@@ -778,7 +781,8 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
-    patterns = {"allow_patterns": ["*.safetensors", "*.json"], "ignore_patterns": ["*/*", "consolidated*"]}
+    files = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
+    patterns = {"allow_patterns": files, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, **patterns))
     except Exception as error:  # the Hub's client has many error types

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where model.py, lora.py and data.py are
 
-from data import Tokenizer, build_corpus, read_rows, split_rows
+from data import Tokenizer, encode_rows, read_rows, render_rows, split_rows
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora, save_adapter
 from model import checkpoint_folder, load_model
 
@@ -162,9 +162,12 @@ def main(arguments=None):
 
     folder = checkpoint_folder(options.model)
     tokenizer = Tokenizer(folder)
-    rows, trusted = read_rows(options.data), read_rows(options.reference_data)
-    parts = split_rows(rows, trusted, tokenizer.eos, None, None)  # disjoint: no row is in both
-    d_ref, d_train = (examples_of(build_corpus(part, tokenizer, options.max_length)) for part in parts)
+    files = [read_rows(options.data), read_rows(options.reference_data)]
+    (rows, trusted), _ = render_rows(files, tokenizer)
+    reference, train_rows, _ = split_rows(rows, trusted, None, None)  # disjoint: no row is in both
+    d_ref, d_train = (
+        examples_of(encode_rows(part, tokenizer, options.max_length)) for part in (reference, train_rows)
+    )
     return algorithm_1(load_model(folder), d_ref, d_train, options)
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load, save
 
 import eval as evaluation
+import data
 import forgetting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -410,7 +411,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 def test_ids_past_the_embedding_are_no_mistake_where_they_do_not_occur(tmp_path):
     """Many tokenizers know a padding token that was added after the model was trained."""
     folder = tiny.make_checkpoint(tmp_path, "llama3")
-    corpus = forgetting.build_corpus(ROWS[:3], forgetting.Tokenizer(folder))
+    corpus = data.build_corpus(ROWS[:3], data.Tokenizer(folder))
     forgetting.check_ids(corpus.tokens, int(corpus.tokens.max()) + 1, folder)
     with pytest.raises(ValueError, match="not a pair"):
         forgetting.check_ids(corpus.tokens, int(corpus.tokens.max()), folder)

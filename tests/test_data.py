@@ -1,6 +1,8 @@
 """data.py: from rows to masks to packs."""
 
+import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import tiny
 import torch
 
 import data
-from data import Tokenizer, build_corpus, pack, read_rows, render, shift, unique_rows
+from data import Tokenizer, build_corpus, pack, read_rows, render, render_rows, shift, split_rows, unique_rows
 from tools.publish import chat_template
 
 STYLES = tuple(tiny.SPECIAL)
@@ -124,9 +126,29 @@ def test_packing_carries_every_token_to_its_place(budget):
     assert (seen[corpus.places(examples)] == 1).all() and seen.sum() == sum(corpus.lengths[examples])
 
 
-def test_exact_duplicates_are_removed():
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"}, {"prompt": "a", "completion": "c"}]
-    assert unique_rows(rows, "$") == [rows[0], rows[2]]
+def messages(*contents: str, **more: object) -> list[dict]:
+    """A conversation; `more` goes into its first answer."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [turn | more if i == 1 else turn for i, turn in enumerate(turns)]
+
+
+def test_duplicates_are_equal_text_and_equal_spans(tokenizer):
+    """Found at fe070b7: the key counted pieces, so a rendered copy of a conversation was not a duplicate of it."""
+    eos = tokenizer.eos
+    rows = [
+        {"messages": messages("a", "b")},
+        {"prompt": "<|user|>\na\n<|assistant|>\n", "completion": "b" + eos},  # the same, rendered elsewhere
+        {"instruction": "a", "output": "b", "id": 7},
+        {"messages": messages("a", "b", "c", "d")},
+        {"messages": messages("a", "b", "c", "d", weight=0)},  # the same text, of which less is learned
+    ]
+    (rendered,), _ = render_rows([rows], tokenizer)
+    assert len({row.text for row in rendered}) == 2
+    assert [row.row for row in unique_rows(rendered)] == [rows[0], rows[3], rows[4]]
+    d_ref, d_train, repeated = split_rows(rendered, [], None, None)
+    assert len(d_ref) + len(d_train) == 3 and repeated == 2
+    d_ref, d_train, repeated = split_rows(rendered, rendered[1:2], None, None)
+    assert [row.row for row in d_ref] == rows[1:2] and len(d_train) == 2 and repeated == 3
 
 
 def test_files_and_counts(tmp_path):
@@ -136,6 +158,36 @@ def test_files_and_counts(tmp_path):
     read = read_rows([f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.json"])
     assert [row["prompt"] for row in read] == ["0", "1", "0", "1", "2", "3", "4"]
     assert read[1]["_source"].endswith("a.jsonl:2")
+
+
+def test_the_forms_that_files_have(tmp_path):
+    """A list, lines (in .json, too), an object with the list under `data`; gzipped; capital letters; a table."""
+    rows = [{"prompt": str(i), "completion": "x"} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    files = {"list.JSON": json.dumps(rows), "lines.json": lines, "data.json": json.dumps({"version": "1", "data": rows}),
+             "lines.JSONL": lines, "lines.jsonl.gz": lines, "list.json.gz": json.dumps(rows)}  # fmt: skip
+    for name, text in files.items():
+        content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name).write_bytes(content)
+        assert [row["prompt"] for row in read_rows([str(tmp_path / name)])] == ["0", "1", "2"], name
+    (tmp_path / "two.json").write_text(json.dumps({"data": rows, "more": rows}))
+    with pytest.raises(ValueError, match="two.json: a list of rows is expected, or an object with one under `data` alone, not dict"):
+        read_rows([str(tmp_path / "two.json")])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:30])
+    with pytest.raises(ValueError, match="cut.jsonl.gz: not a whole gzip file"):
+        read_rows([str(tmp_path / "cut.jsonl.gz")])
+
+
+def test_a_table_is_read_where_pyarrow_is(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"messages": messages("a", "b")}, {"messages": messages("c", "d")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row["messages"] for row in read_rows([f"{tmp_path}/rows.parquet:2"])] == [row["messages"] for row in rows]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="bad.parquet: not a whole parquet file"):
+        read_rows([str(tmp_path / "bad.parquet")])
 
 
 @pytest.mark.parametrize(
@@ -159,14 +211,47 @@ def test_bad_files_are_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "x"}, "unknown layout, fields found: text; known: messages"),
-        ({"prompt": "a", "completion": 3}, "must be strings, not int"),
+        ({"text": "x"}, "unknown layout, fields found: text: which part is the response"),
+        ({"a": "x"}, "unknown layout, fields found: a; known: messages; conversations; prompt . completion"),
+        ({"prompt": "a", "completion": 3}, "completion must be a string, not int"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": "a", "completion": None, "instruction": None, "output": None}, "completion is empty"),
+        ({"prompt": None, "response": "b"}, "unknown layout, fields found: response"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "input must be a string, not int"),
+        ({"instruction": "a", "input": "x", "context": "y", "output": "b"}, "input and context are both there"),
         ({"messages": "x"}, "must be a list"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be a string, not list"),
+        ({"messages": [{"role": "user", "content": None}]}, "must be a string, or a list of text parts, not NoneType"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not allowed"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "take turns, starting with user"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message with text"),
+        ({"messages": messages("a", "b", weight=0)}, "no assistant message is to be learned"),
+        ({"messages": messages("a", "b", weight=0.5)}, "weight can only be 0, 1, false or true, not 0.5"),
+        ({"instruction": "a", "output": "b", "weight": 0}, "its weight says that the row is not to be learned"),
+        # what cannot be rendered, by the name of the field
+        ({"messages": messages("a", "b"), "tools": [{"type": "function"}]}, r"tools cannot be rendered \(tool use\)"),
+        ({"messages": messages("a", "b"), "functions": [{"name": "f"}]}, "functions cannot be rendered"),
+        ({"messages": messages("a", "b"), "tool_choice": "auto"}, "tool_choice cannot be rendered"),
+        ({"messages": messages("a", "b", tool_calls=[{"id": "1"}])}, "a message's tool_calls cannot be rendered"),
+        ({"messages": messages("a", "b", function_call={"name": "f"})}, "a message's function_call cannot be rendered"),
+        ({"messages": messages("a", "b", reasoning_content="so")}, "a message's reasoning_content cannot be rendered"),
+        ({"messages": messages("a", "b", thinking="so")}, "a message's thinking cannot be rendered"),
+        ({"messages": messages("a", "b", name="Ann")}, "a speaker's name cannot be rendered"),
+        ({"messages": messages("a", "b") + [{"role": "tool", "content": "x"}]}, "role 'tool' is not allowed"),
+        ({"messages": messages("a", "b"), "images": ["a.png"]}, r"images cannot be rendered \(media\)"),
+        ({"instruction": "a", "output": "b", "audio": {"path": "a.wav"}}, "audio cannot be rendered"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be of type text, not image_url"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "must be of type text, not str"),
+        ({"prompt": "a", "completion": "b", "label": False}, "label False marks a bad answer: leave such rows out"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"chosen cannot be rendered \(one of two answers: keep the better"),
+        ({"messages": messages("a", "b"), "rejected": "c"}, "rejected cannot be rendered"),
+        ({"instruction": "a", "output": "b", "rejected_response": "c"}, "rejected_response cannot be rendered"),
+        # text that another layout would use
+        ({"messages": messages("a", "b"), "prompt": "x"}, "prompt has no place in this layout"),
+        ({"messages": messages("a", "b"), "context": "x"}, "context has no place in this layout"),
+        ({"instruction": "a", "output": "b", "response": "c"}, "response has no place in this layout"),
+        ({"instruction": "a", "output": "b", "question": "c"}, "question has no place in this layout"),
+        ({"messages": [{"role": "system", "content": "s"}, *messages("a", "b")], "system": "t"}, "must take turns"),
+        ({"instruction": "a", "output": "b", "history": "x"}, "history must be a list of messages, or of pairs"),
     ],
 )
 def test_bad_rows_are_named(row, message):
@@ -174,8 +259,101 @@ def test_bad_rows_are_named(row, message):
         render(row | {"_source": "f.jsonl:7"}, "$")
 
 
+EARLIER = {"messages": messages("q", "r", "a", "b")}
+WITH_SYSTEM = {"messages": [{"role": "system", "content": "s"}, *messages("a", "b")]}
+
+
 @pytest.mark.parametrize(
-    "name", ["instruction_raschka", "alpaca_gpt4_demo", "dolly_fixture", "dolly_hhrlhf", "messages_oasst", "t0_flan_like"]
+    "row, same",
+    [
+        ({"instruction": "a", "input": "x", "response": "b"}, {"instruction": "a\n\nx", "output": "b"}),
+        ({"instruction": "a", "context": "x", "output": "b"}, {"instruction": "a\n\nx", "output": "b"}),
+        ({"inputs": "a", "input": "x", "targets": "b"}, {"instruction": "a\n\nx", "output": "b"}),
+        ({"prompt": "a", "input": "x", "completion": "b"}, {"prompt": "a\n\nx", "response": "b"}),
+        ({"prompt": "a", "context": "x", "response": "b"}, {"prompt": "a\n\nx", "response": "b"}),
+        ({"instruction": "a", "input": "x", "context": "x", "output": "b"}, {"instruction": "a\n\nx", "output": "b"}),
+        ({"instruction": "", "input": "a", "output": "b"}, {"instruction": "a", "output": "b"}),
+        ({"instruction": "a", "output": "b", "system": "s"}, WITH_SYSTEM),
+        ({"conversations": messages("a", "b"), "system": "s"}, WITH_SYSTEM),
+        ({"prompt": "a", "response": "b", "system_prompt": "s"}, WITH_SYSTEM),  # a system turn: no raw text any more
+        ({"instruction": "a", "output": "b", "history": [["q", "r"]]}, EARLIER),  # LLaMA-Factory learns these, too
+        ({"prompt": "a", "completion": "b", "history": messages("q", "r")}, EARLIER),
+        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"messages": messages("a", "b")}),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                       {"role": "assistant", "content": [{"type": "text", "value": "b"}, {"type": "text", "text": "c"}]}]},
+         {"messages": messages("a", "bc")}),
+        # null, "", [] and {} are absent: a concatenated set has the columns of all
+        ({"messages": None, "prompt": "a", "completion": "b", "instruction": "", "output": None, "tools": [], "chosen": {}},
+         {"prompt": "a", "completion": "b"}),
+        ({"messages": messages("a", "b", tool_calls=[], reasoning_content=None, name=""), "prompt": None},
+         {"messages": messages("a", "b")}),
+        # copies, descriptions and yeses
+        ({"messages": messages("a", "b"), "prompt": "a", "prompt_id": "7", "image_id": 3, "has_image": False},
+         {"messages": messages("a", "b")}),
+        ({"prompt": "a", "completion": "b", "label": True, "weight": 1.0}, {"prompt": "a", "completion": "b"}),
+    ],
+)  # fmt: skip
+def test_what_a_row_says_is_used(row, same):
+    assert render(row, "$") == render(same, "$")
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": False}, {"loss_mask": 0},
+                                  {"loss_weight": 0}, {"train_on_turn": False}, {"loss": False}, {"masked": True}])  # fmt: skip
+def test_a_turn_that_says_so_is_not_learned(flag):
+    """OpenAI's and Mistral's weight, axolotl's train, ms-swift's loss, torchtune's masked."""
+    pieces = render({"messages": messages("q", "r", "a", "b", **flag)}, "$")
+    plain = render(EARLIER, "$")
+    assert [text for text, _ in pieces] == [text for text, _ in plain]
+    assert [text for text, is_response in pieces if is_response] == ["b$"]
+
+
+def test_of_trls_two_lists_the_completion_is_learned():
+    row = {"prompt": messages("q", "r", "a"), "completion": [{"role": "assistant", "content": "b"}]}
+    assert [text for text, is_response in render(row, "$") if is_response] == ["b$"]
+    assert [text for text, _ in render(row, "$")] == [text for text, _ in render(EARLIER, "$")]
+
+
+def test_fields_that_nobody_knows_are_said_once(tokenizer):
+    rows = [{"instruction": "a", "output": f"{i}", "mood": "x", "id": i, "category": "y"} for i in range(3)]
+    rows.append({"messages": [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b", "tone": "z"}]})
+    _, notes = render_rows([rows], tokenizer)
+    assert notes == ["fields not used: a message's tone, a message's weight, where it is not the assistant's, mood"]
+
+
+def test_rows_in_two_voices_are_said(tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a", "response": "b"}] + [{"messages": messages("a", "b")}] * 2
+    _, notes = render_rows([rows], tokenizer)
+    assert notes == ["3 of 5 rows are raw text without turn markers (prompt + completion and prompt + response)"]
+    assert render_rows([rows[:3]], tokenizer)[1] == render_rows([rows[3:]], tokenizer)[1] == []
+
+
+def test_all_bad_rows_are_said_at_once(tokenizer, tmp_path):
+    """The first ten with their reasons, and the total by reason; with skip_bad they are left out and counted."""
+    good = {"prompt": "a", "completion": "b"}
+    bad = [{"prompt": "a", "completion": ""}] * 3 + [{"messages": messages("a", "b"), "tools": [1]}] * 8
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [good, *bad])) + "\n{oops\n")
+    (tmp_path / "b.jsonl").write_text("[1]\n" + json.dumps(good))
+    groups = [read_rows([str(tmp_path / name)], keep_bad=True) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(ValueError) as caught:
+        render_rows(groups, tokenizer)
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "13 of 15 rows cannot be used:" and len(lines) == 13
+    assert lines[1].strip() == f"{tmp_path}/a.jsonl:2: completion is empty"
+    assert lines[11].strip() == "and 3 more"
+    assert lines[12].startswith("  in all: 8 x tools cannot be rendered (tool use): write it into the text, or take the field out; ")
+    assert lines[12].endswith("; 3 x completion is empty; 1 x not valid JSON; 1 x a row must be an object")
+    (first, second), notes = render_rows(groups, tokenizer, skip_bad=True)
+    assert [row.row["prompt"] for row in first + second] == ["a", "a"]
+    assert notes == ["13 of 15 rows are left out (--skip-bad-rows): " + lines[12].removeprefix("  in all: ")]
+    with pytest.raises(ValueError, match="1 of 1 rows|completion is empty"):
+        render_rows([bad[:1]], tokenizer, skip_bad=True)  # nothing would be left
+    with pytest.raises(ValueError, match="2 of 2 rows cannot be used"):
+        read_rows([f"{tmp_path}/b.jsonl:1"] * 2)  # without keep_bad: what other readers of rows see
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["instruction_raschka", "alpaca_gpt4_demo", "dolly_fixture", "dolly_hhrlhf", "messages_oasst", "messages_parts_demo", "t0_flan_like"],
 )
 def test_real_rows(shared, tmp_path, name):
     """Every response token decodes back, on real instruction data in its native layouts."""
@@ -194,15 +372,20 @@ def test_sharegpt_rows_are_read(tokenizer):
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert render({"conversations": turns}, "</s>") == render({"messages": messages}, "</s>")
-    with pytest.raises(ValueError, match="role 'function_call' is not allowed"):
+    with pytest.raises(ValueError, match="role 'function_call' is not allowed: system, user, assistant"):
         render({"conversations": [turns[1], {"from": "function_call", "value": "x"}]}, "</s>")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_tables_of_other_formats_are_named_with_their_converter(tmp_path, suffix):
-    (tmp_path / f"rows{suffix}").write_bytes(b"PAR1\xff")
-    with pytest.raises(ValueError, match=rf"rows\{suffix}: \{suffix} is not read, only .jsonl and .json: pandas"):
-        read_rows([str(tmp_path / f"rows{suffix}")])
+@pytest.mark.parametrize(
+    "name, command",
+    [("rows.csv", r"python -c .*pandas.read_csv\('.*rows.csv'\)"), ("rows.parquet", "pip install pyarrow"), ("rows.arrow", ".*datasets"),
+     ("rows.jsonl.zst", "unzstd .*rows.jsonl.zst"), ("rows.txt", "mv .*rows.txt rows.jsonl, if it holds a JSON object a line")],
+)  # fmt: skip
+def test_files_of_other_formats_are_named_with_their_converter(tmp_path, monkeypatch, name, command):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    (tmp_path / name).write_bytes(b"PAR1\xff")
+    with pytest.raises(ValueError, match=rf"{name}: \.\w+ is not read, only .jsonl, .json, .parquet: {command}"):
+        read_rows([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen2"])

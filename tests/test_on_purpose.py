@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import eval as evaluation
 import forgetting
-from data import Tokenizer, build_corpus, read_rows, split_rows
+from data import Tokenizer, encode_rows, read_rows, render_rows, split_rows
 from lora import dropout_mask
 from model import RMSNorm, load_model
 
@@ -88,8 +88,8 @@ def test_a_clipped_training_is_a_plain_training_with_a_clip(folder):
 
     files = [str(folder / "rows.jsonl")], [str(folder / "trusted.jsonl")]
     tokenizer = Tokenizer(folder / "model")
-    rows = split_rows(*map(read_rows, files), tokenizer.eos, None, None)[1]
-    examples = plain.examples_of(build_corpus(rows, tokenizer))
+    (rows, trusted), _ = render_rows(list(map(read_rows, files)), tokenizer)
+    examples = plain.examples_of(encode_rows(split_rows(rows, trusted, None, None)[1], tokenizer))
     everything = [torch.ones(int(response.sum()), dtype=torch.bool) for _, response in examples]
 
     def clip(optimizer, *_):

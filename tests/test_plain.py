@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import forgetting
-from data import Tokenizer, build_corpus, read_rows, split_rows
+from data import Tokenizer, encode_rows, read_rows, render_rows, split_rows
 from lora import load_adapter
 from model import load_model
 
@@ -60,8 +60,9 @@ def d_train_of(folder):
     """D_train and theta, as both programs read them."""
     tokenizer = Tokenizer(folder / "model")
     files = [str(folder / "rows.jsonl")], [str(folder / "trusted.jsonl")]
-    parts = split_rows(*map(read_rows, files), tokenizer.eos, None, None)
-    return build_corpus(parts[1], tokenizer, SETTINGS["max_length"]), load_model(folder / "model")
+    (rows, trusted), _ = render_rows(list(map(read_rows, files)), tokenizer)
+    d_train = split_rows(rows, trusted, None, None)[1]
+    return encode_rows(d_train, tokenizer, SETTINGS["max_length"]), load_model(folder / "model")
 
 
 def test_losses_threshold_and_sides_are_the_same(both):

@@ -256,7 +256,7 @@ def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
     """
     tokenizer, run = Tokenizer(options.model), look.read_run(Path(options.out))
     corpus = run.corpus
-    noisy = look.noisy_tokens(look.find_noise(run)[0], corpus)  # (C,)
+    noisy = corpus.noisy  # (C,)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
@@ -284,8 +284,7 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
                 if seed not in by_seed:
                     by_seed[seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
             run = look.read_run(Path(here.out))
-            noise, _ = look.find_noise(run)
-            for name, value in look.detection(run.quality, run.signs < 0, run.corpus, noise).items():
+            for name, value in forgetting.detection(run.quality, run.signs < 0, run.corpus).items():
                 found[panel].setdefault(name, []).append(value)
     return results, found
 
@@ -306,7 +305,7 @@ def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tu
     """The response tokens of some examples: text, Q minus the threshold, and whether they are known noise."""
     tokenizer = Tokenizer(options.model)
     run = look.read_run(Path(options.out))
-    corpus, noisy = run.corpus, look.noisy_tokens(look.find_noise(run)[0], run.corpus)
+    corpus, noisy = run.corpus, run.corpus.noisy
     rows = []
     for example in examples:
         places = [i for i in range(*corpus.offsets[example : example + 2]) if corpus.response[i]]
@@ -318,7 +317,7 @@ def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tu
 def choose_examples(options: forgetting.Options) -> list[int]:
     """Six examples that fit a line: two of each kind of noise or less, and clean ones."""
     run, chosen = look.read_run(Path(options.out)), []
-    corpus, (noise, _) = run.corpus, look.find_noise(run)
+    corpus, noise = run.corpus, run.corpus.noise
     wanted = [{"wrong"}, {"wrong", "boilerplate"}, {"garbled"}, {"boilerplate"}, set(), set()]
     for kinds in wanted:
         for example in range(len(corpus)):

@@ -20,13 +20,14 @@ import urllib.request
 from http.client import IncompleteRead
 from pathlib import Path
 from typing import Callable, Iterable
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import LAYOUTS, whole_file  # noqa: E402
+from data import NoResponse, RowError, render, whole_file  # noqa: E402
 from eval import GROUPS, TASKS  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -248,13 +249,14 @@ def convert_rows(*texts: str) -> list[dict]:
 
 
 def has_response(row: dict) -> bool:
-    """Whether the response of a row is not blank. Rows of no known layout pass: render() says what is wrong with them."""
-    layout = next((fields for fields in LAYOUTS.values() if all(field in row for field in fields)), None)
-    if layout is None:
-        return True
-    if layout == ("messages",):
-        return any(message["role"] == "assistant" and message["content"] for message in row["messages"])
-    return bool((row[layout[-1]] or "").strip())
+    """Whether a row has a response. Rows that are wrong in another way pass: a run says what is wrong with them."""
+    try:
+        render(row, "")
+    except NoResponse:
+        return False
+    except RowError:
+        pass
+    return True
 
 
 def convert_oasst(text: str) -> list[dict]:
@@ -309,7 +311,7 @@ def fetch_rows(name: str) -> Path:
                              f"{file.partition('@')[0]} --repo-type dataset --local-dir ., then python -c \"import pandas; "
                              "pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)\"")  # fmt: skip
         sources, convert = [f"hub:{owner}/{repo}:{file}"], convert_rows
-        path = folder / (re.sub(r"[^\w.@-]", "_", f"{owner}_{repo}_{file}") + ".jsonl")
+        path = folder / (quote(f"{owner}/{repo}/{file}", safe="") + ".jsonl")  # two names never share a file
     convert_once(path, sources, convert, None)
     return path
 

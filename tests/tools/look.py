@@ -8,7 +8,7 @@
 
 Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold. Where rows have a field `noise`,
 [[start, end, kind], ...] in characters of the response, its tokens are underlined, and the page says how well a low Q
-finds them. Order: the run, known noise, several runs, warnings, tokens, drawings, page, command line.
+finds them. Order: the run, several runs, warnings, tokens, drawings, page, command line.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import Corpus, Tokenizer, covers, read_object, read_rows, render, write_rows, write_text  # noqa: E402
+from data import Corpus, Tokenizer, read_object, write_rows, write_text  # noqa: E402
 from eval import table  # noqa: E402
-from forgetting import LOSSES, METHODS, choose_signs, columns, comparison, finished, is_row  # noqa: E402
+from forgetting import LOSSES, METHODS, choose_signs, columns, comparison, detection, finished, is_row  # noqa: E402
 from forgetting import quality_scores, read_log, read_scores, sequence_means, spread  # noqa: E402
 from model import checkpoint_folder  # noqa: E402
 
@@ -81,7 +81,8 @@ def read_run(folder: Path) -> Run:
     if missing := {"tokens", "offsets", "sources"} - arrays.keys():
         raise ValueError(f"{path} has no {' and '.join(sorted(missing))}: remove it and give the run's command again")
     sources = arrays["sources"].tobytes().decode().split("\n")
-    corpus = Corpus(arrays["tokens"], np.isfinite(base_loss), arrays["offsets"], sources, dropped=0)
+    noise = {name.removeprefix("noise."): known for name, known in arrays.items() if name.startswith("noise.")}
+    corpus = Corpus(arrays["tokens"], np.isfinite(base_loss), arrays["offsets"], sources, 0, noise)
     if done < len(corpus):
         raise ValueError(f"{path} covers {done} of {len(corpus)} rows: give the run's command again")
     if corpus.fingerprint() != config.get("inputs", {}).get("training data"):
@@ -118,82 +119,6 @@ def read_logs(folder: Path) -> dict[str, list[dict]]:
         if is_row(method) and (seed.isdigit() or name == method):  # not a copy that somebody keeps, say seed-0.bak
             logs[name] = read_log(path)
     return logs
-
-
-# -------------------------------------------------------------------------------------------- known noise
-
-
-def known_noise(corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, dict]) -> dict[str, Array]:
-    """{kind: (C,) bool}, the tokens of known noise: the field `noise` of the rows, which are given by their source.
-
-    Its characters are those of a row's last response. Raises ValueError where a row does not give the corpus's tokens.
-    """
-    noise: dict[str, Array] = {}
-    for first in range(0, len(corpus), 1000):
-        sources = corpus.sources[first : first + 1000]
-        rendered = [render(rows[source], tokenizer.eos) for source in sources]
-        encoded = tokenizer.encode(["".join(text for text, _ in pieces) for pieces in rendered])
-        for example, (source, pieces, (ids, spans)) in enumerate(zip(sources, rendered, encoded), first):
-            begin, end = corpus.offsets[example : example + 2]
-            if ids[: end - begin] != corpus.tokens[begin:end].tolist():
-                raise ValueError(f"{source} has changed since it was scored")
-            last = max(i for i, (_, is_response) in enumerate(pieces) if is_response)
-            at = sum(len(text) for text, _ in pieces[:last])  # where the response begins
-            characters = np.array(spans[: end - begin], np.int64).reshape(-1, 2)  # (length, 2)
-            for start, stop, kind in rows[source]["noise"]:
-                tokens = noise.setdefault(str(kind), np.zeros(len(corpus.tokens), bool))
-                tokens[begin:end] |= covers(characters, at + start, at + stop)
-    return dict(sorted(noise.items()))
-
-
-def find_noise(run: Run) -> tuple[dict[str, Array], str]:
-    """The known noise of a run, and, where its rows may have some that is not shown, the reason."""
-    rows = {}  # by their source as the run gave it
-    try:
-        for file in sorted({source.rpartition(":")[0] for source in run.corpus.sources}):
-            if (path := nearby(file, run.folder)) is None:
-                raise ValueError(f"{file} is not there, from {Path.cwd()} or a folder above {run.folder.resolve()}")
-            rows |= {f"{file}:{row['_source'].rpartition(':')[2]}": row for row in read_rows([str(path)])}
-        marked = sum("noise" in rows.get(source, {}) for source in run.corpus.sources)
-        if 0 < marked < len(run.corpus):
-            raise ValueError(f"only {marked} of {len(run.corpus)} rows have a field `noise`")
-        return known_noise(run.corpus, run.tokenizer, rows) if marked else {}, ""
-    except (ValueError, TypeError) as error:  # TypeError: a field `noise` of another meaning
-        return {}, f"known noise is not shown: {error}"
-
-
-def noisy_tokens(noise: dict[str, Array], corpus: Corpus) -> Array:
-    """(C,) bool: the response tokens that are known noise of any kind."""
-    return corpus.response & np.logical_or.reduce([np.zeros(len(corpus.tokens), bool), *noise.values()])
-
-
-def roc_auc(low: Array, high: Array) -> float:
-    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
-    if not len(low) or not len(high):
-        return np.nan
-    ordered = np.sort(high)
-    above = len(high) - (np.searchsorted(ordered, low, "left") + np.searchsorted(ordered, low, "right")) / 2
-    return float(above.mean() / len(high))
-
-
-def detection(quality: Array, negative: Array, corpus: Corpus, noise: dict[str, Array]) -> dict[str, float]:
-    """How well a low Q (C,) finds known noise: AUC of tokens and of rows (by mean Q), precision and recall of N (C,) bool.
-
-    "AUC wrong" is for noise of the kind "wrong", against what is no noise at all. {} where no token is known to be noise;
-    a figure with nothing to compare, such as an AUC of rows that are all noisy, is left out.
-    """
-    noisy, means = noisy_tokens(noise, corpus), sequence_means(quality, corpus)[0]
-    if not noisy.any():
-        return {}
-    kinds = {"": noisy} | {f" {kind}": tokens & corpus.response for kind, tokens in noise.items()}
-    rows = {kind: np.logical_or.reduceat(tokens, corpus.offsets[:-1]) for kind, tokens in kinds.items()}  # (E,) each
-    clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]
-    figures = {"noise share": float(noisy.sum() / corpus.response.sum())}
-    figures |= {f"AUC{kind}": roc_auc(quality[kinds[kind]], clean) for kind in kinds}
-    figures |= {f"row AUC{kind}": roc_auc(means[rows[kind]], clean_rows) for kind in kinds}
-    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
-    figures["recall of N"] = float((noisy & negative).sum() / noisy.sum())
-    return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 
 # ------------------------------------------------------------------------------------------- several runs
@@ -346,7 +271,7 @@ def row_html(run: Run, example: int, noisy: Array) -> str:
 
 def print_rows(run: Run, count: int) -> None:
     """The same rows for a terminal: blue in P, red in N, known noise underlined."""
-    noisy = noisy_tokens(find_noise(run)[0], run.corpus)
+    noisy = run.corpus.noisy
     for example in rows_to_show(run, count):
         print(f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  mean Q {run.mean_quality[example]:.3f}")
         for place, text in response_texts(run, example):
@@ -448,11 +373,11 @@ def markdown_html(text: str) -> str:
 
 def write_page(run: Run, count: int, path: Path) -> None:
     """report.html, with nothing in it that comes from elsewhere, and every text of the rows escaped."""
-    saved, logs, (noise, reason) = run.folder / "results.md", read_logs(run.folder), find_noise(run)
+    saved, logs = run.folder / "results.md", read_logs(run.folder)
     results = saved.read_text(encoding="utf-8") if saved.is_file() else comparison(finished(run.folder, {})[0])
-    notes = [note for name in logs for note in notes_on(name, logs[name])] + [reason] * bool(reason)
-    quality, shown, noisy = run.quality[run.corpus.response], rows_to_show(run, count), noisy_tokens(noise, run.corpus)
-    found = [[safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus, noise).items()]
+    notes = [note for name in logs for note in notes_on(name, logs[name])]
+    quality, shown, noisy = run.quality[run.corpus.response], rows_to_show(run, count), run.corpus.noisy
+    found = [[safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus).items()]
     body = f"""<h1>{safe(str(run.folder))}</h1>{markdown_html(results)}
 {"".join(f'<p class="warning">{safe(note)}</p>' for note in notes)}
 <h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} rows: mean {quality.mean():.4f},
