@@ -103,21 +103,25 @@ def fails(capsys, *arguments):
     return error
 
 
-def test_the_numbers_are_those_of_the_scores(run_folder):
+@pytest.mark.parametrize("forget_rate", [None, 0.2])
+def test_the_numbers_are_those_of_the_scores(run_folder, forget_rate):
+    config = json.loads((run_folder / "config.json").read_text())
+    write_text(json.dumps(config | {"forget_rate": forget_rate}), run_folder / "config.json")
     page = page_of(run_folder)
     scores = load_file(run_folder / "scores.safetensors")
     quality = scores["base_loss"] - scores["ref_loss"]
     judged = np.isfinite(quality)
     threshold = np.quantile(quality[judged], 1 - 0.6, method="higher")
-    positive = int((quality[judged] >= threshold).sum())
+    positive, highest = int((quality[judged] >= threshold).sum()), np.quantile(quality[judged], 0.2, method="higher")
+    negative = int((quality[judged] < (threshold if forget_rate is None else highest)).sum())
     text = page.find("body")[0][1].replace("\n", " ")
-    assert f"threshold {threshold:.4f}, {positive} in P, {judged.sum() - positive} in N." in text
+    assert f"threshold {threshold:.4f}, {positive} in P, {negative} in N." in text
     sections = {int(section["data-at"]): section for section, _ in page.find("section")}
     for example, (first, last) in enumerate(zip(scores["offsets"], scores["offsets"][1:])):
         assert float(sections[example]["data-sum"]) == pytest.approx(np.nansum(quality[first:last]), abs=1e-4)
         assert float(sections[example]["data-mean"]) == pytest.approx(np.nanmean(quality[first:last]), abs=1e-5)
     classes = [b.get("class") for b, _ in page.find("b") if "title" in b]
-    assert classes.count("p") == positive and classes.count("n") == judged.sum() - positive and len(classes) == judged.sum()
+    assert classes.count("p") == positive and classes.count("n") == negative and len(classes) == judged.sum()
 
 
 def test_rows_of_lowest_q_come_first_with_their_question(run_folder):
@@ -153,6 +157,10 @@ def test_the_bars_of_the_histogram_add_up_to_each_side(run_folder):
         assert sum(int(number) for number in re.findall(rf"<title>(\d+) {name}</title>", drawn)) == count
     heights = {side: sum(map(float, re.findall(rf'class="{side}"[^>]* height="([.\d]+)"', drawn))) for side in "opn"}
     assert heights["o"] / sum(heights.values()) == pytest.approx(5 / judged, abs=0.005)
+    bars = [tuple(map(float, bar)) for bar in re.findall(r'x="(\d+)" y="([.\d]+)" width="7" height="([.\d]+)"', drawn)]
+    for x, y, height in bars:
+        below = [125.0, *(other for left, other, _ in bars if left == x)]
+        assert min(abs(y + height - other) for other in below) < 0.02, "each stands on another, or on the ground"
 
 
 def test_rows_can_do_no_harm(run_folder):
@@ -177,9 +185,11 @@ def test_no_control_character_and_no_change_of_direction_acts():
 
 
 def test_the_terminal_shows_the_same_rows(run_folder, capsys):
+    change_rows(run_folder, lambda i, row: row | {"noise": [[4, 9, "wrong"]]})
     look.main([str(run_folder), "--text", "--examples", "4"])
     shown = capsys.readouterr().out
     assert shown.count("rows.jsonl:") == 4 and "\033[41m" in shown and "\x07" not in shown
+    assert "".join(re.findall("\033\\[4m([^\033]*)\033", shown)).replace(" ", "") == "quick" * 4
 
 
 @pytest.mark.parametrize("kind", ["llama3", "llama2"])  # bytes as letters, and bytes as <0x..>
@@ -211,23 +221,23 @@ def test_many_rows_are_sampled(run_folder):
     assert len(look.rows_to_show(run, 12, most_tokens=30)) < 12
 
 
-KINDS = [[0, 3, "spam"], [4, 9, "wrong"]]  # "the", "quick"
+KINDS = [[0, 3, "spam"], [4, 9, "wrong"], [10, 13, "wrong"]]  # "the", "quick", "fox"
 
 
 @pytest.mark.parametrize("several_turns", [False, True])
 def test_known_noise_of_any_kind_is_underlined(tmp_path, several_turns):
     """Its characters are those of the last response."""
-    turn = lambda i: [("user", f"Say {i}"), ("assistant", f"the quick fox {i}")]  # noqa: E731
-    turns = [[{"role": role, "content": text} for role, text in turn(0) * several_turns + turn(i)] for i in range(12)]
-    rows = [{"messages": messages, "noise": KINDS if i % 2 else []} for i, messages in enumerate(turns)]
+    turn = lambda text: [{"role": "user", "content": "Say"}, {"role": "assistant", "content": text}]  # noqa: E731
+    before = turn("another answer") * several_turns
+    rows = [{"messages": before + turn(f"the quick fox {i}"), "noise": KINDS * (i % 2)} for i in range(12)]
     folder = make_run(tmp_path, "llama3", rows)
     page = page_of(folder)
     marked = "".join(text for b, text in page.find("b") if b.get("class", "").endswith(" k"))
-    assert marked.replace(" ", "") == "thequick" * 6
+    assert marked.replace(" ", "") == "thequickfox" * 6
     run = look.read_run(folder)
     noise, reason = look.find_noise(run)
     words = {kind: run.tokenizer.decode(run.corpus.tokens[mask].tolist()).replace(" ", "") for kind, mask in noise.items()}
-    assert words == {"spam": "the" * 6, "wrong": "quick" * 6} and not reason
+    assert words == {"spam": "the" * 6, "wrong": "quickfox" * 6} and not reason
     names = [text for _, text in page.find("td", data_name="figure")]
     assert {"AUC", "AUC spam", "AUC wrong", "row AUC", "precision of N"} < set(names)
 
@@ -350,12 +360,12 @@ def test_results_are_tables_of_html():
     assert wide.find("td", data_name="full")[2][1] == "c"
 
 
-@pytest.mark.parametrize("odd", [99.0, -99.0])
+@pytest.mark.parametrize("odd", [99.0, -99.0, 0.0])
 def test_a_spike_and_a_dip_in_a_long_log_are_drawn(odd):
     drawn = look.curves([{"step": i, "L_P": odd if i == 501 else 1.0, "L_N": None} for i in range(1000)])
     heights = [float(point.split(",")[1]) for point in re.search('points="([^"]*)"', drawn)[1].split()]
-    assert len(set(heights)) == 2 and heights[501] == (24 if odd > 0 else 84) and drawn.count("<svg") == 1
-    assert ("1 to 99" if odd > 0 else "-99 to 1") in drawn
+    assert len(set(heights)) == 2 and heights[501] == (24 if odd > 1 else 84) and drawn.count("<svg") == 1
+    assert f"{min(odd, 1):.0f} to {max(odd, 1):.0f}" in drawn
 
 
 def test_logs_are_read_up_to_a_line_that_was_cut_off_and_foreign_ones_not_at_all(run_folder):

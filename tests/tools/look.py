@@ -197,7 +197,7 @@ def notes_on(name: str, log: list[dict]) -> list[str]:
         "no token was learned: P is empty": all(line["L_P"] is None for line in log),
         "no token was unlearned: N is empty, or lambda stayed 0":
             method is not None and method.unlearn and all(line["L_N"] is None for line in log),
-        "L_P and L_N both rose: unlearning destroys what is learned": forgetting_hurts(log),
+        "L_P and L_N both rose: unlearning is too strong; try a lower --t-max": forgetting_hurts(log),
     }  # fmt: skip
     return [f"{name}: {note}" for note, found in findings.items() if log and found]
 
