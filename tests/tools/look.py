@@ -430,6 +430,7 @@ def main(argv: list[str] | None = None) -> None:
                     print_rows(run, arguments.examples)
                 elif arguments.rows:
                     write_rows(rows_by_quality(run), arguments.rows)
+                    print(f"{len(run.corpus):,} rows, lowest mean Q first: {arguments.rows}")
                 else:
                     write_page(run, arguments.examples, arguments.out or run.folder / "report.html")
         sys.stdout.flush()
