@@ -47,7 +47,8 @@ def setting(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("setting")
     tiny.make_checkpoint(folder / "model", "llama3")
     write_rows(ROWS + ROWS[:5], folder / "rows.jsonl")
-    write_rows([QUESTION, QUESTION | {"prompt": "What is 12 plus 30?", "choices": ["It is", "42 things"], "answer": 1}], folder / "mc.jsonl")
+    other = {"prompt": "What is 12 plus 30?", "choices": ["It is", "42 things"], "answer": 1}
+    write_rows([QUESTION, other], folder / "mc.jsonl")
     write_rows([{"prompt": f"{i} plus 30 is", "answer": ["42", "the"]} for i in (12, 1, 144)], folder / "qa.jsonl")
     return folder
 
@@ -86,7 +87,8 @@ def test_a_run_folder_is_complete(finished):
     lines = [json.loads(line) for line in (finished / "forgetting/seed-1/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["lambda"] == pytest.approx((0.25 - 1e-5) / 2)
     assert set(lines[0]) == {"step", "loss", "L_P", "L_N", "lambda", "lr", "grad_norm", "tokens/s"}
-    written = {re.sub(r"seed-[01]", "seed-S", str(path.relative_to(finished))) for path in finished.rglob("*") if path.is_file()}
+    files = (str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
+    written = {re.sub(r"seed-[01]", "seed-S", file) for file in files}
     trained = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl")
     expected = {"config.json", "results.json", "results.md", "scores.safetensors", *(f"reference/{name}" for name in trained)}
     expected |= {f"{model}/{name}" for model in ("base", "reference") for name in ("results.json", "samples.jsonl")}
@@ -95,7 +97,7 @@ def test_a_run_folder_is_complete(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["rho"] is None and config["lr"] == 1e-2 and "torch" in config["versions"]
     table = (finished / "results.md").read_text()
-    assert re.search(r"\| ignoring-sequence +\| 2 ", table) and "| mc acc " in table and "mean +- sample standard deviation" in table
+    assert re.search(r"\| ignoring-sequence +\| 2 ", table) and "| mc acc " in table and "mean +- sample standard" in table
 
 
 def test_reference_and_training_sets_are_disjoint_and_unique(finished, setting):
@@ -112,8 +114,8 @@ def test_reference_and_training_sets_are_disjoint_and_unique(finished, setting):
 
 def test_the_same_command_again_finds_everything(finished, setting, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished, *FAST,
-                      "--methods", "full", "forgetting", "--seeds", 0, 1, "--tasks", "mc", "--data-dir", setting)  # fmt: skip
+    said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished,
+                      *FAST, "--methods", "full", "forgetting", "--seeds", 0, 1, "--tasks", "mc", "--data-dir", setting)  # fmt: skip
     assert said.count("found ") == 6 and {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
@@ -319,7 +321,8 @@ def test_a_single_step_of_rate_0_is_warned_about(setting, tmp_path, monkeypatch,
     """With a handful of rows all of training was the first step of warm-up, and nothing was learned in silence."""
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--n-reference", 4, "--n-train", 4, "--rank", 4]
     out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--methods", "full")
-    assert out.count("a single step has rate 0 and teaches nothing: --warmup 0") == 1 and "the reference takes 8 epochs" in out
+    assert out.count("warning: a single step has rate 0 and teaches nothing: --warmup 0") == 1
+    assert "the reference takes 8 epochs" in out
     out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b", "--methods", "full", "--warmup", 0)
     assert "a single step" not in out
 
@@ -391,9 +394,11 @@ def test_the_table_keeps_what_is_finished(setting, tmp_path, monkeypatch, capsys
     in_process(monkeypatch, capsys, *common, "--methods", "ignoring")
     table = (tmp_path / "results.md").read_text()
     assert "not in the table" not in table
-    assert all(re.search(rf"\| {method} +\| {seeds} +\|", table) for method, seeds in (("full", 2), ("ignoring", 1), ("base", 1)))
+    expected = (("full", 2), ("ignoring", 1), ("base", 1))
+    assert all(re.search(rf"\| {method} +\| {seeds} +\|", table) for method, seeds in expected)
     said = in_process(monkeypatch, capsys, *common, "--methods", "reference", "--tasks", "mc", "--data-dir", setting)
-    assert re.search(r"\| reference +\| 1 ", said) and not re.search(r"\| (base|full|ignoring) +\| \d +\|", said), "they know no mc"
+    table = said[said.rindex("\n| method") :]
+    assert re.search(r"\| reference +\| 1 ", table) and table.count("\n| ") == 3, "a head, a rule and one row: the others know no mc"
     for other in ("base", "full/seed-0", "full/seed-1", "ignoring/seed-0"):
         assert f"not in the table: {other}: measured on other tasks or held-out rows" in said
 
@@ -435,7 +440,9 @@ def test_prompts_are_answered_side_by_side(setting, finished, monkeypatch, capsy
     assert "> Tell me 3\n[base] " in said and "> Tell me 4\n[base] " in said
 
 
-@pytest.mark.parametrize("name, unread", [("full:rho=0.5", "rho"), ("ignoring:t_max=1", "t_max"), ("full-P:forget_rate=0.1", "forget_rate")])
+@pytest.mark.parametrize(
+    "name, unread", [("full:rho=0.5", "rho"), ("ignoring:t_max=1", "t_max"), ("full-P:forget_rate=0.1", "forget_rate")]
+)
 def test_a_variant_by_an_option_its_method_does_not_read_is_refused(name, unread):
     """It was trained under its own name, and was the plain method."""
     with pytest.raises(ValueError, match=f"does not read {unread}"):
@@ -492,11 +499,12 @@ def test_importing_does_not_load_the_compiler():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-RANGES = [("rank", 0, "[1, inf)"), ("lr", 0.0, "(0, inf)"), ("reference_lr", 0.0, "(0, inf)"), ("reference_epochs", 0, "[1, inf)"),
-          ("micro_tokens", 0, "[1, inf)"), ("n_reference", 0, "[1, inf)"), ("n_train", 0, "[1, inf)"), ("limit", 0, "[1, inf)"),
-          ("rho", 0.0, "(0, 1]"), ("rho", 1.0001, "(0, 1]"), ("forget_rate", -0.1, "[0, 1]"), ("dropout", 1.0, "[0, 1)"),
-          ("t_max", math.inf, "[0, inf)"), ("t_min", math.nan, "[0, inf)"), ("ceiling", -1.0, "[0, inf)"), ("alpha", 0.0, "(0, inf)"),
-          ("batch_size", -1, "[1, inf)"), ("save_every", 0, "[1, inf)"), ("eval_every", -1, "[0, inf)")]  # fmt: skip
+RANGES = [("rank", 0, "[1, inf)"), ("lr", 0.0, "(0, inf)"), ("reference_lr", 0.0, "(0, inf)"),
+          ("reference_epochs", 0, "[1, inf)"), ("micro_tokens", 0, "[1, inf)"), ("n_reference", 0, "[1, inf)"),
+          ("n_train", 0, "[1, inf)"), ("limit", 0, "[1, inf)"), ("rho", 0.0, "(0, 1]"), ("rho", 1.0001, "(0, 1]"), ("forget_rate", -0.1, "[0, 1]"), ("dropout", 1.0, "[0, 1)"),
+          ("t_max", math.inf, "[0, inf)"), ("t_min", math.nan, "[0, inf)"), ("ceiling", -1.0, "[0, inf)"),
+          ("alpha", 0.0, "(0, inf)"), ("batch_size", -1, "[1, inf)"), ("save_every", 0, "[1, inf)"),
+          ("eval_every", -1, "[0, inf)")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value, allowed", RANGES)
@@ -526,7 +534,8 @@ def test_a_zero_that_is_allowed_is_meant():
     """0 is not "not given" for a share unlearned, a ceiling, or a variant of them."""
     options = Options(forget_rate=0.0, ceiling=0.0, t_min=0.0, t_max=0.0, warmup=0.0, dropout=0.0, max_grad_norm=0.0)
     assert (options.forget_rate, options.ceiling, options.t_max, options.warmup) == (0.0, 0.0, 0.0, 0.0)
-    assert method_of("forgetting-clipped", options)[1].ceiling == 0.0 and method_of("forgetting:ceiling=0", Options())[1].ceiling == 0.0
+    assert method_of("forgetting-clipped", options)[1].ceiling == 0.0
+    assert method_of("forgetting:ceiling=0", Options())[1].ceiling == 0.0
     assert method_of("forgetting-clipped", Options())[1].ceiling == pytest.approx(-math.log(1e-3))
     assert method_of("forgetting", options)[1].forget_rate == 0.0
     assert method_of("ignoring:rho=0.95", Options(forget_rate=0.2))[1].forget_rate is None, "it reads none"

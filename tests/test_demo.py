@@ -74,7 +74,8 @@ def test_detection_of_known_noise():
     assert found["noise share"] == pytest.approx(sum(n for n, _ in noisy) / len(noisy))
     assert found["precision of N"] == pytest.approx(hits / sum(s for _, s in noisy))
     assert found["recall of N"] == pytest.approx(hits / sum(n for n, _ in noisy))
-    assert found["AUC wrong"] == pytest.approx(look.roc_auc(quality[(kinds == 2) & corpus.response], quality[(kinds == 0) & corpus.response]))
+    wrong, clean = (quality[(kinds == kind) & corpus.response] for kind in (2, 0))
+    assert found["AUC wrong"] == pytest.approx(look.roc_auc(wrong, clean))
     assert {"AUC", "AUC wrong", "AUC boilerplate"} <= set(found)
     assert look.detection(quality, signs < 0, corpus, {"wrong": np.zeros(len(corpus.tokens), bool)}) == {}
 
