@@ -2,8 +2,8 @@
 
     /path/to/peers/bin/python tests/tools/make_goldens.py        # by hand, with a Python that has transformers and peft
 
-Writes goldens/logits.safetensors, adapters.safetensors, families.safetensors and configs.json. Fails if PEFT does not read our adapters with equal
-logits, or transformers our merged exports.
+Writes goldens/logits.safetensors, adapters.safetensors, families.safetensors and configs.json. Fails if PEFT does not read
+our adapters with equal logits, or transformers our merged exports.
 """
 
 import dataclasses
