@@ -70,14 +70,18 @@ class Tokenizer:
         if self.eos is None:
             raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
         self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
-        # an instruct model ends a turn with one token and a text with another: generation stops at any
-        self.stop_ids = {self.eos_id, *(ids["eos"][1] or ids["eos"][0])}
+        self.model_eos_ids = ids["eos"][1] or ids["eos"][0]  # generation_config.json comes first
         if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
             raise ValueError(f"{folder}: the eos token {self.eos!r} is not encoded as one token")
         if self.raw.post_processor is None and self.bos is not None and settings.get("add_bos_token"):
             self._put_bos()  # where there is a processor, it says so itself
         self.chat_template = read_chat_template(folder, settings)
         self.template = None if template == "tulu" else self._model_template(settings, folder)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The ids that end a generation: an instruct model ends a turn with one and a text with another."""
+        return {self.eos_id, *self.model_eos_ids}
 
     def _special(self, settings: dict, name: str, ids: list[list[int]]) -> tuple[str | None, int | None]:
         """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
@@ -308,10 +312,9 @@ def _content_of(path: Path) -> str | list:
     if kind == ".parquet" and path.suffix.lower() == kind:
         with suppress(ImportError):
             return _read_parquet(path)
-    if kind not in (".jsonl", ".json"):
+    if kind not in (".jsonl", ".json", ""):
         convert = CONVERTERS.get(kind, f"mv {{0}} {path.stem}.jsonl, if it holds a JSON object a line")
-        what = kind or "a file without a suffix"
-        raise ValueError(f"{path}: {what} is not read, only .jsonl, .json, .parquet: {convert.format(path)}")
+        raise ValueError(f"{path}: {kind} is not read, only .jsonl, .json, .parquet: {convert.format(path)}")
     try:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":

@@ -1,10 +1,13 @@
 """eval.py: shared contexts, truncation, generation and metrics, against naive loops over whole sequences."""
 
+import io
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
+import eval as evaluation
 from data import Tokenizer, write_rows
 from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
 from forgetting import row_losses
@@ -189,3 +192,16 @@ def test_an_empty_corpus_has_no_losses_and_no_bar(pair, monkeypatch):
     monkeypatch.setattr("forgetting.progress", None)
     nothing = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0)
     assert row_losses(pair[0], nothing, 100, "held-out") == []
+
+
+def test_prompts_of_stdin_end_at_newlines_alone(monkeypatch):
+    """str.splitlines also ends a line at a form feed, U+0085 and U+2028, and so cut prompts in two."""
+    text = "a\u2028b\x85c\x0cd\r\ne\n\nf"
+    monkeypatch.setattr(evaluation.sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert evaluation.prompts_of("-") == ["a\u2028b\x85c\x0cd", "e", "", "f"]
+    assert evaluation.prompts_of(text) == [text]
+    monkeypatch.setattr(evaluation.sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    with pytest.raises(ValueError, match=r"--prompt: not UTF-8 \(byte 2\)"):
+        evaluation.prompts_of("-")
+    with pytest.raises(ValueError, match=r"--prompt: not UTF-8 \(byte 1\)"):
+        evaluation.prompts_of("a\udcff")  # as Python hands an argument over that is not UTF-8

@@ -8,6 +8,7 @@ import row_cases as cases
 import tiny
 
 from data import Tokenizer, build_corpus, question_ids, render, render_rows
+from forgetting import Options, select_data
 from tools.publish import chat_template
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "rows.json").read_text())["templates"]
@@ -107,3 +108,29 @@ def test_raw_text_takes_no_template(tokenizers):
     assert corpus.tokens[corpus.offsets[1] :].tolist() == GOLDENS["gemma"]["one turn"]["ids"]
     _, notes = render_rows([rows], tokenizer)
     assert notes == ["1 of 2 rows are raw text without turn markers (prompt + completion)"]
+
+
+def test_a_run_takes_the_rows_that_can_be_used_and_says_so(tmp_path, capsys):
+    """Of D_train and D_ref together: what is left out, what is a duplicate, what is not used, whose template it is."""
+    tiny.make_checkpoint(tmp_path, "llama3")
+    folder = folder_with(tmp_path, cases.TEMPLATES["zephyr"][0])
+    rows = [{"instruction": f"Tell {i}", "output": f"It is {i}", "mood": "x"} for i in (1, 2, 3, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "a", "completion": ""}]))
+    (tmp_path / "ref.jsonl").write_text(json.dumps(rows[0]) + "\n{oops")
+    files = {"data": [str(tmp_path / "rows.jsonl")], "reference_data": [str(tmp_path / "ref.jsonl")]}
+    with pytest.raises(ValueError, match=r"(?s)^2 of 7 rows cannot be used:.*rows.jsonl:5: completion is empty.*ref.jsonl:2: not valid"):
+        select_data(Options(model="m", **files), Tokenizer(folder))
+    capsys.readouterr()
+    d_ref, d_train = select_data(Options(model="m", skip_bad_rows=True, **files), Tokenizer(folder))
+    assert (len(d_ref), len(d_train)) == (1, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:4] == [
+        "2 of 7 rows are left out (--skip-bad-rows): 1 x completion is empty; 1 x not valid JSON",
+        "fields not used: mood",
+        "2 of 5 rows are exact duplicates, and left out",
+        "the model has a chat template of its own; conversations take Tulu's (--template)",
+    ]
+    tokenizer = Tokenizer(folder, "model")
+    _, d_train = select_data(Options(model="m", template="model", skip_bad_rows=True, **files), tokenizer)
+    assert tokenizer.decode(d_train.split()[0].tolist(), skip_special=False).startswith("<|user|>\nTell ")
+    assert "Tulu" not in capsys.readouterr().out and d_train.tokens[0] != tokenizer.bos_id

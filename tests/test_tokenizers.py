@@ -50,7 +50,7 @@ def test_generation_ends_at_every_stop_id(tmp_path):
     written = ids[len(prompt) :]
     assert whole == tokenizer.decode(written)
     third = next(i for i in range(2, 12) if written[i] not in written[:i])
-    tokenizer.stop_ids.add(written[third])
+    tokenizer.model_eos_ids = [tokenizer.eos_id, written[third]]
     assert generate(model, tokenizer, [prompt], 12)[0] == tokenizer.decode(written[:third])
 
 
