@@ -695,9 +695,9 @@ def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, floa
     negative (C,) bool is N. A kind's AUC is against what is no noise at all; a row's score is its mean Q. {}
     where no token is known to be noise.
     """
-    if not corpus.noise:
-        return {}
     noisy, (means, _) = corpus.noisy, sequence_means(quality, corpus)
+    if not noisy.any():
+        return {}
     kinds = {"": noisy} | {f" {kind}": known for kind, known in sorted(corpus.noise.items())}
     rows = {kind: np.logical_or.reduceat(known, corpus.offsets[:-1]) for kind, known in kinds.items()}  # (E,)
     clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]

@@ -10,19 +10,19 @@ Shapes, here and in the other files:
     T tokens of a pack   B sequences   D width       V vocabulary     F width of the MLP
     H query heads        G key/value heads           K width of a head    R rows of a key/value cache
 
+Families: LLaMA, Mistral, Qwen2, Qwen3, SmolLM3, GPT-Neo; config.json is read as transformers reads it.
 Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the
 weights; only matrix products run in it. Scoring subtracts losses: bfloat16 sums would bury the difference.
 Order: configuration, attention, layers, the model, losses, checkpoint folders.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Iterator
@@ -72,10 +72,8 @@ LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
 NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "rope_scaling",
             "rope_parameters", "original_max_position_embeddings", *LISTS)  # fmt: skip
 # names of fields that change the computation in other models and leave no tensor that would be missed here
-FOREIGN = re.compile(
-    "multiplier|scal|softcap|clip|rope|rotary|bidirectional|attn_temperature|layer_types"
-    "|per_layer|parallel_(residual|attn|block)|alibi|qk_norm|transformers_weights"
-)
+FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|attn_temperature"
+                     "|layer_types|per_layer|parallel_(residual|attn|block)|transformers_weights")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,18 +141,24 @@ def model_type_of(raw: dict) -> str:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list):
         raise ValueError(f"architectures = {names!r} is not a list of names")
-    types = {family.architecture: model_type for model_type, family in FAMILIES.items()}
-    by_type = [name for name in types if types[name] == raw.get("model_type")]
-    architecture = (names or by_type or ["none named"])[0]
-    if architecture not in list(types):
-        raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(types)}")
-    if raw.get("model_type", types[architecture]) != types[architecture]:
-        raise ValueError(f"model_type = {raw['model_type']!r} is not that of {architecture}")
-    return types[architecture]
+    if not names and raw.get("model_type") in list(FAMILIES):
+        return raw["model_type"]
+    by_architecture = {family.architecture: model_type for model_type, family in FAMILIES.items()}
+    architecture = names[0] if names else "none named"
+    if architecture not in list(by_architecture):
+        supported = ", ".join(by_architecture)
+        raise ValueError(f"architecture {architecture} is not supported; supported: {supported}")
+    model_type = by_architecture[architecture]
+    if raw.get("model_type", model_type) != model_type:
+        raise ValueError(f"model_type = {raw['model_type']!r} is not {model_type!r}, that of {architecture}")
+    return model_type
 
 
 def refuse_foreign_fields(raw: dict, model_type: str) -> None:
-    """Raise ValueError for a field that may change the computation and that this family does not have."""
+    """Raise ValueError for a field that may change the computation and that this family does not have.
+
+    transformers ignores it; whoever wrote it meant something by it.
+    """
     for name in ("quantization_config", "compression_config"):
         if raw.get(name):
             raise ValueError(f"{name}: a quantised checkpoint is not read; use the one it was made from")
@@ -236,9 +240,10 @@ def gpt_neo_windows(values: dict) -> tuple[int | None, ...]:
     kinds, layers = values["attention_layers"], values["num_hidden_layers"]
     if kinds is None:
         patterns = values["attention_types"] or [[["global", "local"], 12]]
-        if not all(isinstance(p, list) and list(map(type, p)) == [list, int] for p in patterns):
-            raise ValueError(f"attention_types = {patterns!r} is not a list of [[kinds], times]")
-        kinds = [kind for pattern, times in patterns for kind in pattern * times]
+        try:
+            kinds = [kind for pattern, times in patterns for kind in list(pattern) * times]
+        except (TypeError, ValueError):
+            raise ValueError(f"attention_types = {patterns!r} is not a list of [[kinds], times]") from None
     check_layers("attention_layers, or what attention_types gives,", kinds, ("global", "local"), layers)
     return tuple(values["window_size"] if kind == "local" else None for kind in kinds)
 
@@ -871,7 +876,7 @@ def tie_loaded(model: Transformer, loaded: set[str]) -> set[str]:
         model.embedding.weight = model.lm_head.weight
     elif head in loaded and not torch.equal(model.lm_head.weight, model.embedding.weight):
         raw = model.config.raw | {"tie_word_embeddings": False}
-        model.config = dataclasses.replace(model.config, tie_word_embeddings=False, raw=raw)
+        model.config = replace(model.config, tie_word_embeddings=False, raw=raw)
     model.tie()
     return {embedding, head}
 

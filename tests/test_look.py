@@ -15,6 +15,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from data import Tokenizer, build_corpus, read_rows, write_rows, write_text
+from forgetting import detection
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = "</script><script>alert(1)</script> \" ' & \u202edlrow \u05e9\u05dc\u05d5\u05dd \x07 <b onclick=x>"
@@ -29,8 +30,7 @@ def run_folder(tmp_path):
 
 def make_run(tmp_path, kind, rows=None, name=None):
     """A run folder of a kind of model, with rows.jsonl, known to the run by `name`, and the model beside it."""
-    ends, name = {3: NASTY, 5: LETTERS}, name or str(tmp_path / "rows.jsonl")
-    rows = rows or [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps")} for i in range(12)]
+    rows, name = rows or some_rows(), name or str(tmp_path / "rows.jsonl")
     tiny.make_checkpoint(tmp_path / "model", kind)
     write_rows(rows, tmp_path / "rows.jsonl")
     rows = [row | {"_source": f"{name}:{i}"} for i, row in enumerate(rows, 1)]
@@ -41,12 +41,19 @@ def make_run(tmp_path, kind, rows=None, name=None):
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)
     out = tmp_path / "run"
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources, "base_loss": base, "ref_loss": ref}
+    arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
     write_text(json.dumps({"model": str(tmp_path / "model"), "rho": 0.6, "forget_rate": None,
                            "inputs": {"training data": corpus.fingerprint()}}), out / "config.json")  # fmt: skip
     save_file(arrays, out / "scores.safetensors", {"done": str(len(rows))})
     write_rows([log_line(i, 2 - i / 10, None) for i in range(8)], out / "full" / "seed-0" / "metrics.jsonl")
     add_results(out, "full/seed-0", 1.5, 40)
     return out
+
+
+def some_rows(noise=lambda i: []):
+    """Twelve rows, one of nasty text and one of letters of several bytes, each with its field noise."""
+    ends = {3: NASTY, 5: LETTERS}
+    return [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps"), "noise": noise(i)} for i in range(12)]
 
 
 def log_line(step, l_p, l_n):
@@ -56,12 +63,6 @@ def log_line(step, l_p, l_n):
 def add_results(run, name, held_out, f1, identity="a"):
     tasks = {"qa": {"f1": f1 / 100, "f1_stderr": 0.1, "n": 8}}
     write_text(json.dumps({"identity": identity, "held-out": held_out, "tasks": tasks}), run / name / "results.json")
-
-
-def change_rows(run_folder, change):
-    path = run_folder.parent / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    write_rows([change(i, row) for i, row in enumerate(rows)], path)
 
 
 class Page(HTMLParser):
@@ -163,9 +164,9 @@ def test_the_bars_of_the_histogram_add_up_to_each_side(run_folder):
         assert 125 - min(tops) == pytest.approx(sum(tall), abs=0.03), "one on top of the other"
 
 
-def test_rows_can_do_no_harm(run_folder):
+def test_rows_can_do_no_harm(tmp_path):
     """Nasty texts as rows, as tokens, as kinds of noise, as names of methods and of what was logged."""
-    change_rows(run_folder, lambda i, row: row | {"noise": [[0, 3, NASTY]] * (i % 2)})
+    run_folder = make_run(tmp_path, "llama3", some_rows(lambda i: [[0, 3, NASTY]] * (i % 2)))
     path = run_folder / "full/seed-0/metrics.jsonl"
     write_rows([json.loads(line) | {NASTY: 1.0} for line in path.read_text().splitlines()], path)
     write_text(f"# {NASTY}\n\n| {NASTY} | n |\n| --- | --- |\n| {NASTY} | 1 |\n\n{NASTY}", run_folder / "results.md")
@@ -184,8 +185,8 @@ def test_no_control_character_and_no_change_of_direction_acts():
     assert shown == "a\u2039U+001B\u203a[31m\u2039U+009B\u203a2J\u2039U+202E\u203ab\u2039U+2066\u203ac\nd"
 
 
-def test_the_terminal_shows_the_same_rows(run_folder, capsys):
-    change_rows(run_folder, lambda i, row: row | {"noise": [[4, 9, "wrong"]]})
+def test_the_terminal_shows_the_same_rows(tmp_path, capsys):
+    run_folder = make_run(tmp_path, "llama3", some_rows(lambda i: [[4, 9, "wrong"]]))
     look.main([str(run_folder), "--text", "--examples", "4"])
     shown = capsys.readouterr().out
     assert shown.count("rows.jsonl:") == 4 and "\033[41m" in shown and "\x07" not in shown
@@ -235,9 +236,9 @@ def test_known_noise_of_any_kind_is_underlined(tmp_path, several_turns):
     marked = "".join(text for b, text in page.find("b") if b.get("class", "").endswith(" k"))
     assert marked.replace(" ", "") == "thequickfox" * 6
     run = look.read_run(folder)
-    noise, reason = look.find_noise(run)
-    words = {kind: run.tokenizer.decode(run.corpus.tokens[mask].tolist()).replace(" ", "") for kind, mask in noise.items()}
-    assert words == {"spam": "the" * 6, "wrong": "quickfox" * 6} and not reason
+    marked = run.corpus.noise.items()
+    words = {kind: run.tokenizer.decode(run.corpus.tokens[mask].tolist()).replace(" ", "") for kind, mask in marked}
+    assert words == {"spam": "the" * 6, "wrong": "quickfox" * 6}
     names = [text for _, text in page.find("td", data_name="figure")]
     assert {"AUC", "AUC spam", "AUC wrong", "row AUC", "precision of N"} < set(names)
 
@@ -255,7 +256,8 @@ def test_how_well_a_low_q_finds_noise_against_all_pairs(run_folder):
     def auc(low, high):
         return np.mean([1.0 if a < b else 0.5 if a == b else 0.0 for a in low for b in high])
 
-    found = look.detection(quality, run.signs < 0, corpus, noise)
+    corpus.noise = noise
+    found = detection(quality, run.signs < 0, corpus)
     clean = quality[corpus.response & ~either]
     for kind, mask in (("", either), (" a", noise["a"]), (" b", noise["b"])):
         assert found[f"AUC{kind}"] == pytest.approx(auc(quality[mask], clean))
@@ -263,34 +265,17 @@ def test_how_well_a_low_q_finds_noise_against_all_pairs(run_folder):
     hits = int((either & (run.signs < 0)).sum())
     assert found["precision of N"] == pytest.approx(hits / (run.signs < 0).sum())
     assert found["recall of N"] == pytest.approx(hits / either.sum())
-    assert look.detection(quality, run.signs < 0, corpus, {"a": ~corpus.response}) == {}, "no response token is noise"
-    everywhere = look.detection(quality, run.signs < 0, corpus, {"a": corpus.response})
+    corpus.noise = {"a": np.zeros_like(either)}
+    assert detection(quality, run.signs < 0, corpus) == {}, "no response token is noise"
+    corpus.noise = {"a": corpus.response}
+    everywhere = detection(quality, run.signs < 0, corpus)
     assert set(everywhere) == {"noise share", "precision of N", "recall of N"}, "nothing to compare with"
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda i, row: row | ({"noise": []} if i else {}), "only 11 of 12 rows have a field `noise`"),
-    (lambda i, row: row | {"noise": []} | ({} if i else {"output": "quite another text"}), "rows.jsonl:1 has changed since"),
-    (lambda i, row: row | {"noise": 0.3}, "known noise is not shown"),
-    (lambda i, row: row | {"noise": ["wrong"]}, "known noise is not shown"),
-    (None, "is not there"),
-    (lambda i, row: row, ""),
-])  # fmt: skip
-def test_noise_that_cannot_be_trusted_is_not_shown(run_folder, capsys, change, reason):
-    if change is None:
-        (run_folder.parent / "rows.jsonl").unlink()
-    else:
-        change_rows(run_folder, change)
-    page, printed = page_of(run_folder), capsys.readouterr().out
-    assert [text for _, text in page.find("p", class_="warning") if reason in text] if reason else "not shown" not in printed
-    assert reason in printed and not page.find("td", data_name="figure")
-
-
-def test_relative_paths_are_found_from_another_directory(tmp_path, monkeypatch):
-    rows = [{"instruction": "Say", "output": f"the fox {i}", "noise": [[0, 3, "wrong"]]} for i in range(12)]
-    folder = make_run(tmp_path / "work" / "runs", "llama3", rows, "runs/rows.jsonl")
-    monkeypatch.chdir(tmp_path)
-    assert look.find_noise(look.read_run(folder))[0]["wrong"].any()
+@pytest.mark.parametrize("noise", [0.3, True, "wrong", ["wrong"], [[0, 3]], [[0, 3, 1]], [[0.0, 3.0, "wrong"]]])
+def test_a_field_noise_of_another_meaning_marks_nothing(tmp_path, noise):
+    page = page_of(make_run(tmp_path, "llama3", some_rows(lambda i: noise)))
+    assert not page.find("td", data_name="figure")
 
 
 def test_a_demos_folder_gives_all_its_pages(run_folder, tmp_path, capsys):
