@@ -759,7 +759,7 @@ class ModelTemplate:
 
 
 def _added(before: str, text: str, otherwise: str) -> str:
-    """What a text has more than the one before. It must begin with that; if not, `otherwise` is the reason."""
+    """What a text has more than the one before, with which it must begin; otherwise: the error's reason."""
     if not text.startswith(before):
         raise RowError(otherwise, " (--template tulu)")
     return text[len(before) :]

@@ -681,7 +681,7 @@ def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options
 
 
 def roc_auc(low: Array, high: Array) -> float:
-    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC curve."""
+    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC."""
     if not len(low) or not len(high):
         return math.nan
     ordered = np.sort(high)
@@ -690,7 +690,7 @@ def roc_auc(low: Array, high: Array) -> float:
 
 
 def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, float]:
-    """How well a low Q (C,) finds noise that the rows mark: AUC of tokens and of rows, precision, recall of N.
+    """How well a low Q (C,) finds noise that the rows mark: AUC by token and by row, precision, recall of N.
 
     negative (C,) bool is N. A kind's AUC is against what is no noise at all; a row's score is its mean Q. {}
     where no token is known to be noise.
@@ -713,7 +713,8 @@ def describe_noise(figures: dict[str, float]) -> str:
     """detection() in a line."""
     if not figures:
         return "no row has a field `noise`: which tokens are noise is not known"
-    return "known noise, AUC of a low Q (chance: 0.5): " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items())
+    found = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+    return f"does a low Q find the known noise? (AUC of chance: 0.5) {found}"
 
 
 def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> str:

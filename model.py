@@ -72,8 +72,8 @@ LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
 NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "rope_scaling",
             "rope_parameters", "original_max_position_embeddings", *LISTS)  # fmt: skip
 # names of fields that change the computation in other models and leave no tensor that would be missed here
-FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|attn_temperature"
-                     "|layer_types|per_layer|parallel_(residual|attn|block)|transformers_weights")  # fmt: skip
+FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
+                     "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 import data
 from data import Tokenizer, build_corpus, pack, read_rows, render, render_rows, shift, split_rows, unique_rows
-from tools.publish import chat_template
+from publish import chat_template
 
 STYLES = tuple(tiny.SPECIAL)
 ROWS = {  # layout: (row, its responses in order)

@@ -4,7 +4,6 @@ tests/tools/make_adapter_goldens.py has transformers and PEFT read such folders,
 """
 
 import dataclasses
-import inspect
 import json
 import sys
 
@@ -134,7 +133,7 @@ def test_the_tokenizers_files_name_the_tokens_that_the_template_needs(tmp_path, 
     edit(folder / "tokenizer_config.json", name_or_path="/home/me", padding_side="left", chat_template="{{ 'another' }}")
     edit(folder / "special_tokens_map.json", eos_token={"content": tokenizer.eos}, pad_token="!")
     out.mkdir()
-    publish.write_tokenizer(tokenizer, folder, out, keep_template=False)
+    publish.write_tokenizer(tokenizer, folder, out)
     named = {"padding_side": "left", "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
     assert read(out / "tokenizer_config.json") == named | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
     assert read(out / "special_tokens_map.json")["eos_token"] == {"content": tokenizer.eos}
@@ -148,13 +147,12 @@ def test_a_tokenizer_in_another_form_is_published_as_tokenizer_json(tmp_path):
     (folder / "tokenizer.json").unlink()
     edit(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     out.mkdir()
-    publish.write_tokenizer(tokenizer, folder, out, keep_template=False)
+    publish.write_tokenizer(tokenizer, folder, out)
     assert Tokenizer(out).encode([tiny.TEXT]) == tokenizer.encode([tiny.TEXT])
     assert read(out / "tokenizer_config.json")["tokenizer_class"] == "GPT2Tokenizer"
     assert not (out / "special_tokens_map.json").exists()
 
 
-@pytest.mark.skipif("template" not in inspect.signature(Tokenizer).parameters, reason="data.py has no --template yet")
 def test_the_models_own_template_is_published_unchanged(tmp_path):
     """And generation stops where its answers end, which need not be the tokenizer's eos."""
     template = (

@@ -9,7 +9,7 @@ import tiny
 
 from data import Tokenizer, build_corpus, question_ids, render, render_rows
 from forgetting import Options, select_data
-from tools.publish import chat_template
+from publish import chat_template
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "rows.json").read_text())["templates"]
 

@@ -61,16 +61,14 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
         raise ValueError(f"{config['model']}: its files are not those that the run was made from")
     if base_model is None and not os.path.isdir(config["model"]):
         base_model = config["model"]
-    tulu = config.get("template", "tulu") == "tulu"
-    tokenizer = Tokenizer(checkpoint) if tulu else Tokenizer(checkpoint, config["template"])
-    template = chat_template(tokenizer) if tulu else tokenizer.chat_template
+    tokenizer = Tokenizer(checkpoint, config["template"])
     with whole_folder(out) as folder:
         if merged:
             write_merged(adapter, checkpoint, folder)
         else:
             write_adapter(adapter, base_model, folder)
-        write_tokenizer(tokenizer, checkpoint, folder, keep_template=not tulu)
-        write_text(template, folder / "chat_template.jinja")
+        write_tokenizer(tokenizer, checkpoint, folder)
+        write_text(chat_template(tokenizer), folder / "chat_template.jinja")
         rank = None if merged else lora_config["r"]
         write_text(model_card(name, trained_options(name, config), base_model, rank), folder / "README.md")
     if base_model is None:
@@ -138,11 +136,8 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
     return STORED_DTYPES[max(STORED_DTYPES, key=lambda name: counts[name])]
 
 
-def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_template: bool) -> None:
-    """The tokenizer's files, with the bos and eos that the template needs, and generation_config.json.
-
-    keep_template: tokenizer_config.json keeps the chat template that may be in it.
-    """
+def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path) -> None:
+    """The tokenizer's files, with the bos and eos that the template needs, and generation_config.json."""
     for name in TOKENIZER_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
@@ -158,7 +153,7 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path, keep_t
             if text is not None and text != (there.get("content") if isinstance(there, dict) else there):
                 config[key] = text
         config.pop("name_or_path", None)  # as in config.json
-        if not keep_template:
+        if tokenizer.template is None:
             config.pop("chat_template", None)
         write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", folder / name)
     generation = generation_config(checkpoint, taught_end(tokenizer))
@@ -184,7 +179,9 @@ def taught_end(tokenizer: Tokenizer) -> int:
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
-    """render()'s template of conversations as jinja, for transformers' tokenizer.apply_chat_template."""
+    """The template of the training as jinja, for transformers' tokenizer.apply_chat_template."""
+    if tokenizer.template is not None:
+        return tokenizer.chat_template
     puts_bos = tokenizer.bos is not None and tokenizer.encode(["x"])[0][0][0] == tokenizer.bos_id
     return ("{{ bos_token }}" if puts_bos else "") + TULU_TEMPLATE
 
