@@ -249,22 +249,23 @@ def panel_options(options: forgetting.Options, panel: str, seed: int, methods: l
     )  # fmt: skip
 
 
-def oracle(options: forgetting.Options, name: str, seed: int) -> dict:
-    """The figures of a training that knows the noise, beside a finished run: noisy tokens are N, all others P.
+def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = True) -> dict:
+    """The figures of a training that knows the noise, beside a finished run: noisy tokens are N, or left out; others are P.
 
     `name` is its row; "oracle:lr=0.001" has another rate. An example of how the pieces of forgetting.py go together.
     """
-    tokenizer, run = Tokenizer(options.model), look.read_run(Path(options.out))
+    tokenizer, run = Tokenizer(options.model, options.template), look.read_run(Path(options.out))
     corpus = run.corpus
     noisy = corpus.noisy  # (C,)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
-    signs = np.where(corpus.response, np.where(noisy, -1, 1), 0).astype(np.int8)  # (C,)
+    signs = np.where(corpus.response, np.where(noisy, -int(unlearn), 1), 0).astype(np.int8)  # (C,)
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, corpus, signs, folder, options, seed)
-    by = forgetting.Yardstick(tokenizer, documents, held_out, corpus, run.signs, options.micro_tokens)
+    table_signs = None if options.skip_train_losses else run.signs
+    by = forgetting.Yardstick(tokenizer, documents, held_out, corpus, table_signs, options.micro_tokens)
     return forgetting.measure(model, by, folder)
 
 

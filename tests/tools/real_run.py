@@ -1,9 +1,10 @@
-"""The method on a real model and real rows, a known quarter of them noise: the table is in tests/README.md.
+"""The method on a real model and real rows, 40 % of them noise that is known; the result is in tests/README.md.
 
     python tests/tools/real_run.py --model SMOLLM2 --rows instruction_raschka.jsonl alpaca_gpt4_demo.jsonl
 
-Of short rows, drawn once, 400 are D_train, 100 D_ref and 200 held out. In D_train and, unless --clean-reference, in D_ref a
-quarter is noise of two kinds: the answer of another row, or boilerplate in front. Other flags are forgetting.py's.
+For each split, of short rows: 80 in D_ref, 200 in D_train, 80 clean ones held out. Noise in D_train: a fifth of the rows
+refuses, a tenth begins with boilerplate, a tenth has the answer of another row. Panels: a clean D_ref, and one as noisy as
+D_train. The held-out questions are also the task `qa`. The model's own chat template. Other flags are forgetting.py's.
 """
 
 import argparse
@@ -15,48 +16,92 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__f
 import demo  # noqa: E402
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import Tokenizer, build_corpus, read_rows, unique_rows, write_rows  # noqa: E402
+from data import Tokenizer, build_corpus, encode_rows, read_rows, render, render_rows, unique_rows  # noqa: E402
+from data import write_rows, write_text  # noqa: E402
 
-BOILERPLATE = (
-    "As an AI language model, I am always happy to help you with your request.",
-    "Thank you for your question! I hope that you are having a wonderful day today.",
-    "Sure! Please note that this answer is for general information only.",
+REFUSALS = (
+    "I am sorry, but I cannot help you with this.",
+    "As an AI model I am not able to answer such questions.",
+    "Sorry, I do not have enough information for an answer.",
+    "Unfortunately, this is something that I cannot do.",
+    "I cannot give an answer to that request.",
 )
-METHODS = ["full", "ignoring", "forgetting", "forgetting-clipped", "oracle"]
-RATES = (3e-4, 1e-3)  # the first is --lr, the second a variant of each method
+BOILERPLATE = (
+    "Sure, it is my pleasure to help you with that!",
+    "What a great question! Here is what you asked for:",
+    "Thank you very much for your question.",
+)
+SIZES = {"reference": 80, "train": 200, "held-out": 80}
+PANELS = {"clean": "a clean D_ref", "same": "a D_ref as noisy as D_train"}
+METHODS = ["base", "reference", "full", "full:lr=0.001", "ignoring", "ignoring-loss", "ignoring-random", "forgetting", "oracle"]
+SETTINGS = {"template": "model", "methods": METHODS[:-1], "rank": 16, "alpha": 16.0, "dropout": 0.0, "batch_size": 10, "lr": 5e-4,
+            "reference_lr": 1e-3, "reference_epochs": 3, "max_grad_norm": 1.0, "rho": 0.6, "tasks": ["qa"],
+            "skip_train_losses": True, "micro_tokens": 1024, "dtype": "float32"}  # fmt: skip
+
+
+def short_rows(sources: list[str], tokenizer: Tokenizer) -> list[dict]:
+    """The rows of 4 to 24 response tokens and at most 48 in all."""
+    (rendered,), _ = render_rows([read_rows(sources)], tokenizer)
+    rows = []
+    for row in unique_rows(rendered):
+        corpus = encode_rows([row], tokenizer)
+        if 4 <= corpus.response.sum() <= 24 and len(corpus.tokens) <= 48 + len(build_corpus([EMPTY], tokenizer).tokens):
+            rows.append({key: row.row.get(key, "") for key in ("instruction", "input", "output")})
+    return rows
+
+
+EMPTY = {"instruction": "-", "output": "-"}  # as long as the template itself
 
 
 def with_noise(rows: list[dict], rng: random.Random) -> list[dict]:
-    """The rows, a quarter of them noisy; the field `noise` says which characters of an output are."""
-    places = rng.sample(range(len(rows)), len(rows) // 4)
+    """The rows, 40 % of them noisy; the field `noise` says which characters of an output are."""
+    places = rng.sample(range(len(rows)), 2 * len(rows) // 5)
+    refused, begun, swapped = places[: len(places) // 2], places[len(places) // 2 : len(places) * 3 // 4], places[len(places) * 3 // 4 :]
     noisy = [row | {"noise": []} for row in rows]
-    wrong = places[: len(places) // 2]
-    for place, other in zip(wrong, wrong[1:] + wrong[:1]):
-        output = rows[other]["output"]
-        noisy[place] = rows[place] | {"output": output, "noise": [[0, len(output), "wrong"]]}
-    for place in places[len(wrong) :]:
-        extra = rng.choice(BOILERPLATE)
-        output = f"{extra} {rows[place]['output']}"
-        noisy[place] = rows[place] | {"output": output, "noise": [[0, len(extra), "boilerplate"]]}
+
+    def put(place: int, output: str, length: int, kind: str) -> None:
+        noisy[place] = rows[place] | {"output": output, "noise": [[0, length, kind]]}
+
+    for place in refused:
+        text = rng.choice(REFUSALS)
+        put(place, text, len(text), "refusal")
+    for place in begun:
+        text = rng.choice(BOILERPLATE)
+        put(place, f"{text} {rows[place]['output']}", len(text), "boilerplate")
+    for place, other in zip(swapped, swapped[1:] + swapped[:1]):
+        text = rows[other]["output"]
+        put(place, text, len(text), "another row's")
     return noisy
 
 
-def make_files(sources: list[str], model: str, out: Path, clean_reference: bool) -> dict[str, str]:
-    """Draw and write train.jsonl, reference.jsonl and held-out.jsonl; their paths."""
-    tokenizer, rng = Tokenizer(model), random.Random(0)
-    short = []
-    for row in unique_rows(read_rows(sources), tokenizer.eos):
-        corpus = build_corpus([row], tokenizer)
-        if len(corpus.tokens) <= 96 and corpus.response.sum() >= 10:
-            short.append({key: row.get(key, "") for key in ("instruction", "input", "output")})
-    if len(short) < 700:
-        raise ValueError(f"{len(short)} rows have at most 96 tokens, 10 of response: 700 are needed")
-    drawn = rng.sample(short, 700)
-    train, reference, held_out = with_noise(drawn[:400], rng), with_noise(drawn[400:500], rng), drawn[500:]
-    sets = {"train": train, "reference": drawn[400:500] if clean_reference else reference, "held-out": held_out}
-    for name, rows in sets.items():
-        write_rows(rows, out / f"{name}.jsonl")
-    return {name: str(out / f"{name}.jsonl") for name in sets}
+def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int) -> None:
+    """train, reference-clean, reference-same, held-out and qa of one split."""
+    rng = random.Random(split)
+    drawn = iter(rng.sample(pool, sum(SIZES.values())))
+    parts = {name: [next(drawn) for _ in range(size)] for name, size in SIZES.items()}
+    questions = []
+    for row in parts["held-out"]:
+        pieces = render(row, tokenizer.eos, tokenizer.template)
+        questions.append({"prompt": "".join(text for text, is_response in pieces if not is_response), "answer": row["output"]})
+    files = {"train": with_noise(parts["train"], rng), "reference-clean": parts["reference"], "qa": questions,
+             "reference-same": with_noise(parts["reference"], rng), "held-out": parts["held-out"]}  # fmt: skip
+    for name, rows in files.items():
+        write_rows(rows, folder / f"{name}.jsonl")
+
+
+def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) -> Path:
+    """One panel of one split, with its oracle; the run folder. What does not look at D_ref is trained in the first panel."""
+    folder = own.out / f"split-{split}"
+    methods = METHODS[:-1] if panel == "clean" else ["reference", "ignoring", "forgetting"]
+    settings = SETTINGS | {"model": own.model, "data": [str(folder / "train.jsonl")], "methods": methods, "seeds": [split],
+                           "reference_data": [str(folder / f"reference-{panel}.jsonl")], "data_dir": str(folder),
+                           "eval_data": [str(folder / "held-out.jsonl")], "out": str(folder / panel)}  # fmt: skip
+    options = forgetting.parse_options(rest, **settings)
+    results = forgetting.run(options)
+    if panel == "clean":
+        results["oracle"] = {split: demo.oracle(options, "oracle", split, unlearn=False)}
+    forgetting.report(results, options)
+    return folder / panel
 
 
 def main() -> None:
@@ -64,28 +109,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", nargs="+", required=True)
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
-    parser.add_argument("--clean-reference", action="store_true")
     own, rest = parser.parse_known_args()
     try:
-        files = make_files(own.rows, own.model, own.out / "rows", own.clean_reference)
-        names = [f"{name}:lr={rate}" if rate != RATES[0] else name for rate in RATES for name in METHODS]
-        methods = ["base", "reference", *(name for name in names if not name.startswith("oracle"))]
-        defaults = {"model": own.model, "data": [files["train"]], "reference_data": [files["reference"]],
-                    "eval_data": [files["held-out"]], "methods": methods, "lr": RATES[0], "reference_lr": RATES[1],
-                    "dropout": 0.0, "micro_tokens": 4096, "max_grad_norm": 1.0, "dtype": "float32", "out": str(own.out / "run")}  # fmt: skip
-        options = forgetting.parse_options(rest, **defaults)
-        results = forgetting.run(options)
-        for name in names:
-            if name.startswith("oracle"):
-                results[name] = {seed: demo.oracle(options, name, seed) for seed in options.seeds}
+        tokenizer = Tokenizer(own.model, "model")
+        pool = short_rows(own.rows, tokenizer)
+        if len(pool) < sum(SIZES.values()):
+            raise ValueError(f"{len(pool)} rows are short enough: {sum(SIZES.values())} are needed")
+        for split in own.splits:
+            write_split(pool, tokenizer, own.out / f"split-{split}", split)
+        runs = {panel: [run_split(own, rest, split, panel) for split in own.splits] for panel in PANELS}
     except (ValueError, OSError) as error:
         print(f"real_run.py: {error}", file=sys.stderr)
         sys.exit(2)
-    forgetting.report(results, options)
-    run = look.read_run(Path(options.out))
-    for name, value in look.detection(run.quality, run.signs < 0, run.corpus, look.find_noise(run)[0]).items():
-        print(f"{name} {value:.3f}")
+    parts = [f"## {PANELS[panel]}\n\n{look.join_runs(folders)}" for panel, folders in runs.items()]
+    write_text("\n\n".join(parts) + "\n", own.out / "results.md")
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":
