@@ -78,7 +78,7 @@ FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bid
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as read."""
+    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as save_model writes it."""
 
     model_type: str
     vocab_size: int
@@ -112,7 +112,7 @@ def parse_config(raw: dict) -> Config:
     key_heads = values.get("num_key_value_heads") or heads
     if heads % key_heads:
         raise ValueError(f"num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}")
-    if head_dim == 0 or not is_gpt_neo and head_dim % 2:
+    if head_dim == 0 or (head_dim % 2 and not is_gpt_neo):
         raise ValueError(f"head_dim = {head_dim}, but coordinates are rotated in pairs")
     rotates = () if is_gpt_neo else rotated_layers(values)
     same = *SIZES, "max_position_embeddings", "tie_word_embeddings"
