@@ -64,13 +64,13 @@ class Tokenizer:
         self.raw.no_truncation()
         self.raw.no_padding()
         configs = [_object(folder / name) for name in ("config.json", "generation_config.json")]
-        ids = {kind: [_token_ids(config, kind, folder) for config in configs] for kind in ("bos", "eos")}
-        self.bos, self.bos_id = self._special(settings, "bos_token", ids["bos"])
-        self.eos, self.eos_id = self._special(settings, "eos_token", ids["eos"])
+        self.bos, self.bos_id = self._special(settings, "bos_token", configs, folder)
+        self.eos, self.eos_id = self._special(settings, "eos_token", configs, folder)
         if self.eos is None:
             raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
         self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
-        self.model_eos_ids = ids["eos"][1] or ids["eos"][0]  # generation_config.json comes first
+        of_model, of_generation = (_token_ids(config, "eos_token", folder) for config in configs)
+        self.model_eos_ids = of_generation or of_model
         if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
             raise ValueError(f"{folder}: the eos token {self.eos!r} is not encoded as one token")
         if self.raw.post_processor is None and self.bos is not None and settings.get("add_bos_token"):
@@ -83,20 +83,21 @@ class Tokenizer:
         """The ids that end a generation: an instruct model ends a turn with one and a text with another."""
         return {self.eos_id, *self.model_eos_ids}
 
-    def _special(self, settings: dict, name: str, ids: list[list[int]]) -> tuple[str | None, int | None]:
+    def _special(self, settings: dict, name: str, configs: list[dict],
+                 folder: Path) -> tuple[str | None, int | None]:
         """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
         text = _content(settings.get(name), name)
-        first = [some[0] for some in ids if some]
-        if text is None and first:
-            text = self.raw.id_to_token(first[0])
+        if text is None:
+            ids = [token for config in configs for token in _token_ids(config, name, folder)]
+            text = self.raw.id_to_token(ids[0]) if ids else None
         return text, None if text is None else self.raw.token_to_id(text)
 
     def _put_bos(self) -> None:
         """Let each text begin with a bos."""
         single, pair = f"{self.bos} $A", f"{self.bos} $A {self.bos} $B"
-        known = [(self.bos, self.bos_id)]
-        put = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
-        self.raw.post_processor = put
+        self.raw.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(self.bos, self.bos_id)]
+        )
 
     def _model_template(self, settings: dict, folder: Path) -> "ModelTemplate":
         if self.chat_template is None:
@@ -183,11 +184,14 @@ def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
 def _add_tokens(raw: tokenizers.Tokenizer, settings: dict, folder: Path) -> None:
     """Add the tokens that the settings list and the tokenizer lacks. Raises ValueError for another id."""
     listed = settings["added_tokens_decoder"]
-    for index, token in sorted(listed.items(), key=lambda pair: int(pair[0])):
-        raw.add_tokens([_added_token(token)])
-        text = _content(token, "added_tokens_decoder")
-        if raw.token_to_id(text) != int(index):
-            found = raw.token_to_id(text)
+    try:
+        listed = {int(index): _added_token(token) for index, token in listed.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its list of added tokens cannot be read ({error})") from None
+    for index, token in sorted(listed.items()):
+        raw.add_tokens([token])
+        text, found = token.content, raw.token_to_id(token.content)
+        if found != index:
             raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
     known = {token.content for token in raw.get_added_tokens_decoder().values()}
     for name, token in _special_tokens(settings):
@@ -208,13 +212,13 @@ def _content(token: Any, name: str) -> str | None:
     return text
 
 
-def _token_ids(config: dict, kind: str, folder: Path) -> list[int]:
+def _token_ids(config: dict, name: str, folder: Path) -> list[int]:
     """bos_token_id or eos_token_id of a config as a list: models have none, one or several."""
-    ids = config.get(f"{kind}_token_id")
+    ids = config.get(f"{name}_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     for i in ids:
         if not (isinstance(i, int) and not isinstance(i, bool) and i >= 0):
-            raise ValueError(f"{folder}: {kind}_token_id {i!r} is not a token id")
+            raise ValueError(f"{folder}: {name}_id {i!r} is not a token id")
     return ids
 
 
@@ -425,24 +429,26 @@ class Raw(NamedTuple):
     response: str
 
 
-# What no template here renders: words of a field's name, and what such a field holds. Refused unless it is
-# absent, false or 0.
+# What no template here renders, by the words that its fields have in their names. Such a field is refused
+# unless it is absent, false or 0.
 UNRENDERED = {
-    "tool tools function functions toolcalls plugin plugins observation observations": "tool use",
-    "image images picture pictures video videos audio audios media pixel attachment attachments": "media",
-    "reasoning thinking thought thoughts rationale scratchpad cot": "reasoning apart from the answer",
-    "chosen rejected preferred dispreferred winner loser negative": "one of two answers: keep the better one",
-    "mask masks labels": "a mask made elsewhere",
+    "tool use": "tool tools function functions toolcalls plugin plugins observation observations",
+    "media": "image images picture pictures video videos audio audios media pixel attachment attachments",
+    "reasoning apart from the answer": "reasoning thinking thought thoughts rationale scratchpad cot",
+    "one of two answers: keep the better one": "chosen rejected preferred dispreferred winner loser negative",
+    "a mask made elsewhere": "mask masks labels",
 }
 # names that end so describe the row: image_id, question_type
 DESCRIPTIONS = ("id", "ids", "idx", "index", "type", "source", "score", "count", "length", "language", "lang")
 # fields that hold text of a prompt or a response, in one layout or another
 TEXTS = ("prompt", "completion", "response", "instruction", "input", "context", "output", "inputs", "targets",
-         "messages", "conversations", "system", "system_prompt", "history", "question", "query", "answer",
-         "document", "documents", "passage", "passages", "knowledge", "suffix")  # fmt: skip
+         "messages", "conversations", "system", "system_prompt", "system_message", "history", "question",
+         "query", "answer", "document", "documents", "passage", "passages", "suffix")  # fmt: skip
 # of a turn or a row: 0 and false say that it is not learned
 LEARNED = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "train_on_turn")
+SYSTEM = ("system", "system_prompt", "system_message")  # names of one thing
 BAD_ANSWER = ("label", "kto_tag")  # 0 and false mark a bad answer (KTO)
+# these say nothing of the text, and pass; what nobody knows passes, too, and is said once
 HARMLESS = frozenset("""
     author categories category conversation_hash created created_at date dataset dataset_name difficulty
     domain generator hash id is_classification lang language length license meta metadata model model_name
@@ -457,7 +463,7 @@ def meaning_of(name: str) -> str | None:
     words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().split("_")
     if words[-1] in DESCRIPTIONS:
         return None
-    return next((meaning for some, meaning in UNRENDERED.items() if set(words) & set(some.split())), None)
+    return next((meaning for meaning, some in UNRENDERED.items() if set(words) & set(some.split())), None)
 
 
 def present(fields: dict) -> dict:
@@ -475,10 +481,10 @@ def take_text(fields: dict, name: str) -> str:
 
 
 def take_one(fields: dict, *names: str) -> str:
-    """Take the one of two fields of the same meaning that is there, a text."""
+    """Take the text of the fields of one meaning, of which a row has one, or equal ones."""
     found = [take_text(fields, name) for name in names if name in fields]
     if len(set(found)) > 1:
-        raise RowError(f"{' and '.join(names)} are both there: one of them is needed")
+        raise RowError(f"{' and '.join(names[:2])} are both there: one of them is needed")
     return found[0] if found else ""
 
 
@@ -516,10 +522,10 @@ def check_rest(fields: dict, unused: set[str], said: Sequence[str] = (), owner: 
 
 def read_message(message: Any, unused: set[str]) -> Turn:
     """A message of OpenAI's (role, content) or ShareGPT's (from, value) layout."""
-    if not isinstance(message, dict):
-        raise RowError("a message must be an object with role and content, or from and value")
-    fields = present(message)
+    fields = present(message) if isinstance(message, dict) else {}
     role = take_one(fields, "role", "from")
+    if not role:
+        raise RowError("a message must be an object with role and content, or from and value")
     role = {"human": "user", "gpt": "assistant"}.get(role, role)
     if role not in ("system", "user", "assistant"):
         raise RowError(f"role {role!r} is not allowed: system, user, assistant")
@@ -585,7 +591,7 @@ def text_pair(fields: dict, unused: set[str], prompt: str, response: str) -> Raw
         answer = read_messages(fields.pop(response), response, unused)
         return [turn._replace(learned=False) for turn in before] + answer
     turns = instruction(fields, unused, prompt, response)
-    if {"system", "system_prompt", "history"} & fields.keys():
+    if {*SYSTEM, "history"} & fields.keys():
         return turns  # these are turns, and then the pair is two more
     return Raw(turns[0].content, turns[1].content)
 
@@ -638,7 +644,7 @@ def read_row(row: dict, unused: set[str]) -> Raw | list[Turn]:
     found = LAYOUTS[layout](fields, unused, *layout)
     if isinstance(found, list):
         earlier = read_history(fields.pop("history", []), unused)
-        system = take_one(fields, "system", "system_prompt")
+        system = take_one(fields, *SYSTEM)
         found = [Turn("system", system, False)] * bool(system) + earlier + found
         check_turns(found)
     if fields:
@@ -758,10 +764,10 @@ class ModelTemplate:
         return pieces
 
 
-def _added(before: str, text: str, otherwise: str) -> str:
-    """What a text has more than the one before, with which it must begin; otherwise: the error's reason."""
+def _added(before: str, text: str, reason: str) -> str:
+    """What a text has more than the one before. Raises RowError, with a reason, if it begins otherwise."""
     if not text.startswith(before):
-        raise RowError(otherwise, " (--template tulu)")
+        raise RowError(reason, " (--template tulu)")
     return text[len(before) :]
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import data
+import get_data
 from data import Tokenizer, build_corpus, pack, read_rows, render, render_rows, shift, split_rows, unique_rows
 from publish import chat_template
 
@@ -222,6 +223,8 @@ def test_bad_files_are_named(tmp_path, text, message):
         ({"messages": "x"}, "must be a list"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a string, or a list of text parts, not NoneType"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not allowed"),
+        ({"messages": [{"content": "x"}]}, "a message must be an object with role and content, or from and value"),
+        ({"messages": ["x"]}, "a message must be an object with role and content, or from and value"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "take turns, starting with user"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message with text"),
         ({"messages": messages("a", "b", weight=0)}, "no assistant message is to be learned"),
@@ -275,6 +278,7 @@ WITH_SYSTEM = {"messages": [{"role": "system", "content": "s"}, *messages("a", "
         ({"instruction": "", "input": "a", "output": "b"}, {"instruction": "a", "output": "b"}),
         ({"instruction": "a", "output": "b", "system": "s"}, WITH_SYSTEM),
         ({"conversations": messages("a", "b"), "system": "s"}, WITH_SYSTEM),
+        ({"messages": messages("a", "b"), "system_message": "s"}, WITH_SYSTEM),
         ({"prompt": "a", "response": "b", "system_prompt": "s"}, WITH_SYSTEM),  # a system turn: no raw text any more
         ({"instruction": "a", "output": "b", "history": [["q", "r"]]}, EARLIER),  # LLaMA-Factory learns these, too
         ({"prompt": "a", "completion": "b", "history": messages("q", "r")}, EARLIER),
@@ -410,3 +414,19 @@ def test_the_first_token_is_never_judged(tokenizer):
     corpus = build_corpus([{"prompt": "", "response": "the quick fox"}], tokenizer)
     assert not corpus.response[0] and corpus.response[1:].all()
     assert len(corpus.tokens) == len(tokenizer.encode(["the quick fox" + tokenizer.eos])[0][0])
+
+
+def test_public_rows_without_a_response_are_those_that_render_says(capsys):
+    """Found at fe070b7: rows in `conversations` ended in an AttributeError, null columns in a KeyError."""
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    rows = [{"conversations": turns}, {"conversations": [turns[0], {"from": "gpt", "value": ""}]}, {"conversations": turns[:1]},
+            {"messages": None, "inputs": "a", "targets": "b"}, {"inputs": "a", "targets": None}, {"a": "unknown layouts stay"}]
+    kept = get_data.convert_rows("".join(json.dumps(row) + "\n" for row in rows))
+    assert kept == [rows[0], rows[3], rows[5]]
+    assert "3 of 6 public rows have no response" in capsys.readouterr().out
+
+
+def test_two_public_files_never_share_a_place(monkeypatch):
+    monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
+    names = ["a_b/c/x.jsonl", "a/b_c/x.jsonl", "a/b/c_x.jsonl", "a/b/c/x.jsonl", "a/b/c/x.jsonl@r", "a/b/c x.jsonl", "a/b/c%20x.jsonl"]
+    assert len({get_data.fetch_rows(get_data.HUB_PREFIX + name) for name in names}) == len(names)

@@ -89,3 +89,11 @@ def test_a_response_that_ends_in_eos_gets_no_second(tmp_path, kind):
     corpora = [build_corpus([row], tokenizer) for row in rows]
     assert corpora[0].fingerprint() == corpora[1].fingerprint() and corpora[2].fingerprint() == corpora[3].fingerprint()
     assert all(corpus.tokens.tolist().count(tokenizer.eos_id) == 1 for corpus in corpora)
+
+
+def test_a_list_of_added_tokens_that_is_none_is_named(tmp_path):
+    tiny.save_tokenizer(tmp_path, "llama3")
+    for content in ({"x": {"content": "a"}}, {"1": 5}, [1], {"1": {"content": 3}}):
+        cases.write(tmp_path, tokenizer_config={"eos_token": "<|end_of_text|>", "added_tokens_decoder": content})
+        with pytest.raises(ValueError, match=f"{tmp_path}: its list of added tokens cannot be read"):
+            Tokenizer(tmp_path)
