@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import Tokenizer, advance, check_ids, join_over_ranks, print0, progress, question_ids
-from data import rank_and_world, read_rows, split_by_tokens, start_ranks, sum_over_ranks
+from data import rank_and_world, read_object, read_rows, split_by_tokens, start_ranks, sum_over_ranks
 from data import write_rows, write_text
 from lora import load_adapter, remove_lora
 from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, read_config
@@ -843,7 +843,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
     add("--tasks", nargs="+", default=[], help=f"of {', '.join([*TASKS, *GROUPS])}")
     add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
-    add("--template", choices=["tulu", "model"], default="tulu", help="of --prompt, that of the run [tulu]")
+    add("--template", choices=["tulu", "model"], help="of --prompt [that of the adapter's run; tulu]")
     add("--data-dir", default="runs/data", help="folder of the row files [runs/data]")
     add("--limit", type=int, help="only the first LIMIT documents of each task")
     add("--output", help="write the results here (.json)")
@@ -901,6 +901,18 @@ def write_results(results: dict[str, dict], samples: list[dict], arguments: argp
         write_rows(samples, arguments.samples)
 
 
+def template_of(adapters: list[str]) -> str:
+    """The template that the adapters' runs were trained with, as their config.json says; else Tulu's."""
+    found = set()
+    for adapter in adapters:
+        above = Path(adapter).resolve().parents  # RUN/METHOD/seed-S or RUN/reference
+        configs = [folder / "config.json" for folder in above[:2]]
+        found |= {read_object(path).get("template", "tulu") for path in configs if path.is_file()}
+    if len(found) > 1:
+        raise ValueError("the adapters were trained with different templates: give --template")
+    return found.pop() if found else "tulu"
+
+
 def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
     """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
     ids = [question_ids(prompt, tokenizer) for prompt in prompts]
@@ -922,7 +934,7 @@ def main() -> None:
         arguments = parse_arguments()
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
-        tokenizer = Tokenizer(folder, arguments.template)
+        tokenizer = Tokenizer(folder, arguments.template or template_of(arguments.adapter))
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)
         model = load_model(folder, device, DTYPES[arguments.dtype])

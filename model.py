@@ -78,7 +78,7 @@ FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bid
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation, whatever the architecture calls it; `raw` is config.json as save_model writes it."""
+    """What shapes the computation, whatever the architecture calls it; `raw` is what save_model writes."""
 
     model_type: str
     vocab_size: int
@@ -467,7 +467,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 def mark_float32_output(*layers: nn.Linear) -> None:
-    """Have lora.LoRALinear sum these layers' outputs in float32; without an adapter it changes nothing."""
+    """Give these layers the attribute float32_output; without an adapter it changes nothing.
+
+    If a linear layer has the attribute float32_output = True, LoRALinear adds the adapter's path to it in
+    float32 and returns float32, in eval mode only.
+    """
     for layer in layers:
         layer.float32_output = True
 

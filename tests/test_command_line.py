@@ -580,3 +580,16 @@ def test_what_run_sh_starts(tmp_path, words, gpus, command):
     changed = {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run([ROOT / "run.sh", *words.split()], capture_output=True, text=True, env=os.environ | changed)
     assert (done.returncode, done.stdout, done.stderr) == (0, command.format(root=ROOT) + "\n", "")
+
+
+def test_prompts_take_the_template_of_the_run(tmp_path):
+    """A model trained in its own template was asked in Tulu's."""
+    from eval import template_of
+
+    for name, template in (("a", "model"), ("b", "tulu")):
+        (tmp_path / name / "full/seed-0").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({"template": template}))
+    adapters = [str(tmp_path / "a/full/seed-0"), str(tmp_path / "a/reference"), str(tmp_path / "b/full/seed-0")]
+    assert template_of(adapters[:2]) == "model" and template_of(adapters[2:]) == "tulu" == template_of([])
+    with pytest.raises(ValueError, match="different templates: give --template"):
+        template_of(adapters)
