@@ -1,11 +1,9 @@
 """Did it help? What a run says before stage 4 and under its table, and what must not wedge a run folder."""
 
 import json
-import math
 import os
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -14,11 +12,10 @@ import torch
 from test_training import ROWS, adapt, setting
 
 import forgetting
-from data import Corpus, Tokenizer, write_rows
-from forgetting import METHODS, Options, bootstrap, choose_signs, describe_plan, describe_trust, finished, lowest_rows, method_of
-from forgetting import open_log, paired_losses, quality_scores, read_log, read_scores, row_losses, save_arrays, train, warnings_of
-from lora import add_lora, lora_disabled, lora_parameters, remove_lora
-from model import load_model
+from data import Corpus, Tokenizer, progress, write_rows
+from forgetting import Options, append_log, bootstrap, describe_plan, describe_trust, finished, lowest_rows, method_of
+from forgetting import open_log, paired_losses, read_log, read_scores, row_losses, save_arrays, train, warnings_of
+from lora import lora_disabled, lora_parameters, remove_lora
 
 
 def test_the_plan_counts_steps_and_says_where_they_teach_nothing(tmp_path):
@@ -215,3 +212,25 @@ def test_ctrl_c_saves_between_two_steps(tmp_path, number, monkeypatch):
     train(model, corpus, signs, tmp_path / "run", options, seed=5)
     assert len(steps) == 8, "it went on after the step that was running"
     assert torch.equal(torch.cat([p.detach().flatten() for p in lora_parameters(model).values()]), whole)
+
+
+def test_a_full_disk_leaves_a_log_that_is_gone_on_from(tmp_path):
+    """A real one, a tmpfs of 64 kB: the write that fails leaves part of a line, and the same training goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    try:
+        (disk / "filler").write_bytes(bytes(50_000))
+        log, bar = open_log(disk, 0, 1000), progress("x", 1000, "steps")
+        figures = {"loss": 1.0, "L_P": 1.0, "L_N": None, "lambda": None, "tokens/s": 1.0, "long": "x" * 300}
+        with pytest.raises(OSError, match="metrics.jsonl: could not be written .*No space"):
+            for step in range(1000):
+                append_log(disk, figures | {"step": step}, log, bar)
+        text = (disk / "metrics.jsonl").read_text()
+        assert not text.endswith("\n"), "half a line is there, or this test shows nothing"
+        (disk / "filler").unlink()
+        assert [line["step"] for line in open_log(disk, len(log), 1000)] == list(range(len(log) - 1))
+        assert (disk / "metrics.jsonl").read_text() == text[: text.rindex("\n") + 1]
+    finally:
+        subprocess.run(["umount", disk], check=True)
