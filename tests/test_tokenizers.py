@@ -1,6 +1,7 @@
 """Tokenizer folders as they are published: ids, eos and bos of transformers' AutoTokenizer (goldens/rows.json)."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import row_cases as cases
 import tiny
 import torch
 
+import model
 from data import Tokenizer, build_corpus
 from eval import generate
 from model import load_model
@@ -39,19 +41,19 @@ def test_stop_ids_are_those_of_transformers(tmp_path, name):
 
 def test_generation_ends_at_every_stop_id(tmp_path):
     """Llama 3 ends a turn with <|eot_id|>: a reply ran on past it to the limit."""
-    model, tokenizer = load_model(tiny.make_checkpoint(tmp_path, "gpt_neo")), Tokenizer(tmp_path)
+    net, tokenizer = load_model(tiny.make_checkpoint(tmp_path, "gpt_neo")), Tokenizer(tmp_path)
     prompt = tokenizer.encode(["The quick"])[0][0]
-    whole = generate(model, tokenizer, [prompt], 12)[0]
+    whole = generate(net, tokenizer, [prompt], 12)[0]
     with torch.inference_mode():
         ids = list(prompt)
         for _ in range(12):
-            hidden = model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
-            ids.append(int(model.lm_head(hidden[-1:]).argmax()))
+            hidden = net(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
+            ids.append(int(net.lm_head(hidden[-1:]).argmax()))
     written = ids[len(prompt) :]
     assert whole == tokenizer.decode(written)
     third = next(i for i in range(2, 12) if written[i] not in written[:i])
     tokenizer.model_eos_ids = [tokenizer.eos_id, written[third]]
-    assert generate(model, tokenizer, [prompt], 12)[0] == tokenizer.decode(written[:third])
+    assert generate(net, tokenizer, [prompt], 12)[0] == tokenizer.decode(written[:third])
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
@@ -97,3 +99,16 @@ def test_a_list_of_added_tokens_that_is_none_is_named(tmp_path):
         cases.write(tmp_path, tokenizer_config={"eos_token": "<|end_of_text|>", "added_tokens_decoder": content})
         with pytest.raises(ValueError, match=f"{tmp_path}: its list of added tokens cannot be read"):
             Tokenizer(tmp_path)
+
+
+def test_every_file_of_a_tokenizer_is_fetched_and_kept(tmp_path, monkeypatch):
+    """GPT-Neo's merges.txt is no JSON, and so was not fetched."""
+    cases.pair_with_tokens(tmp_path)
+    (tmp_path / "chat_template.jinja").touch()
+    asked = {}
+    monkeypatch.setattr(model, "snapshot_download", lambda repo, **patterns: asked.update(patterns) or tmp_path)
+    with pytest.raises(ValueError, match="no safetensors in this repository"):
+        model.checkpoint_folder("EleutherAI/gpt-neo-2.7B")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert all(any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]) for name in names)
+    assert names - {"config.json", "chat_template.jinja"} <= set(model.TEXT_FILES)
