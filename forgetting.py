@@ -11,10 +11,10 @@
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
-Order: Algorithm 1, equations, methods (stage 3), training (1 and 4), scoring (2), data, run folder, options.
-tests/plain.py is the same algorithm in a hundred plain lines.
-Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack, n of them
-weighted; E examples; D width; V vocabulary.
+Order: Algorithm 1, equations, methods (stage 3), training (1 and 4), scoring (2), what a run says before
+stage 4, data, the run folder, figures and the table, options, main. tests/plain.py is the same algorithm in
+plain lines. Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack;
+n tokens that a loss or a score is computed for; E examples; D width; V vocabulary; S seeds; R held-out rows.
 """
 
 import argparse
@@ -76,38 +76,38 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     model = load_base(options, checkpoint, documents, d_ref, d_train, held_out)
     ref_options = reference_options(options, len(d_ref))
     print0(describe_plan(ref_options, plans, d_ref, d_train, len(options.seeds)))
-    out = open_run(options, checkpoint, d_ref, d_train)  # the first to write; input was checked above
+    out = open_run(options, checkpoint, d_ref, d_train)  # writes config.json; all input is checked by now
 
     # 1. theta': every response token of D_ref has sign +1
     train(model, d_ref, d_ref.response.astype(np.int8), out / "reference", ref_options, seed=0)
 
     # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
-    base_loss, ref_loss = score(model, d_train, out, options)
+    scorer = scoring_model(model, out, options)
+    base_loss, ref_loss = score(scorer, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
-    table_signs = choose_signs(METHODS["forgetting"], quality, d_train, options, seed=0)  # (C,)
-    print0(describe_scores(base_loss, ref_loss, table_signs))
-    print0(describe_trust(model, held_out, quality, options))
-    print0(describe_noise(detection(quality, table_signs < 0, d_train)))
+    plain_signs = plain_forgetting(quality, d_train, options)  # (C,)
+    print0(describe_scores(base_loss, ref_loss, plain_signs))
+    print0(describe_trust(scorer, held_out, quality, options))
+    print0(describe_noise(detection(quality, plain_signs < 0, d_train)))
     print0(lowest_rows(quality, d_train, tokenizer))
 
-    by = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
-    if options.skip_train_losses:
-        by = dataclasses.replace(by, signs=None)
+    table_signs = None if options.skip_train_losses else plain_signs
+    yardstick = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
     if "reference" in results:
-        results["reference"][0] = measure(model, by, out / "reference")
+        results["reference"][0] = measure(model, yardstick, out / "reference")
     remove_lora(model)
     if "base" in results:
-        results["base"][0] = measure(model, by, out / "base")
+        results["base"][0] = measure(model, yardstick, out / "base")
 
     # 3 and 4. for each method and seed: signs from Q, then a fresh adapter on theta
     for name, seed in product(plans, options.seeds):
-        method, its_options = plans[name]
-        scores = -base_loss if method.by_loss else quality  # (C,)
-        signs = choose_signs(method, scores, d_train, its_options, seed)  # (C,) +1, -1 or 0
+        method, method_options = plans[name]
+        scores = -base_loss if method.by_loss else quality  # (C,) high: keep
+        signs = choose_signs(method, scores, d_train, method_options, seed)  # (C,) +1, -1 or 0
         folder = out / name / f"seed-{seed}"
-        train(model, d_train, signs, folder, its_options, seed, held_out)
-        results[name][seed] = measure(model, by, folder)
+        train(model, d_train, signs, folder, method_options, seed, held_out)
+        results[name][seed] = measure(model, yardstick, folder)
         remove_lora(model)
     return results
 
@@ -153,7 +153,10 @@ def partition(quality: Array, rho: float, forget_rate: float | None = None) -> t
 
 
 def lambda_at(step: int, total_steps: int, t_min: float, t_max: float) -> float:
-    """The paper's forgetting strength: 0 at step 0, rising by (t_max - t_min) / total_steps a step."""
+    """The paper's forgetting strength: 0 at step 0, then (t_max - t_min) / total_steps more at each step.
+
+    t_min is no floor: all that it does is to lower the slope.
+    """
     return (t_max - t_min) * step / total_steps
 
 
@@ -179,16 +182,18 @@ def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, we
 
     Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time, loss and gradient at once.
     ceiling: a token whose loss is above it, in nats, is not unlearned any further. With return_losses the
-    result is (loss, losses): the loss of each token (n,), without a gradient. Raises ValueError for hidden
-    states of another shape, and for a head that is trained, too: its gradient is not computed.
+    result is (loss, losses): the loss of each token (n,), without a gradient, 0 for a target of -100. Raises
+    ValueError for hidden states of another shape, and for a head that is trained, too: its gradient is not
+    computed.
     """
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, (n, D) is needed: flatten(0, -2)")
     if head_weight.requires_grad:
         raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
-    weights, targets = weights.masked_fill(targets < 0, 0), targets.clamp_min(0)
+    ignored = targets < 0  # (n,)
+    weights, targets = weights.masked_fill(ignored, 0), targets.clamp_min(0)
     loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling)
-    return (loss, losses) if return_losses else loss
+    return (loss, losses.masked_fill(ignored, 0)) if return_losses else loss
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -266,28 +271,35 @@ def sequence_means(quality: Array, corpus: Corpus) -> tuple[Array, Array]:
     return sums / judged, judged
 
 
-def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
+def choose_signs(method: Method, scores: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
     """The sign (C,) int8 of every token: +1 in P, -1 in N of a method that unlearns, 0 elsewhere.
 
-    quality (C,) is NaN where nothing is judged. At sequence level a sequence's Q is the mean over its judged
-    tokens, the threshold is over sequences, and all judged tokens share their sequence's side.
+    scores (C,), high: keep, are Q, or what stands in for it; NaN where nothing is judged. At sequence level
+    a sequence's score is the mean over its judged tokens, the threshold is over sequences, and all judged
+    tokens share their sequence's side.
     """
     signs, response = np.zeros(len(corpus.tokens), np.int8), corpus.response
     if method.rho == 1:  # full: no score is looked at
         signs[response] = 1
         return signs
     rho = method.rho if options.rho is None else options.rho
-    scores = quality[response]  # one a response token; below one a sequence
+    ranked = scores[response]  # one a response token; below one a sequence
     if method.by_sequence:
-        scores, judged_counts = sequence_means(quality, corpus)  # (E,) each
+        ranked, judged_counts = sequence_means(scores, corpus)  # (E,) each
     if method.random:
-        scores = np.random.default_rng([seed, 1]).random(len(scores))
-    positive, negative = partition(scores, rho, options.forget_rate if method.unlearn else None)
+        ranked = np.random.default_rng([seed, 1]).random(len(ranked))
+    positive, negative = partition(ranked, rho, options.forget_rate if method.unlearn else None)
     sides = positive.astype(np.int8) - (negative & method.unlearn).astype(np.int8)
     if method.by_sequence:
         sides = np.repeat(sides, judged_counts)  # (response tokens,) each takes its sequence's side
     signs[response] = sides
     return signs
+
+
+def plain_forgetting(quality: Array, corpus: Corpus, options: "Options") -> Array:
+    """The signs (C,) of forgetting at --rho with all of N unlearned: the sides that a run describes."""
+    options = dataclasses.replace(options, forget_rate=None)
+    return choose_signs(METHODS["forgetting"], quality, corpus, options, seed=0)
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -296,8 +308,9 @@ def choose_signs(method: Method, quality: Array, corpus: Corpus, options: "Optio
 def data_parallel(model: Transformer) -> nn.Module:
     """The model itself, or under torchrun in DistributedDataParallel with gradients summed, not averaged.
 
-    The weights already count all ranks' tokens. DDP divides by the ranks, but not after a communication hook.
-    init_sync would broadcast the frozen weights; every rank has read the same file, drawn the same adapter.
+    The token weights are already divided by the counts of all ranks, so gradients must be summed. DDP would
+    average them; a communication hook of our own replaces that. init_sync is off: it would broadcast the
+    frozen weights, and every rank has read the same file and drawn the same adapter.
     """
     if not dist.is_initialized():
         return model
@@ -325,12 +338,12 @@ def step_gradient(net: nn.Module, corpus: Corpus, signs: Array, examples: Array,
     counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
     longest_first = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
     mine = longest_first[rank::world]
-    # with fewer examples than ranks some have none: DDP waits for every rank, so they run one with signs 0
-    micro_batches = list(pack(corpus, mine or longest_first[-1:], options.micro_tokens))
+    idle = not mine  # fewer examples than ranks: DDP waits for every rank, so this one runs one with signs 0
+    micro_batches = list(pack(corpus, longest_first[-1:] if idle else mine, options.micro_tokens))
     sums = torch.zeros(3, device=head.device)
     net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
     for i, batch in enumerate(micro_batches):
-        sign = torch.from_numpy(signs[batch.places.numpy()]) * bool(mine)  # (T,) int8, all 0 with no share
+        sign = torch.from_numpy(signs[batch.places.numpy()]) * (not idle)  # (T,) int8
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
         weighted = weights != 0  # (T,) bool, n of them true; the rest (at lambda 0 N as well) skip the head
         before, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,) each
@@ -360,13 +373,16 @@ BALANCE = 0.5  # of --lambda-schedule balanced: the most that unlearning may wei
 def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
     """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or balanced.
 
-    Balanced: the paper's, but at most BALANCE |grad mean_P loss| / |grad mean_N loss| as last watched.
+    Balanced: the paper's, but at most BALANCE |grad mean_P loss| / |grad mean_N loss|, of the last earlier
+    step that was watched.
     """
     if options.lambda_schedule == "constant":
         return options.t_max
     lam = lambda_at(step, total_steps, options.t_min, options.t_max)
     ratios = [line["ratio"] for line in log if line.get("ratio")]
-    return min(lam, BALANCE * ratios[-1]) if options.lambda_schedule == "balanced" and ratios else lam
+    if options.lambda_schedule == "balanced" and ratios:
+        lam = min(lam, BALANCE * ratios[-1])
+    return lam
 
 
 def examples_of(step: int, count: int, batch_size: int, seed: int) -> Array:
@@ -392,16 +408,16 @@ def new_adapter(model: Transformer, options: "Options", seed: int) -> tuple[list
 
 def train(model: Transformer, corpus: Corpus, signs: Array, folder: Path, options: "Options", seed: int,
           held_out: Corpus | None = None) -> None:
-    """Put an adapter on the model: towards tokens of sign +1, away from those of -1; signs (C,) int8.
+    """Train an adapter that lowers the loss of tokens of sign +1 and raises that of -1; signs (C,) int8.
 
-    The one loop: the reference and every method are this with other signs. A finished adapter in `folder` is
-    loaded, a checkpoint continued: all that is random is drawn anew from the seed at every step. Ctrl-C and
-    SIGTERM end it after a step, with a checkpoint. Raises FloatingPointError, with the step's figures and
-    examples, when loss or gradient is not finite.
+    It stays on the model. The reference and every method are this loop with other signs. A finished adapter
+    in `folder` is loaded, a checkpoint continued: what is random is drawn anew from the seed at every step.
+    Ctrl-C and SIGTERM end it after a step, with a checkpoint. FloatingPointError: a loss is not finite.
     """
     finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
     if finished.is_file():
         print0(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
+        shutil.rmtree(state_file.parent, ignore_errors=True)  # left by a crash between the two
         return load_adapter(model, folder)
     parameters, optimizer = new_adapter(model, options, seed)
     first = load_checkpoint(state_file, model, optimizer)  # steps done: 0 without a checkpoint
@@ -419,9 +435,9 @@ def train(model: Transformer, corpus: Corpus, signs: Array, folder: Path, option
             sums, counts = step_gradient(net, corpus, signs, examples, lam, options)
             # inf: the norm is measured only; it is the same on all ranks, as the gradient is
             norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
-            # whether to stop is summed as well: all ranks do so after the same step
-            totals = sum_over_ranks(torch.cat((sums, sums.new_full((1,), len(stopped)))))
-            *totals, stop, norm = torch.cat((totals, norm[None])).tolist()  # waits for the GPU, once
+            asked = sums.new_full((1,), len(stopped))  # summed as well: all ranks stop after the same step
+            totals = sum_over_ranks(torch.cat((sums, asked)))
+            *totals, stop, norm = torch.cat((totals, norm[None])).tolist()  # waits for the GPU, once a step
             figures = {"step": step} | step_figures(totals, counts, lam)
             figures |= {"lr": rate, "grad_norm": norm} | watched
             if not math.isfinite(figures["loss"] + norm):
@@ -567,11 +583,20 @@ def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: st
     return base_loss, ref_loss
 
 
+def scoring_model(model: Transformer, out: Path, options: "Options") -> Transformer:
+    """theta' in --score-dtype: the model itself, or, where its dtype is another, a second one."""
+    if options.score_dtype == options.dtype:
+        return model
+    scorer = load_model(model.folder, options.device, DTYPES[options.score_dtype])
+    load_adapter(scorer, out / "reference")
+    return scorer
+
+
 def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
     """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
 
-    They are written every --save-every x --batch-size examples, beside the tokens and where their examples
-    came from; a run that was stopped goes on there.
+    Saved after every --save-every x --batch-size examples, with tokens, offsets and the rows' sources; a run
+    that was stopped goes on there.
     """
     path, count = out / "scores.safetensors", len(corpus)
     (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
@@ -579,9 +604,6 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
         base_loss, ref_loss, done = read_scores(path, corpus)
         what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
         print0(f"found {path}, {what_next}")
-    if done < count and options.score_dtype != options.dtype:  # a second model, for this function only
-        model = load_model(model.folder, options.device, DTYPES[options.score_dtype])
-        load_adapter(model, out / "reference")
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
     arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
@@ -599,7 +621,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> 
     wait_for_all()
     quality = quality_scores(base_loss, ref_loss)
     if np.nanmin(quality) == (same := np.nanmax(quality)):
-        mend = "more --n-reference, --reference-epochs or --reference-lr"
+        mend = "more --n-reference, --reference-epochs or --reference-lr, and another --out"
         raise ValueError(f"the reference learned nothing: Q is {same:g} for every token; {mend}")
     return base_loss, ref_loss
 
@@ -629,16 +651,16 @@ def describe_plan(ref_options: "Options", plans: dict, d_ref: Corpus, d_train: C
     """How many steps, trainings and tokens are to come; a note where so few steps teach nothing."""
     lines, notes = [], []
     trainings = [("the reference", d_ref, ref_options, 1)]
-    trainings += [(name, d_train, its_options, seeds) for name, (_, its_options) in plans.items()]
-    for name, corpus, its_options, times in trainings:
-        steps = its_options.epochs * math.ceil(len(corpus) / its_options.batch_size)
-        tokens = its_options.epochs * len(corpus.tokens) * times
-        lines.append([name, str(times), str(steps), f"{its_options.lr:g}", f"{tokens:,}"])
-        if steps == 1 and its_options.warmup:
+    trainings += [(name, d_train, method_options, seeds) for name, (_, method_options) in plans.items()]
+    for name, corpus, method_options, times in trainings:
+        steps = method_options.epochs * math.ceil(len(corpus) / method_options.batch_size)
+        tokens = method_options.epochs * len(corpus.tokens) * times
+        lines.append([name, str(times), str(steps), f"{method_options.lr:g}", f"{tokens:,}"])
+        if steps == 1 and method_options.warmup:
             notes.append("warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs")
-        elif steps * its_options.lr < 0.005:  # 17 steps at 3e-4 hardly told methods apart (tests/README.md)
-            notes.append(f"note: {steps} steps at {its_options.lr:g}: expect little; for a few hundred rows "
-                         "try --lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")  # fmt: skip
+        elif steps * method_options.lr < 0.006:  # 17 steps at 3e-4 hardly told methods apart, 20 at 5e-4 did
+            note = f"note: {steps} steps at {method_options.lr:g}: expect little; for a few hundred rows try "
+            notes.append(note + "--lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")
     plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
     return "\n".join([plan, *dict.fromkeys(notes)])
 
@@ -653,11 +675,12 @@ def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
         f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
         f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'; "
         f"{(quality > 0).mean():.0%} of the tokens have Q > 0, the paper's first guess for --rho",
-        "warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1",
     ]
     kept, unlearned = quality[signs > 0], quality[signs < 0]
     if len(unlearned):
-        lines[-1] = f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N"
+        lines.append(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N")
+    else:
+        lines.append("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
     return "\n".join(lines)
 
 
@@ -799,10 +822,12 @@ def load_base(options: "Options", checkpoint: Path, documents: list[Documents],
 
 # --------------------------------------------------------------------------------------- the run folder
 
-# options that may change: what was made stays valid (of model and rows open_run compares the fingerprints)
-FREE = ("model", "data", "reference_data", "n_reference", "n_train", "max_length", "skip_bad_rows", "out",
-        "methods", "seeds", "tasks", "data_dir", "limit", "eval_data", "eval_every", "skip_train_losses",
-        "device", "micro_tokens", "save_every", "checkpoint_activations", "compile")  # fmt: skip
+# options that may change when a run is continued; model and rows are compared by their fingerprints instead
+MAY_CHANGE = (
+    "model", "data", "reference_data", "n_reference", "n_train", "max_length", "skip_bad_rows", "out",
+    "methods", "seeds", "tasks", "data_dir", "limit", "eval_data", "eval_every", "skip_train_losses",
+    "device", "micro_tokens", "save_every", "checkpoint_activations", "compile",
+)  # fmt: skip
 
 
 @contextmanager
@@ -839,7 +864,7 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
     out, config = Path(options.out), Path(options.out) / "config.json"
     inputs = {"model": model_fingerprint(checkpoint)}
     inputs |= {"reference data": d_ref.fingerprint(), "training data": d_train.fingerprint()}
-    inputs |= {name: value for name, value in vars(options).items() if name not in FREE}
+    inputs |= {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
     if config.is_file():
         before = read_object(config).get("inputs")
         if not isinstance(before, dict):
@@ -872,7 +897,7 @@ class Yardstick:
     documents: list[Documents]
     held_out: Corpus
     d_train: Corpus
-    signs: Array | None  # (C,) plain forgetting's, so that L_P and L_N are of the same tokens for every row
+    signs: Array | None  # (C,) plain forgetting's, so that L_P and L_N are over the same tokens in every row
     token_budget: int
 
 
@@ -898,9 +923,13 @@ def train_losses(model: Transformer, by: Yardstick, label: str) -> dict[str, flo
     count = len(by.d_train)
     sample = np.linspace(0, count - 1, min(512, count)).astype(int)
     losses = response_losses(model, by.d_train, sample, by.token_budget, f"{label}: L_P and L_N")
-    sides = {"L_P": by.signs > 0, "L_N": by.signs < 0}
-    judged = {name: losses[mask & np.isfinite(losses)] for name, mask in sides.items()}
-    return {name: float(found.mean()) if len(found) else None for name, found in judged.items()}
+    places, means = by.d_train.places(sample), {}
+    for name, side in (("L_P", by.signs > 0), ("L_N", by.signs < 0)):
+        found = losses[places[side[places]]]
+        means[name] = float(found.mean()) if len(found) else None
+        if not np.isfinite(found).all():
+            raise ValueError(f"{label}: {name} is {means[name]}")
+    return means
 
 
 def measure(model: Transformer, by: Yardstick, folder: Path) -> dict:
@@ -918,6 +947,7 @@ def measure(model: Transformer, by: Yardstick, folder: Path) -> dict:
     if rows := row_losses(model, by.held_out, by.token_budget, f"{label}: held-out"):
         results["held-out"] = mean_loss(rows)
     results["tasks"], samples = evaluate(model, by.tokenizer, by.documents)
+    wait_for_all()  # every rank has looked for results before rank 0 writes some
     if rank_and_world()[0] == 0:
         for name, lines in (("held-out.jsonl", rows), ("samples.jsonl", samples)):
             if lines:
@@ -1009,7 +1039,8 @@ def paired_losses(out: Path, results: Results) -> str:
     if not lines:
         return ""
     differences = table(["pair", "held-out loss, 95 % interval", "better on rows", "seeds"], lines)
-    return f"{differences}\n\nBy held-out loss (bootstrap over rows and seeds): {'; '.join(verdicts)}."
+    over = "rows and seeds" if any(line[-1] != "1" for line in lines) else "rows; a second seed may differ"
+    return f"{differences}\n\nBy held-out loss (bootstrap over {over}): {'; '.join(verdicts)}."
 
 
 def is_row(name: str) -> bool:
@@ -1024,13 +1055,13 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
     everything, left_out = {name: dict(seeds) for name, seeds in results.items()}, []
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
-        method, *seed = path.relative_to(out).parts[:-1]
-        if not is_row(method) or not re.fullmatch(r"(seed-\d+)?", "".join(seed)):
+        method, _, seed = path.parent.relative_to(out).as_posix().partition("/seed-")
+        if not is_row(method) or not re.fullmatch(r"\d*", seed):
             continue  # a copy that somebody keeps, say seed-0.bak
         found = read_object(path)
         identity = found.get("identity") if identity is None else identity
         if found.get("identity") == identity:
-            everything.setdefault(method, {}).setdefault(int(seed[0][5:]) if seed else 0, found)
+            everything.setdefault(method, {}).setdefault(int(seed or 0), found)
         else:
             left_out.append(f"{path.parent.relative_to(out)}: measured on other tasks or held-out rows")
     return everything, left_out
@@ -1041,7 +1072,8 @@ def warnings_of(results: Results) -> list[str]:
     means = {}
     for name, seeds in results.items():
         losses = [figures["held-out"] for figures in seeds.values() if "held-out" in figures]
-        means |= {name: sum(losses) / len(losses)} if losses else {}
+        if losses:
+            means[name] = sum(losses) / len(losses)
     base = means.get("base", math.inf)
     words = "warning: held-out loss of {}, {:.3f}, is above base's, {:.3f}: no training at all is better"
     return [words.format(name, mean, base) for name, mean in means.items() if mean > base]
@@ -1082,11 +1114,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def default_dtype() -> str:
-    """bfloat16 on a GPU; a CPU without instructions for it is many times slower."""
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 @dataclass
 class Options:
     """The command line; the defaults are the paper's recipe."""
@@ -1099,13 +1126,14 @@ class Options:
     max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
     template: str = option("tulu", "of conversations; model: the checkpoint's own", ("tulu", "model"))
     skip_bad_rows: bool = option(False, "train without the rows that cannot be used")
-    methods: list[str] = option("base reference full ignoring forgetting".split, "or forgetting:rho=0.5")
+    methods: list[str] = option(lambda: ["base", "reference", "full", "ignoring", "forgetting"],
+                                "rows of the table; a variant: forgetting:rho=0.5")  # fmt: skip
     seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
     rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")
     forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", "[0, 1]")
     lambda_schedule: str = option("linear", "of lambda", ("linear", "constant", "balanced"))
-    t_min: float = option(1e-5, "lambda has slope t-max - t-min (paper: 1e-5; 3B, 8B: 1e-4)", "[0, inf)")
-    t_max: float = option(0.25, "lambda nears t-max - t-min at the end of training", "[0, inf)")
+    t_min: float = option(1e-5, "lambda rises from 0 to t-max - t-min (paper's 3B, 8B: 1e-4)", "[0, inf)")
+    t_max: float = option(0.25, "where lambda is going, but for t-min", "[0, inf)")
     ceiling: float | None = option(None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)")
     watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", "[0, inf)")
     rank: int = option(64, "LoRA rank", "[1, inf)")
@@ -1120,8 +1148,8 @@ class Options:
     reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)")
     max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)")
     device: str = option(default_device, "cpu or cuda")
-    dtype: str = option(default_dtype, "of the frozen weights; bfloat16 is slow on most CPUs",
-                        ("bfloat16", "float32"))  # float16 gradients would underflow  # fmt: skip
+    # not float16, whose gradients would underflow
+    dtype: str | None = option(None, "of the frozen weights [bfloat16; CPU float32]", ("bfloat16", "float32"))
     score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", tuple(sorted(DTYPES)))
     micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", "[1, inf)")
     checkpoint_activations: bool = option(False, "less memory: blocks run twice")
@@ -1133,7 +1161,7 @@ class Options:
     skip_train_losses: bool = option(False, "leave L_P and L_N out of the table, which takes a pass less")
     limit: int | None = option(None, "only the first LIMIT documents of each task", "[1, inf)")
     out: str = option("runs/latest", "run folder, continued by the same command")
-    save_every: int = option(100, "steps between checkpoints", "[1, inf)")
+    save_every: int = option(100, "steps between checkpoints, of training and of scoring", "[1, inf)")
 
     def __post_init__(self) -> None:
         """Check each option, then those that go together, then fill in those that follow others."""
@@ -1151,8 +1179,9 @@ class Options:
         self.methods = list(dict.fromkeys(self.methods))
         self.seeds = list(dict.fromkeys(self.seeds))
         self.reference_lr = self.reference_lr or self.lr
+        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
         self.score_dtype = self.score_dtype or self.dtype
-        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # it saves memory; bfloat16 casts in every pack
+        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # small packs save memory; bfloat16 casts in each
         self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
 
 
@@ -1193,7 +1222,7 @@ def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         default = defaults.get(field.name, default)
         text = field.metadata["help"]
-        if default not in (None, [], False) and "[" not in text:
+        if not (default is None or default == [] or default is False or "[" in text):
             text += f" [{' '.join(map(str, default)) if several else default}]"
         kinds = {"action": "store_true"} if kind is bool else {"type": kind}
         kinds |= {"nargs": "+"} if several else {}
