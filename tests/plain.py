@@ -37,8 +37,11 @@ def examples_of(corpus):
 
 
 def token_losses(model, tokens, response):
-    """Equation 3: -log p(token | all tokens before it), in nats, for each response token; (R,)."""
-    boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)  # the model could take several sequences
+    """Equation 3: -log p(token | all tokens before it), in nats, for each response token; (R,).
+
+    The first token of a sequence is never a response token: nothing predicts it.
+    """
+    boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)  # where each sequence begins and ends; one
     logits = model.lm_head(model(tokens, boundaries))  # (L, V)
     losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")  # (L-1,) each token predicts the next
     return losses[response[1:]]  # (R,)
@@ -46,9 +49,10 @@ def token_losses(model, tokens, response):
 
 @torch.no_grad()
 def quality_scores(model, examples):
-    """Equations 4 and 5: Q = loss under theta - loss under theta'; one (R,) a sequence.
+    """Equations 4 and 5: Q = loss under theta - loss under theta'; a list with one (R,) for each sequence.
 
-    Q is high where theta' finds a token easier than theta does: what D_ref taught has helped.
+    Q is high where theta' finds a token easier than theta does: what D_ref taught has helped. The adapter of
+    theta' must be on the model.
     """
     quality = []
     for tokens, response in examples:
@@ -60,10 +64,12 @@ def quality_scores(model, examples):
 
 
 def partition(quality, rho):
-    """Equations 6 and 7: the threshold F(1 - rho), then the masks of P and of N, one (R,) a sequence.
+    """Equations 6 and 7: the threshold F(1 - rho), then the masks of P and of N, one (R,) for each sequence.
 
-    A share rho of all tokens of the corpus reaches the threshold: F is the quantile function of Q.
+    F is the quantile function of Q: a share rho of all tokens of the corpus reaches the threshold.
     """
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho {rho} is not allowed: more than 0, at most 1")
     ranked = torch.cat(quality).sort().values
     place = math.ceil(round((1 - rho) * (len(ranked) - 1), 6))  # round: 1 - 0.7 is 0.30000000000000004
     threshold = ranked[place]
@@ -73,7 +79,7 @@ def partition(quality, rho):
 
 
 def lambda_at(step, total_steps, options):
-    """How strongly N is unlearned: not at all at step 0, then more with every step."""
+    """How strongly N is unlearned: not at all at step 0, then more with every step. t_min lowers the slope."""
     return (options.t_max - options.t_min) * step / total_steps
 
 
@@ -94,7 +100,7 @@ def batches_of(count, options, seed):
 
 
 def train(model, examples, positive, negative, seed, options):
-    """Equation 8: train a new adapter to minimise mean loss on P - lambda * mean loss on N.
+    """Equation 8: train a new adapter to minimise mean loss on P - lambda * mean loss on N; it stays on.
 
     With every response token in P and none in N this is equation 1, ordinary fine-tuning.
     """
@@ -118,7 +124,8 @@ def train(model, examples, positive, negative, seed, options):
             mean_negative += on_negative.item()
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(batches), options)
         optimizer.step()
-        print(f"   step {step}: loss on P {mean_positive:.4f}, on N {mean_negative:.4f}, lambda {lam:.4f}")
+        on_n = f", on N {mean_negative:.4f}, lambda {lam:.4f}" if n_negative else ""
+        print(f"   step {step}: loss on P {mean_positive:.4f}{on_n}")
 
 
 def algorithm_1(model, d_ref, d_train, options):
