@@ -56,6 +56,7 @@ ABLATIONS = {
                           "forgetting:lambda_schedule=balanced,watch_gradients=5", "forgetting-clipped"]),
     "controls": Ablation("is it the amount of data, or which tokens?", "full",
                          ["full-P", "ignoring:rho=0.7", "forgetting-random", "forgetting"]),
+    "loss": Ablation("is a reference needed?", "full", ["ignoring", "ignoring-loss", "ignoring-random"]),
     "level": Ablation("tokens or whole sequences", "full",
                       ["ignoring", "ignoring-sequence", "forgetting", "forgetting-sequence"]),
     "rate": Ablation("learning rate and method", "full",
