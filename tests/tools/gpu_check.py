@@ -5,13 +5,10 @@
     python tests/tools/gpu_check.py --device cpu                      # the same comparisons against itself: a rehearsal
 
 Every line compares the device with float32 on the CPU; the exit code is 1 if one of them differs by more than allowed.
-With --model, transformers + PEFT and TRL are timed beside ours by bench.py where they are installed.
+The usual stack is timed beside ours by bench.py: python tests/tools/bench.py train --device cuda --micro-tokens 8192 ...
 """
 
 import argparse
-import importlib.util
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,15 +18,16 @@ from typing import Callable
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
-from data import Corpus, Tokenizer  # noqa: E402
+from data import Corpus, Tokenizer, write_rows  # noqa: E402
 from eval import generate, loglikelihoods, table  # noqa: E402
-from forgetting import Options, partition, response_losses, step_gradient  # noqa: E402
-from lora import add_lora, dropout_mask, lora_disabled, lora_parameters, remove_lora  # noqa: E402
-from model import DTYPES, checkpoint_folder, load_model, token_losses  # noqa: E402
+from forgetting import Options, both_losses, partition, step_gradient  # noqa: E402
+from lora import add_lora, dropout_mask, lora_parameters  # noqa: E402
+from model import DTYPES, load_model, token_losses  # noqa: E402
 
 KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
 Row = tuple[str, float, float]  # what was compared, how far apart, how far is allowed
@@ -102,86 +100,61 @@ def check_pieces(device: str, folder: Path) -> list[Row]:
     rows.append(("replies that differ, float32", float(not same), 0))
     corpus, sides = random_corpus(90, [60] * 40), []
     for place, dtype in (("cpu", "float32"), (device, "bfloat16")):
-        with torch.inference_mode():
-            losses = both_losses(adapted(folder / "llama3", place, dtype), corpus, np.arange(40), 500)
-        sides.append(partition((losses[0] - losses[1])[corpus.response], 0.7)[0])
+        base_loss, ref_loss = both_losses(adapted(folder / "llama3", place, dtype), corpus, 500, place)
+        sides.append(partition((base_loss - ref_loss)[corpus.response], 0.7)[0])
     rows.append(("tokens on the other side in bfloat16", float((sides[0] != sides[1]).mean()), 0.05))
     return rows
-
-
-def both_losses(model, corpus: Corpus, examples: np.ndarray, token_budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (C,) under theta and under theta'."""
-    with lora_disabled(model):
-        base = response_losses(model, corpus, examples, token_budget, "theta")
-    return base, response_losses(model, corpus, examples, token_budget, "theta'")
 
 
 def check_ranks(folder: Path) -> list[Row]:
     """Two ranks on two GPUs make the adapter of one."""
     if torch.cuda.device_count() < 2:
         return []
-    from safetensors.torch import load_file
-
-    (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "say {i}", "response": "the quick fox {i}"}}\n' for i in range(40)))
+    write_rows([{"prompt": f"say {i}", "response": f"the quick fox {i}"} for i in range(40)], folder / "rows.jsonl")
     common = ["--model", str(folder / "llama3"), "--data", str(folder / "rows.jsonl"), "--rank", "4", "--dropout", "0",
               "--dtype", "float32", "--batch-size", "6", "--methods", "forgetting"]  # fmt: skip
     adapters = []
     for ranks in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *launcher, str(ROOT / "forgetting.py"), *common, "--out", str(folder / f"ranks-{ranks}")]
-        subprocess.run(command, check=True, capture_output=True, env=os.environ)
+        subprocess.run(command, check=True, capture_output=True)
         adapters.append(load_file(folder / f"ranks-{ranks}" / "forgetting/seed-0/adapter_model.safetensors"))
     return [("two ranks against one", max(float((adapters[0][n] - adapters[1][n]).abs().max()) for n in adapters[0]), 1e-4)]
 
 
-def timed(work: Callable[[], object], device: str, repeat: int = 3) -> float:
+def seconds_of(work: Callable[[], object], repeat: int = 3) -> float:
     """Median seconds of some calls, after one to warm up."""
     seconds = []
     for _ in range(repeat + 1):
-        wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-        wait()
+        torch.cuda.synchronize()
         began = time.perf_counter()
         work()
-        wait()
+        torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return sorted(seconds[1:])[repeat // 2]
 
 
-def measure_speed(name: str, device: str, peak_tflops: float) -> list[list[str]]:
+def measure_speed(name: str, peak_tflops: float) -> list[list[str]]:
     """Tokens/s, share of the peak and memory of a training step and of scoring, without and with --compile."""
-    rows = []
+    rows, options = [], Options(micro_tokens=8192)
     for compiled in (False, True):
-        model = load_model(name, device, torch.bfloat16)
+        model = load_model(name, "cuda", torch.bfloat16)
         if compiled:
             model.compile_blocks()
         corpus = random_corpus(model.config.vocab_size, [64 + 37 * i % 900 for i in range(48)])
         add_lora(model, r=64, dropout=0.1)
         size, tokens = sum(p.numel() for p in model.parameters()), len(corpus.tokens)
-        options = Options(micro_tokens=8192)
-        signs = np.where(corpus.response, 1, 0).astype(np.int8)
-        everything = np.arange(len(corpus))
+        signs, everything = corpus.response.astype(np.int8), np.arange(len(corpus))
         train = lambda: step_gradient(model.train(), corpus, signs, everything, 0.1, options)  # noqa: E731
-        score = lambda: both_losses(model, corpus, everything, 8192)  # noqa: E731
-        for job, work, passes in (("training", train, 4), ("scoring", score, 4)):
+        score = lambda: both_losses(model, corpus, 8192, "speed")  # noqa: E731
+        for job, work in (("training", train), ("scoring", score)):
             torch.cuda.reset_peak_memory_stats()
-            before, seconds = torch.cuda.memory_allocated(), timed(work, device)
-            share = passes * size * tokens / seconds / (peak_tflops * 1e12)  # 2 a weight and product; two products
+            before, seconds = torch.cuda.memory_allocated(), seconds_of(work)
+            share = 4 * size * tokens / seconds / (peak_tflops * 1e12)  # 2 a weight and product; two products
             memory = (torch.cuda.max_memory_allocated() - before) / 1e9
-            rows.append([job, "compiled" if compiled else "eager", f"{tokens / seconds:,.0f}", f"{share:.2f}", f"{memory:.1f} GB"])
-        remove_lora(model)
+            kind = "compiled" if compiled else "eager"
+            rows.append([job, kind, f"{tokens / seconds:,.0f}", f"{share:.2f}", f"{memory:.1f} GB"])
     return rows
-
-
-def time_peers(model: str, folder: Path) -> None:
-    """bench.py's training and scoring in bfloat16: ours, transformers + PEFT, TRL, in turn, on the same rows."""
-    words = (ROOT / "README.md").read_text().split()
-    lengths = [20 + 37 * i % 300 for i in range(96)]
-    rows = [{"instruction": " ".join(words[i : i + 12]), "output": " ".join(words[i : i + n])} for i, n in enumerate(lengths)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--model", str(checkpoint_folder(model)), "--data", str(folder / "rows.jsonl"), "--device", "cuda",
-              "--dtypes", "bfloat16", "--micro-tokens", "8192", "--peers", sys.executable]  # fmt: skip
-    for job in ("train", "score"):
-        subprocess.run([sys.executable, str(ROOT / "tests/tools/bench.py"), job, *common], check=True)
 
 
 def main() -> None:
@@ -199,13 +172,11 @@ def main() -> None:
         for kind in KINDS:
             tiny.make_checkpoint(folder / kind, kind)
         rows = check_models(arguments.device, folder) + check_pieces(arguments.device, folder) + check_ranks(folder)
-        if arguments.model and arguments.device == "cuda" and all(map(importlib.util.find_spec, ("transformers", "peft", "trl"))):
-            time_peers(arguments.model, folder)
     wrong = [name for name, difference, allowed in rows if not difference <= allowed]
     lines = [[n, f"{d:.2g}", f"{allowed:.2g}", "" if d <= allowed else "DIFFERS"] for n, d, allowed in rows]
     print(table(["comparison", "difference", "allowed", ""], lines))
     if arguments.model and arguments.device == "cuda":
-        speed = measure_speed(arguments.model, "cuda", arguments.peak_tflops)
+        speed = measure_speed(arguments.model, arguments.peak_tflops)
         print("\n" + table(["job", "", "tokens/s", "MFU", "peak above weights"], speed))
     print(f"\n{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
     sys.exit(1 if wrong else 0)
