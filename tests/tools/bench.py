@@ -6,10 +6,9 @@
     python tests/tools/bench.py partition
 
 Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other examples
-(evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding,
-shared contexts once), the peak of the process's memory (on a GPU: of the memory allocated), the share of the arithmetic floor,
-which is the time that the counted FLOPs take at the matrix-product rate measured beside the job, and the ratios. Machines are
-noisy: trust ratios.
+(evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding),
+the peak of the process's memory (on a GPU: of the memory allocated), and the ratios. Machines are noisy: trust ratios.
+Few CPUs have instructions for bfloat16; without them it takes 13 times as long.
 
 transformers: as usually written. Training pads micro-batches of 6 and takes full logits; scoring loads base and merged
 reference and runs one example at a time; evaluation is lm_eval at batch 1. The second peer is the better one: TRL's
@@ -28,8 +27,7 @@ from pathlib import Path
 from typing import Callable
 
 HERE = Path(__file__).resolve().parent
-LORA = {"r": 64, "alpha": 16}
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+sys.path.append(str(HERE.parent.parent))  # last: no package of the peers may find a file of ours
 WORKERS = {"train": ["ours", "transformers", "trl"], "score": ["ours", "transformers", "peft"],
            "evaluate": ["ours", "lm_eval-1", "lm_eval-8"], "partition": ["ours"]}  # fmt: skip
 
@@ -39,7 +37,6 @@ WORKERS = {"train": ["ours", "transformers", "trl"], "score": ["ours", "transfor
 
 def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     """A function that runs the job on some examples, with this project."""
-    sys.path.insert(0, str(HERE.parent.parent))
     import numpy as np
     import torch
 
@@ -91,9 +88,7 @@ def peft_model(task: dict):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"]))
-    config = peft.LoraConfig(
-        r=LORA["r"], lora_alpha=LORA["alpha"], lora_dropout=0.1, target_modules=LINEAR, task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=64, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model.to(task["device"]), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -108,11 +103,8 @@ def padded(rows: list[dict], device: str) -> dict:
     longest = max(len(row["ids"]) for row in rows)
     fill = lambda values, filler: values + [filler] * (longest - len(values))
     labels = [[t if r else -100 for t, r in zip(row["ids"], row["response"])] for row in rows]
-    batch = {
-        "input_ids": [fill(row["ids"], 0) for row in rows],
-        "attention_mask": [fill([1] * len(row["ids"]), 0) for row in rows],
-        "labels": [fill(label, -100) for label in labels],
-    }
+    batch = {"input_ids": [fill(row["ids"], 0) for row in rows], "labels": [fill(label, -100) for label in labels],
+             "attention_mask": [fill([1] * len(row["ids"]), 0) for row in rows]}  # fmt: skip
     return {name: torch.tensor(values, device=device) for name, values in batch.items()}
 
 
@@ -208,7 +200,6 @@ def lm_eval(batch_size: int) -> Callable[[str, dict], Callable[[list[int]], None
     """lm-evaluation-harness on the same documents."""
 
     def prepare(job: str, task: dict) -> Callable[[list[int]], None]:
-        sys.path.insert(0, str(HERE))
         import make_lm_eval_goldens
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
@@ -219,21 +210,6 @@ def lm_eval(batch_size: int) -> Callable[[str, dict], Callable[[list[int]], None
         return lambda examples: evaluator.evaluate(lm=model, task_dict=tasks, limit=len(examples), bootstrap_iters=0)
 
     return prepare
-
-
-def gemm_rate(dtype: str, device: str) -> float:
-    """FLOPs a second of a square matrix product: what the arithmetic could run at."""
-    import torch
-
-    x, y = (torch.randn(2048, 2048, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        x @ y
-        wait()
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best
 
 
 def peak_bytes(device: str, reset: bool = False) -> int:
@@ -266,12 +242,11 @@ def measure(job: str, who: str, task: dict) -> dict:
 
         torch.cuda.synchronize()
     seconds = own if isinstance(own, float) else time.perf_counter() - began
-    return {"seconds": seconds, "peak": peak_bytes(task["device"]), "gemm": gemm_rate(task["dtype"], task["device"])}
+    return {"seconds": seconds, "peak": peak_bytes(task["device"])}
 
 
 def measure_partition() -> dict:
     """Equations 6 and 7 on 20 million scores: seconds, and by how much they raised the peak."""
-    sys.path.insert(0, str(HERE.parent.parent))
     import numpy as np
 
     from forgetting import partition
@@ -279,8 +254,8 @@ def measure_partition() -> dict:
     quality = np.random.default_rng(0).standard_normal(20_000_000, dtype=np.float32)
     before = peak_bytes("cpu", reset=True)
     began = time.perf_counter()
-    positive, _ = partition(quality, 0.7)
-    return {"seconds": time.perf_counter() - began, "peak": peak_bytes("cpu") - before, "share": float(positive.mean())}
+    partition(quality, 0.7)
+    return {"seconds": time.perf_counter() - began, "peak": peak_bytes("cpu") - before}
 
 
 # ------------------------------------------------------------------------------------------------------ the figures
@@ -288,50 +263,11 @@ def measure_partition() -> dict:
 
 def rows_of(model: str, files: list[str], count: int) -> list[dict]:
     """Token ids and response masks, made once for everybody, cut to 512 tokens."""
-    sys.path.insert(0, str(HERE.parent.parent))
     from data import Tokenizer, build_corpus, read_rows
 
     corpus = build_corpus(read_rows(files)[:count], Tokenizer(model), max_length=512)
     spans = list(zip(corpus.offsets, corpus.offsets[1:]))
     return [{"ids": corpus.tokens[a:b].tolist(), "response": corpus.response[a:b].tolist()} for a, b in spans]
-
-
-def flops(job: str, model: str, lengths: list[int], judged: int) -> float:
-    """Multiply-adds that cannot be avoided, times two: base and reference once each, or one training step.
-
-    Attention counts half of the square (causal), backward 2.5 times forward; a frozen weight costs 2 FLOPs a parameter and
-    token forward and 2 backward, an adapter's 2 and 4; the head runs on judged tokens only.
-    """
-    raw = json.loads((Path(model) / "config.json").read_text())
-    width, inner, layers, heads = (
-        raw[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    )
-    head_dim = raw.get("head_dim") or width // heads
-    q, kv = heads * head_dim, raw.get("num_key_value_heads", heads) * head_dim
-    shapes = [(width, q), (width, kv), (width, kv), (q, width), (width, inner), (width, inner), (inner, width)]
-    body = layers * sum(a * b for a, b in shapes)
-    adapter = layers * sum(LORA["r"] * (a + b) for a, b in shapes)
-    head, tokens = raw["vocab_size"] * width, sum(lengths)
-    attention = layers * sum(2 * q * n * n for n in lengths)
-    if job == "train":
-        return tokens * (4 * body + 6 * adapter) + 3.5 * attention + 4 * head * judged
-    passes = 2 if job == "score" else 1
-    return passes * (2 * body * tokens + attention + 2 * head * judged) + (2 * adapter * tokens if job == "score" else 0)
-
-
-def evaluation_tokens(arguments: argparse.Namespace, documents: int) -> tuple[list[int], int]:
-    """Lengths of what must run when contexts are shared: each context once, and all but a choice's last token."""
-    sys.path.insert(0, str(HERE.parent.parent))
-    import eval as evaluation
-    from data import Tokenizer
-
-    tokenizer = Tokenizer(arguments.model)
-    lengths, judged = [], 0
-    for requests in evaluation.prepare([arguments.task], tokenizer, arguments.data_dir, documents)[0].requests:
-        pairs = [evaluation.encode_pair(tokenizer, request.context, request.continuation) for request in requests]
-        lengths.append(len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs))
-        judged += sum(len(continuation) for _, continuation in pairs)
-    return lengths, judged
 
 
 def in_a_process(who: str, task: dict, arguments: argparse.Namespace) -> dict:
@@ -351,50 +287,40 @@ def in_a_process(who: str, task: dict, arguments: argparse.Namespace) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def make_task(arguments: argparse.Namespace, dtype: str) -> dict:
+    """What every process is told of a job, but for the examples of a repetition."""
+    task = {"model": arguments.model, "dtype": dtype, "device": arguments.device, "micro_tokens": arguments.micro_tokens}
+    task |= {"task": arguments.task, "data_dir": arguments.data_dir, "rows": []}
+    if arguments.job in ("train", "score"):
+        needed = 24 * arguments.repeats
+        task["rows"] = rows_of(arguments.model, arguments.data, needed)
+        if len(task["rows"]) < needed:
+            raise SystemExit(f"--data has {len(task['rows'])} usable rows, {needed} are needed")
+    return task
+
+
 def compare(arguments: argparse.Namespace, dtype: str) -> None:
     """The interleaved runs of one job in one precision, and their table."""
-    job = arguments.job
-    task = {"model": arguments.model, "dtype": dtype, "device": arguments.device, "micro_tokens": arguments.micro_tokens}
-    task |= {"task": arguments.task, "data_dir": arguments.data_dir, "examples": [], "rows": []}
-    if job in ("train", "score"):
-        task["rows"] = rows_of(arguments.model, arguments.data, 24 * arguments.repeats)
-        if len(task["rows"]) < 24 * arguments.repeats:
-            raise SystemExit(f"--data has {len(task['rows'])} usable rows, {24 * arguments.repeats} are needed")
+    job, task = arguments.job, make_task(arguments, dtype)
     found: dict[str, list[dict]] = {who: [] for who in WORKERS[job] if who == "ours" or arguments.peers}
     for repeat in range(arguments.repeats):
-        task["examples"], task["warm_up"], tokens, work = list(range(12)), [0, 1], 0, 0.0
-        if job in ("train", "score"):
-            task["examples"] = list(range(24 * repeat, 24 * repeat + 12))  # the first half of each batch of 24
-            task["warm_up"] = list(range(24 * repeat + 12, 24 * repeat + 24))
-            some = [task["rows"][i] for i in task["examples"]]
-            lengths, judged = [len(row["ids"]) for row in some], sum(sum(row["response"]) for row in some)
-            tokens, work = sum(lengths), flops(job, arguments.model, lengths, judged)
-        if job == "evaluate":
-            lengths, judged = evaluation_tokens(arguments, 12)
-            tokens, work = sum(lengths), flops(job, arguments.model, lengths, judged)
+        first = 24 * repeat if task["rows"] else 0  # of 24 rows half are timed, half are to warm up
+        task["examples"] = list(range(first, first + 12))
+        task["warm_up"] = list(range(first + 12, first + 24)) if task["rows"] else [0, 1]
+        tokens = sum(len(task["rows"][i]["ids"]) for i in task["examples"]) if task["rows"] else 0
         for who in found:
             result = in_a_process(who, task, arguments)
-            result |= {"rate": tokens / result["seconds"], "floor": work / result.get("gemm", 1) / result["seconds"]}
-            found[who].append(result)
-            print(f"  {job} {dtype} {who} {repeat}: {result}", file=sys.stderr, flush=True)
-    middle = {who: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for who, runs in found.items()}
-    for who, figures in middle.items():
-        ratios = [theirs["seconds"] / own["seconds"] for theirs, own in zip(found[who], found["ours"])]
+            found[who].append(result | {"rate": tokens / result["seconds"]})
+            print(f"  {job} {dtype} {who} {repeat}: {found[who][-1]}", file=sys.stderr, flush=True)
+    for who, runs in found.items():
+        figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         line = f"{job:9} {dtype:8} {who:13} {figures['seconds']:8.2f} s  peak {figures['peak'] / 1e9:6.2f} GB"
-        if tokens:
-            line += (
-                f"  {figures['rate']:8.0f} tokens/s  {figures['floor']:.2f} of the floor ({figures['gemm'] / 1e9:.0f} GFLOP/s)"
-            )
+        if task["rows"]:
+            line += f"  {figures['rate']:8.0f} tokens/s"
         if who != "ours":
+            ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(runs, found["ours"])]
             line += f"  ours is {statistics.median(ratios):.2f} x as fast [{' '.join(f'{r:.2f}' for r in ratios)}]"
         print(line, flush=True)
-
-
-def cpu_features() -> list[str]:
-    """Which vector and matrix instructions this processor has, as Linux names them; [] where it does not say."""
-    path = Path("/proc/cpuinfo")
-    flags = set(path.read_text().split()) if path.is_file() else set()
-    return sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve"})
 
 
 def main() -> None:
@@ -406,7 +332,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="benchmark rows, for evaluate")
     parser.add_argument("--task", default="logiqa", help="for evaluate; its first 12 documents")
     parser.add_argument("--peers", help="a Python that has transformers, peft, trl and lm_eval")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--micro-tokens", type=int, help="of ours [forgetting.py's default]")
     parser.add_argument("--repeats", type=int, default=3)
@@ -417,14 +343,7 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(measure(arguments.job, arguments.worker, json.loads(Path(arguments.task_file).read_text()))))
         return
-    dtypes = arguments.dtypes if arguments.job != "partition" else ["float32"]
-    if arguments.device == "cpu":
-        features = cpu_features()
-        print("processor:", " ".join(features) or "features unknown")
-        if "bfloat16" in dtypes and features and not any("bf16" in feature for feature in features):
-            print("bfloat16 left out: this processor has no instructions for it, and takes 13 times as long as in float32")
-            dtypes = [dtype for dtype in dtypes if dtype != "bfloat16"]
-    for dtype in dtypes:
+    for dtype in arguments.dtypes if arguments.job != "partition" else ["float32"]:
         compare(arguments, dtype)
 
 
