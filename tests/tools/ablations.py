@@ -4,17 +4,13 @@
     python tests/tools/ablations.py rho t_max --seeds 10 11
 
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
-difference to the baseline with a 95 % bootstrap interval over seeds. Minutes add up over calls in OUT/NAME.json.
+difference to the baseline with a 95 % bootstrap interval over seeds.
 Results on the default seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
 """
 
 import argparse
-import json
 import shlex
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import demo  # noqa: E402
 import forgetting  # noqa: E402
-from data import read_object, read_rows, write_rows, write_text  # noqa: E402
+from data import read_rows, write_rows, write_text  # noqa: E402
 from eval import headlines, table  # noqa: E402
 
 
@@ -86,52 +82,25 @@ def other_references(world: Path) -> None:
         write_rows(rows, world / f"reference-{name}.jsonl")
 
 
-def recorded_minutes(record: Path) -> dict[str, float]:
-    """{seed: the minutes that an ablation has taken, all calls together}."""
-    return read_object(record) if record.is_file() else {}
-
-
-def stamps(folder: Path) -> dict[Path, int]:
-    """When each file that stages leave in a run folder was written."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-
-
-@contextmanager
-def timed(record: Path, seed: int, folder: Path) -> Iterator[None]:
-    """Add what the block takes to a seed's minutes, also if it is stopped; not if it found its run folder finished."""
-    began, before, finished = time.perf_counter(), stamps(folder), False
-    try:
-        yield
-        finished = stamps(folder) == before
-    finally:
-        if not finished:
-            minutes = recorded_minutes(record)
-            minutes[str(seed)] = minutes.get(str(seed), 0) + (time.perf_counter() - began) / 60
-            write_text(json.dumps(minutes, indent=2) + "\n", record)
-
-
-def figures_of(ablation: Ablation, options: forgetting.Options, record: Path) -> dict[str, dict[str, list[float]]]:
-    """{panel: {method: the average over tasks, by seed}}; the minutes go into `record`."""
+def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dict[str, list[float]]]:
+    """{panel: {method: the average over tasks, by seed}}; what is trained already is not trained again."""
     methods = [ablation.baseline, *ablation.variants]
     found: dict[str, dict[str, list[float]]] = {panel: {method: [] for method in methods} for panel in ablation.panels}
     for seed in options.seeds:
-        world = Path(options.out) / f"world-{seed}"
-        other_references(world)
+        other_references(Path(options.out) / f"world-{seed}")
         for panel in ablation.panels:
-            here = demo.panel_options(options, panel, seed, methods)
-            with timed(record, seed, Path(here.out)):
-                results = forgetting.run(here)
+            results = forgetting.run(demo.panel_options(options, panel, seed, methods))
             for method, by_seed in results.items():
                 percents = headlines(by_seed[seed]["tasks"]).values()
                 found[panel][method].append(sum(percents) / len(percents))
     return found
 
 
-def interval(differences: list[float], draws: int = 10_000) -> tuple[float, float]:
-    """The middle 95 % of means of differences drawn with replacement."""
-    values = np.array(differences)
-    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(axis=1)
-    return tuple(np.quantile(means, [0.025, 0.975]))
+def interval(differences: list[float]) -> tuple[float, float]:
+    """The middle 95 % of means over seeds drawn with replacement."""
+    one_row = np.array(differences)[:, None]  # (S, 1)
+    _, low, high = forgetting.bootstrap(one_row, np.ones(1), draws=10_000)
+    return low, high
 
 
 def extent(differences: list[float]) -> tuple[float, float]:
@@ -220,32 +189,22 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
             + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
 
 
-def head_of(name: str, options: forgetting.Options, minutes: float) -> str:
-    """The first line of a table: the command, and the time that it took."""
+def head_of(name: str, options: forgetting.Options) -> str:
+    """The first line of a table: the command."""
     command = f"python tests/tools/ablations.py {name}"
     if options.seeds != SEEDS:
         command += " --seeds " + " ".join(map(str, options.seeds))
     if options.out != OUT:
         command += f" --out {shlex.quote(options.out)}"
-    few = no_interval(len(options.seeds))
-    return (f"`{command}`: {minutes:.1f} minutes on a busy two-core machine, less what earlier ablations had trained; "
-            f"seeds {' '.join(map(str, options.seeds))}. {few or 'Intervals: 95 %, bootstrap over seeds'}.")  # fmt: skip
-
-
-def results_folder(options: forgetting.Options) -> Path:
-    """Where tables and drawings go: a trial on other seeds must not replace the repository's."""
-    ours = options.seeds == SEEDS and len(SEEDS) >= FEWEST_SEEDS
-    return RESULTS if ours else Path(options.out)
+    intervals = no_interval(len(options.seeds)) or "Intervals: 95 %, bootstrap over seeds"
+    return f"`{command}`: seeds {' '.join(map(str, options.seeds))}. {intervals}."
 
 
 def make(name: str, options: forgetting.Options) -> Path:
     """Run what an ablation still lacks and write it up: the path of its table."""
-    record = Path(options.out) / f"{name}.json"
-    found = figures_of(ABLATIONS[name], options, record)
-    minutes = recorded_minutes(record)
-    head = head_of(name, options, sum(minutes.get(str(seed), 0) for seed in options.seeds))
-    folder = results_folder(options)
-    write_up(name, found, head, folder)
+    found = figures_of(ABLATIONS[name], options)
+    folder = RESULTS if options.seeds == SEEDS else Path(options.out)  # a trial must not replace the repository's
+    write_up(name, found, head_of(name, options), folder)
     return folder / f"{name}.md"
 
 
