@@ -7,7 +7,7 @@
     for batch in pack(corpus, range(len(corpus)), token_budget=4096): ...
 
 Order: tokenizer; reading files; layouts, which turn a row into turns; templates, which turn turns into text;
-rendering; corpus; batches; files.
+rendering; corpus; batches; ranks and progress; writing files.
 
 A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores
 and signs are arrays of the same length, indexed by the token they judge, and a batch carries the places its
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -288,7 +289,7 @@ def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
     rows: list[dict] = []
     for entry in files:
         path, _, count = entry.rpartition(":")
-        path, count = (path, count) if count.isdigit() else (entry, "")
+        path, count = (path, count) if count.isdecimal() else (entry, "")
         read = _parse(Path(path), _content_of(Path(path)))
         if not read:
             raise ValueError(f"{path}: no rows in it")
@@ -326,7 +327,7 @@ def _content_of(path: Path) -> str | list:
         return content.decode("utf-8-sig")  # some editors put a byte-order mark first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from None
 
 
@@ -344,16 +345,18 @@ def _parse(path: Path, content: str | list) -> list[dict]:
     """The rows of one file's content; a line that is no row becomes one with a RowError in "_bad"."""
     # escapes: no UTF-8 text holds half characters as they are
     half_characters = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
-    values = content
+    lines, values = False, content
     if isinstance(content, str):
-        values = _whole_json(path, content) if _kind_of(path) == ".json" else content.split("\n")
+        lines, values = True, content.split("\n")
+        if _kind_of(path) == ".json":
+            lines, values = _whole_json(path, content)
     rows = []
     for number, value in enumerate(values, 1):
-        if isinstance(value, str) and not value.strip():
+        if lines and not value.strip():
             continue
         source = f"{path}:{number}"
         try:
-            row = _row_of(value, half_characters)
+            row = _row_of(value, lines, half_characters)
         except RowError as error:
             error.where = source
             row = {"_bad": error}
@@ -361,10 +364,10 @@ def _parse(path: Path, content: str | list) -> list[dict]:
     return rows
 
 
-def _row_of(value: Any, half_characters: bool) -> dict:
+def _row_of(value: Any, is_line: bool, half_characters: bool) -> dict:
     """The row in a line, or in an element of a list."""
     try:
-        row = json.loads(value) if isinstance(value, str) else value
+        row = json.loads(value) if is_line else value
     except (ValueError, RecursionError) as error:
         raise RowError("not valid JSON", f" ({error})") from None
     if not isinstance(row, dict):
@@ -374,15 +377,15 @@ def _row_of(value: Any, half_characters: bool) -> dict:
     return row
 
 
-def _whole_json(path: Path, text: str) -> list:
-    """The rows in a .json file: a list, an object with a list under `data`, or lines after all."""
+def _whole_json(path: Path, text: str) -> tuple[bool, list]:
+    """What a .json file holds: (False, a list's rows, or those under `data`), or (True, lines after all)."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         lines = text.split("\n")
         with suppress(ValueError, RecursionError):
             if isinstance(json.loads(next(filter(str.strip, lines), "")), dict):
-                return lines
+                return True, lines
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if isinstance(whole, dict):
         lists = [key for key, value in whole.items() if isinstance(value, list | dict)]
@@ -390,7 +393,7 @@ def _whole_json(path: Path, text: str) -> list:
     if not isinstance(whole, list):
         raise ValueError(f"{path}: a list of rows is expected, or an object with one under `data` alone, "
                          f"not {type(whole).__name__}")  # fmt: skip
-    return whole
+    return False, whole
 
 
 def refuse(errors: Sequence[RowError], total: int) -> None:
@@ -482,20 +485,22 @@ def take_text(fields: dict, name: str) -> str:
 
 def take_one(fields: dict, *names: str) -> str:
     """Take the text of the fields of one meaning, of which a row has one, or equal ones."""
+    given = set(fields)
     found = [take_text(fields, name) for name in names if name in fields]
     if len(set(found)) > 1:
-        raise RowError(f"{' and '.join(names[:2])} are both there: one of them is needed")
+        there = [name for name in names if name in given]
+        raise RowError(f"{' and '.join(there)} are both there: one of them is needed")
     return found[0] if found else ""
 
 
 def take_learned(fields: dict) -> bool:
     """Whether no field says that a turn, or a row, is not to be learned."""
-    learned = not fields.pop("masked", False)
-    for name in [name for name in LEARNED if name in fields]:
+    learned = True
+    for name in [name for name in ("masked", *LEARNED) if name in fields]:
         value = fields.pop(name)
         if value not in (0, 1):  # False and True are equal to these
             raise RowError(f"{name} can only be 0, 1, false or true", f", not {value!r}")
-        learned = learned and bool(value)
+        learned = learned and bool(value) != (name == "masked")
     return learned
 
 
@@ -572,7 +577,7 @@ def read_history(history: Any, unused: set[str]) -> list[Turn]:
         if isinstance(entry, dict):
             turns.append(read_message(entry, unused))
         elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry):
-            turns += [Turn("user", entry[0], False), Turn("assistant", entry[1], True)]
+            turns += [Turn("user", entry[0], False), Turn("assistant", entry[1], bool(entry[1]))]
         else:
             raise RowError("history must be a list of messages, or of pairs of a question and an answer")
     return turns
@@ -647,6 +652,8 @@ def read_row(row: dict, unused: set[str]) -> Raw | list[Turn]:
         system = take_one(fields, *SYSTEM)
         found = [Turn("system", system, False)] * bool(system) + earlier + found
         check_turns(found)
+    if "noise" in fields and not noise_of(row):
+        unused.add("noise, which is not [[start, end, kind], ...]")
     if fields:
         said = [turn.content for turn in found] if isinstance(found, list) else list(found)
         check_rest(fields, unused, said)
@@ -858,8 +865,9 @@ def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRo
     for text, is_response in pieces:
         start, end = end, end + len(text)
         if is_response and text:
-            joined = spans and spans[-1][1] == start
-            spans[-1:] = [(spans[-1][0], end)] if joined else [*spans[-1:], (start, end)]
+            if spans and spans[-1][1] == start:  # goes on where the one before ends
+                start = spans.pop()[0]
+            spans.append((start, end))
     raw = isinstance(found, Raw)
     text = "".join(text for text, _ in pieces)
     return RenderedRow(row, text, tuple(spans), raw, not raw and tokenizer.template is not None)
@@ -909,7 +917,7 @@ class Corpus:
         """Examples first to last - 1 as a corpus of their own, without copying."""
         tokens = slice(self.offsets[first], self.offsets[last])
         offsets = self.offsets[first : last + 1] - self.offsets[first]
-        sources = self.sources[first:last]
+        sources = self.sources[first:last]  # the noise stays with the whole corpus
         return Corpus(self.tokens[tokens], self.response[tokens], offsets, sources, dropped=0)
 
     def split(self) -> list[np.ndarray]:
@@ -932,11 +940,11 @@ def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
 
 def split_rows(rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None,
                n_train: int | None) -> tuple[list[RenderedRow], list[RenderedRow], int]:
-    """Rows of D_ref and D_train: exact duplicates out, then disjoint draws, always the same; how many went.
+    """Rows of D_ref, rows of D_train, number of duplicates left out. The two are disjoint, always the same.
 
-    D_ref is drawn from `rows` unless `reference` has rows. A number that is None is the paper's, 10,000 and
-    50,000, or, where there are fewer rows, a sixth of them and the rest. Raises ValueError where a number
-    cannot be had.
+    D_ref is drawn from `rows`, or, where there are any, it is the first of `reference`. A number that is None
+    is the paper's, 10,000 and 50,000, or, where there are fewer rows, a sixth of them and the rest. Raises
+    ValueError where a number cannot be had.
     """
     total = len(rows) + len(reference)
     rows, reference = unique_rows(rows), unique_rows(reference)

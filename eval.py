@@ -125,6 +125,8 @@ def loglikelihoods(model: Transformer, pairs: list[tuple[list[int], list[int]]],
 def _score_pack(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
     """(continuations, 2) float64: log-likelihood, and how many tokens were not the most probable.
 
+    For the context [a b] and the continuation [c d e]: a b run, then c d from the cache; the states of b, c
+    and d give the probabilities of c, d and e.
     The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on. All
     indices are made on the CPU, so that a GPU never has to be waited for.
     """
@@ -412,6 +414,8 @@ def mc(row: dict) -> tuple:
     choices, answer = row["choices"], row["answer"]
     if not isinstance(choices, list):
         raise ValueError(f"choices must be a list of texts, not {type(choices).__name__}")
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"prompt must be a text, not {type(row['prompt']).__name__}")
     if answer in choices:
         answer = choices.index(answer)
     if type(answer) is not int:
@@ -428,6 +432,8 @@ def qa_requests(row: dict, _: Tokenizer) -> list[Request]:
 def qa_score(row: dict, answers: list[Answer]) -> dict:
     """SQuAD's F1 and exact match."""
     right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    if not right or not all(isinstance(answer, str) for answer in right):
+        raise ValueError(f"answer {row['answer']!r} is no text, nor a list of texts")
     return squad_score(answers[0].text.strip(), right)
 
 
@@ -681,8 +687,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 # ----------------------------------------------------------------------------------------------- IFEval
 #
-# A checker takes a reply and the instruction's arguments, named as in the data's kwargs. all() and any() get
-# lists, not generators: then the dry run in requests_of meets every pattern of a row.
+# A checker takes a reply v and the instruction's arguments, named as in the data's kwargs. Over patterns
+# all() and any() get lists, no generators: so the dry run in requests_of meets every pattern of a row.
 
 
 def follows(reply: str, name: str, arguments: dict) -> bool:
@@ -857,7 +863,10 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value} is not allowed: at least 1")
     if bool(arguments.tasks) == (arguments.prompt is not None):
-        raise ValueError("either --tasks or --prompt is needed")
+        raise ValueError("give either --tasks or --prompt")
+    for flag in ("limit", "output", "samples"):
+        if arguments.prompt is not None and getattr(arguments, flag) is not None:
+            raise ValueError(f"--{flag} goes with --tasks, not with --prompt")
     if arguments.tasks and len(arguments.adapter) > 1:
         raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
     expand_tasks(arguments.tasks)

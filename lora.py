@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# every linear layer of a block: seven of LLaMA and Qwen2; GPT-Neo has q, k, v and the last three
+# every linear layer of a block: seven in the LLaMA-like families; GPT-Neo has q, k, v and the last three
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS += ("out_proj", "c_fc", "c_proj")
 KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in its files' keys
@@ -286,9 +286,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
     text = json.dumps(config, indent=2) + "\n"
     parameters = {name: parameter.detach().float() for name, parameter in lora_parameters(model).items()}
     tensors = {KEY_PREFIX + name: parameter.cpu().contiguous() for name, parameter in parameters.items()}
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink(missing_ok=True)  # goes first and comes last: where the weights are, the adapter is whole
     _write_whole(folder / "adapter_config.json", lambda file: file.write_text(text, encoding="utf-8"))
-    # last: where the weights are, the adapter is whole
-    _write_whole(folder / "adapter_model.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
+    _write_whole(weights, partial(save_file, tensors, metadata={"format": "pt"}))
 
 
 def read_adapter_config(path: Path) -> dict:

@@ -10,9 +10,11 @@ Shapes, here and in the other files:
     T tokens of a pack   B sequences   D width       V vocabulary     F width of the MLP
     H query heads        G key/value heads           K width of a head    R rows of a key/value cache
 
-Families: LLaMA, Mistral, Qwen2, Qwen3, SmolLM3, GPT-Neo; config.json is read as transformers reads it.
-Precision: the residual stream, the norms, the rotation and the losses are float32 whatever the dtype of the
-weights; only matrix products run in it. Scoring subtracts losses: bfloat16 sums would bury the difference.
+Families: LLaMA, Mistral, Qwen2, Qwen3, SmolLM3, GPT-Neo. config.json means what it means to transformers;
+what would change the computation and is not computed here is refused.
+Precision: the residual stream, the norms' arithmetic, the rotation, the softmax and the losses are float32
+whatever the dtype of the weights; what goes into a matrix product, and comes out of those inside a block, has
+that dtype. Scoring subtracts losses: bfloat16 sums would bury the difference.
 Order: configuration, attention, layers, the model, losses, checkpoint folders.
 """
 
@@ -39,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
 CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
 TEXT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
-              "special_tokens_map.json", "generation_config.json")  # fmt: skip
+              "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 
 # --------------------------------------------------------------------------------------- configuration
 
@@ -211,7 +213,10 @@ def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
 
 
 def rotated_layers(values: dict) -> tuple[bool, ...]:
-    """Whether each layer rotates q and k: SmolLM3's where no_rope_layers is 1; null: all but every fourth."""
+    """Whether each layer rotates q and k: SmolLM3's does where no_rope_layers, despite its name, is 1.
+
+    null: every layer rotates but each no_rope_layer_interval-th, the fourth by default.
+    """
     layers = values["num_hidden_layers"]
     flags = values.get("no_rope_layers", [1] * layers)
     if flags is None:

@@ -430,3 +430,30 @@ def test_two_public_files_never_share_a_place(monkeypatch):
     monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
     names = ["a_b/c/x.jsonl", "a/b_c/x.jsonl", "a/b/c_x.jsonl", "a/b/c/x.jsonl", "a/b/c/x.jsonl@r", "a/b/c x.jsonl", "a/b/c%20x.jsonl"]
     assert len({get_data.fetch_rows(get_data.HUB_PREFIX + name) for name in names}) == len(names)
+
+
+def test_what_a_cold_reader_found(tmp_path):
+    """A string in a JSON list was parsed as a line; a gzip of a changed byte, and a count in other digits, were tracebacks."""
+    (tmp_path / "x.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}, json.dumps({"prompt": "c", "completion": "d"})]))
+    with pytest.raises(ValueError, match="x.json:2: a row must be an object, not str"):
+        read_rows([str(tmp_path / "x.json")])
+    whole = bytearray(gzip.compress(json.dumps({"prompt": "a", "completion": "b" * 500}).encode()))
+    for place in range(10, len(whole) - 8):
+        (tmp_path / "x.jsonl.gz").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="x.jsonl.gz"):
+            read_rows([str(tmp_path / "x.jsonl.gz")])
+    with pytest.raises(ValueError, match="no such file"):
+        read_rows([str(tmp_path / "x.jsonl") + ":\u00b2"])
+    row = {"instruction": "a", "output": "b"}
+    with pytest.raises(ValueError, match="masked can only be 0, 1, false or true, not 'false'"):
+        render(row | {"masked": "false"}, "</s>")
+    with pytest.raises(ValueError, match="system and system_message are both there"):
+        render(row | {"system": "x", "system_message": "y"}, "</s>")
+    assert render(row | {"history": [["hello", ""]]}, "</s>")[3] == ("</s>", False), "an empty answer is not learned"
+
+
+def test_a_field_noise_of_another_meaning_is_said(tmp_path):
+    tiny.save_tokenizer(tmp_path, "llama3")
+    rows = [{"instruction": "a", "output": "b", "noise": noise} for noise in ([[0, 1, "x"]], 0.3, [[0, "3", "k"]])]
+    notes = [render_rows([[row]], Tokenizer(tmp_path))[1] for row in rows]
+    assert notes == [[], *[["fields not used: noise, which is not [[start, end, kind], ...]"]] * 2]
