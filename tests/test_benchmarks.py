@@ -305,15 +305,16 @@ def test_the_tydiqa_draw():
 
 def test_fetching_checks_caches_and_says_what_failed(tmp_path, monkeypatch):
     """Through a stand-in for the network: one fetch, a check of what came, and one line when it is not there."""
+    monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path))
     fetched = []
     monkeypatch.setattr(get_data, "fetch_text", lambda source: fetched.append(source) or ORIGINALS["convert_arc"][0][0])
-    path = get_data.fetch("arc_challenge.jsonl", tmp_path)
-    assert json.loads(path.read_text().split("\n")[0]) == {"id": "x"} and len(fetched) == 12
-    assert get_data.fetch("arc_challenge.jsonl", tmp_path) == path
-    assert len(fetched) == 12 and list(tmp_path.iterdir()) == [path]
+    folder = get_data.fetch_benchmarks(["arc_challenge.jsonl"])
+    assert json.loads((folder / "arc_challenge.jsonl").read_text().split("\n")[0]) == {"id": "x"} and len(fetched) == 12
+    get_data.fetch_benchmarks(["arc_challenge.jsonl"])
+    assert len(fetched) == 12 and [path.name for path in folder.iterdir()] == ["arc_challenge.jsonl"]
     monkeypatch.setattr(get_data, "fetch_text", lambda source: ORIGINALS["convert_boolq"][0][0])
-    with pytest.raises(ValueError, match=r"boolq.jsonl: https://\S+ is not what it was \(its sha256 does not begin with 2f7e"):
-        get_data.fetch("boolq.jsonl", tmp_path)
+    with pytest.raises(ValueError, match=r"boolq.jsonl: https://\S+ is not what it was \(sha256"):
+        get_data.fetch_benchmarks(["boolq.jsonl"])
     monkeypatch.undo()
     monkeypatch.setattr(get_data.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(

@@ -21,13 +21,12 @@ import json, os, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/tools"]
 import data, get_data, model
 get_data.constants.DOWNLOAD_CHUNK_SIZE = 1024  # the client goes on from the last whole chunk; its 10 MB are more than a shard here
-get_data.TRAINING_SETS["alpaca.jsonl"] = ([sys.argv[2] + "/alpaca_data.json"], get_data.convert_rows, None)
-folder = get_data.Path(get_data.constants.HF_HOME) / "rows"
+get_data.RECIPES["alpaca"] = ([sys.argv[2] + "/alpaca_data.json"], get_data.convert_rows)
 calls = {
     "folder": lambda x: str(model.checkpoint_folder(x)),
     "weight": lambda x: model.load_model(x).state_dict()["model.norm.weight"].tolist(),
-    "rows": lambda x: data.read_rows([str(get_data.fetch(x + ".jsonl", folder))]),
-    "again": lambda x: str(get_data.fetch(x + ".jsonl", folder)),
+    "rows": lambda x: data.read_rows([str(get_data.fetch_rows(x))]),
+    "again": lambda x: str(get_data.fetch_rows(x)),
     "text": get_data.fetch_text,
     "unreachable": lambda x: setattr(get_data.constants, "ENDPOINT", "http://127.0.0.1:9") or model.checkpoint_folder(x),
 }
@@ -88,7 +87,14 @@ SETS = {
             [{"instruction": f"Do {i}", "output": "" if i == 1 else f"Done {i}"} for i in range(4)]
         ).encode()
     },
+    "Aligh1380/forgetting-llm-dataset": {
+        "README.md": b"#", "dataset_infos.json": b"{}", "data/test.jsonl": b"",
+        "data/train.jsonl": lines({"prompt": "a", "response": "b"}),
+    },
+    "someone/parquet": {"README.md": b"#", "data/train-00000.parquet": b"PAR1"},
+    "someone/nothing": {"README.md": b"#"},
 }  # fmt: skip
+HF_FILE = "hf://datasets/Aligh1380/forgetting-llm-dataset/data/train.jsonl"
 REFUSED = [  # the first is asked for with no token
     ("folder as nobody", "meta-llama/other"), ("folder as hf_stranger", "meta-llama/other"),
     ("folder as nobody", "owner/private"), ("text as nobody", "hub:owner/rows:a.jsonl"), ("folder as hf_wrong", "owner/unseen"),
@@ -130,9 +136,10 @@ def session(hub, home) -> tuple[dict, str, list]:
     """What a user with a token asks for, and then others: results, what was printed, and the requests the server saw."""
     calls = [("folder", "owner/name"), ("weight", "owner/name"), ("weight", "owner/name@v1"), ("folder", "meta-llama/gated"),
              ("folder", "owner/name@v9"), ("folder", "owner/pickled"), ("folder", "owner/absent"),
-             *(("rows", name) for name in ("flan_v2", "dolly", "oasst1", "alpaca", "wizardlm")),
-             ("again", "wizardlm"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), ("text", "hub:someone/absent:rows.jsonl"),
-             *REFUSED,
+             *(("rows", name) for name in ("flan_v2", "dolly", "oasst1", "alpaca", "wizardlm", HF_FILE)),
+             ("rows", "nowhere"), ("again", "wizardlm"), ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
+             ("rows", "hf://datasets/someone/nothing/rows.jsonl"), ("rows", "hf://datasets/someone/absent/rows.jsonl"),
+             ("rows", "hf://datasets/someone"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), *REFUSED,
              ("unreachable", "owner/elsewhere")]  # fmt: skip
     results, printed = ask(hub, home, calls, HF_TOKEN="hf_good")
     return results, printed, list(hub.requests)
@@ -177,7 +184,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
     assert not hub.cut
     ranges = [(path.split("/")[1], int(headers["range"][6:-1])) for _, path, headers in session[2] if "range" in headers]
     (place, start), (other, alpaca) = ranges
-    assert place == "cdn" and start > 1000 and other == "alpaca_data.json" and alpaca == 1024  # whole chunks
+    assert place == "cdn" and start > 1000 and other == "alpaca_data.json" and alpaca == len(ALPACA) // 2
 
 
 @pytest.mark.parametrize(
@@ -186,8 +193,12 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
         ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and the Hub said: 404 Client Error. Revision Not"),
         ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (a pickle"),
         ("folder", "owner/absent", "404 Client Error. Repository Not Found for url: {0}/api/models/owner/absent"),
+        ("rows", "nowhere", "nowhere: not a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner"),
+        ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet", "only JSON and JSONL are read; convert it: hf"),
+        ("rows", "hf://datasets/someone/nothing/rows.jsonl", "404 Client Error. Entry Not Found for url: {0}/datasets/someone"),
+        ("rows", "hf://datasets/someone/absent/rows.jsonl", "404 Client Error. Repository Not Found for url: {0}/datasets/"),
+        ("rows", "hf://datasets/someone", "hf://datasets/someone: not a public set: flan_v2, dolly, oasst1, alpaca"),
         ("text", "hub:OpenAssistant/oasst1:other.jsonl", "fetched (404 Client Error. Entry Not Found for url: {0}/datasets"),
-        ("text", "hub:someone/absent:rows.jsonl", "404 Client Error. Repository Not Found for url: {0}/datasets/someone/absent"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_named(session, hub, kind, name, expected):
@@ -205,6 +216,7 @@ def test_recipes_in_the_layouts_of_their_homes(session):
     assert rows["flan_v2"] == [{"inputs": "1 + 1?", "targets": "2"}]
     assert [(row["context"], row["response"]) for row in rows["dolly"]] == [("It is in Rome.", "Rome"), ("", "Ann")]
     assert rows["alpaca"] == json.loads(ALPACA)
+    assert rows[HF_FILE] == [{"prompt": "a", "response": "b"}]
     assert [row["output"] for row in rows["wizardlm"]] == ["Done 0", "Done 2", "Done 3"]
 
 
@@ -245,7 +257,7 @@ def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
     """HF_HUB_OFFLINE=1: not a request is sent."""
     before = len(hub.requests)
     calls = [("weight", "owner/name"), ("rows", "dolly"), ("rows", "alpaca"), ("folder", "owner/private"),
-             ("text", "hub:google/IFEval:x.jsonl"), ("text", "hub:google/IFEval:ifeval_input_data.jsonl"),
+             ("text", "hub:google/IFEval:x.jsonl"), ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
              ("text", f"{hub.endpoint}/alpaca_data.json")]  # fmt: skip
     results, _ = ask(hub, home, calls, HF_HUB_OFFLINE="1")
     assert results["weight", "owner/name"] == session[0]["weight", "owner/name"]
@@ -258,13 +270,14 @@ def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
 
 @pytest.fixture
 def get_data(monkeypatch, tmp_path):
-    """The program in this process; and the list of what it fetched from a stand-in for the network."""
+    """The program in this process, with a cache of its own; and the list of what it fetched from a stand-in for the network."""
     import get_data
 
+    monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     fetched: list[str] = []
     monkeypatch.setattr(get_data, "BENCHMARKS", {file: ([file], str, None) for file in get_data.BENCHMARKS})
-    monkeypatch.setattr(get_data, "TRAINING_SETS", {"dolly.jsonl": (["dolly"], str, None)})
+    monkeypatch.setattr(get_data, "RECIPES", {"dolly": (["dolly"], str)})
     monkeypatch.setattr(get_data, "fetch_text", lambda source: fetched.append(source) or f"rows of {source}\n")
     return get_data.main, fetched
 
@@ -292,17 +305,13 @@ def test_the_program_puts_files_where_eval_looks(get_data, tmp_path, capsys, nam
     program([name])
     assert sorted(path.name for path in (tmp_path / "runs/data").iterdir()) == files
     assert sorted(capsys.readouterr().out.split()) == [f"runs/data/{file}" for file in files]
-    program([name, name])  # what is there is not fetched again
+    program([name, name, "--out", "other"])  # converted once, copied as often as asked for
+    assert len(fetched) == len(files) and sorted(path.name for path in (tmp_path / "other").iterdir()) == files
     source = "dolly" if name == "dolly" else files[0]
-    assert len(fetched) == len(files) and (tmp_path / "runs/data" / files[0]).read_text() == f"rows of {source}\n"
-    program([name, "--out", "other"])
-    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == files
+    assert (tmp_path / "other" / files[0]).read_text() == f"rows of {source}\n"
 
 
-def test_the_program_replaces_nothing_and_names_what_it_knows(get_data, tmp_path, capsys, monkeypatch):
-    import get_data as tool
-
-    monkeypatch.setitem(tool.BENCHMARKS, "boolq.jsonl", (["boolq.jsonl"], str, "0000"))
+def test_the_program_replaces_nothing_and_names_what_it_knows(get_data, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/boolq.jsonl").write_text("my own")
     for words, message in (
@@ -322,6 +331,6 @@ def test_every_benchmark_of_the_paper_has_a_public_home():
 
     from eval import GROUPS, TASKS
 
-    assert {name for name in TASKS if not get_data.files_of(name)} <= {"mc", "qa", "demo_mc", "demo_qa"}
+    assert {name for name in TASKS if not get_data.benchmark_files(name)} <= {"mc", "qa", "demo_mc", "demo_qa"}
     assert all(set(tasks) <= TASKS.keys() for tasks in GROUPS.values())
-    assert {file for name in GROUPS for file in get_data.files_of(name)} == set(get_data.BENCHMARKS)
+    assert {file for name in GROUPS for file in get_data.benchmark_files(name)} == set(get_data.BENCHMARKS)

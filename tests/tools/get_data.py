@@ -2,41 +2,47 @@
 
     python tests/tools/get_data.py boolq arithmetic paper      # tasks of eval.py, and groups of them
     python tests/tools/get_data.py flan_v2 dolly alpaca        # training sets: --data runs/data/flan_v2.jsonl
-    hf download owner/name path/rows.jsonl --repo-type dataset --local-dir runs/data      # any other rows of the Hub
+    python tests/tools/get_data.py hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows
 
-They are converted, and checked where their sha256 is known. A file that is there is not fetched again.
+They are converted once, checked where their sha256 is known, kept under the Hugging Face cache (HF_HOME), and copied.
 """
 
 import argparse
 import ast
 import gzip
 import hashlib
-import io
 import json
+import os
 import random
 import re
 import sys
+import urllib.request
+from http.client import IncompleteRead
 from pathlib import Path
+from typing import Callable, Iterable
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.file_download import http_get
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import NoResponse, RowError, render, write_text  # noqa: E402
+from data import NoResponse, RowError, render, whole_file  # noqa: E402
 from eval import GROUPS, TASKS  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
 LOGIQA_TEST = GITHUB + "lgw863/LogiQA-dataset/91e7b26bab6308fc222fe7f8838b61792f2f293f/Test.txt"
 ASDIV_XML = GITHUB + "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47/dataset/ASDiv.xml"
 TRUTHFULQA_MC = GITHUB + "sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/data/mc_task.json"
-LM_EVAL = GITHUB + "EleutherAI/lm-evaluation-harness/fb9f352b699db09f0b6c2379f98f7645a6b4312a/lm_eval/"
-TRUTHFULQA_TASK = LM_EVAL + "tasks/truthfulqa/truthfulqa_mc1.yaml"
+TRUTHFULQA_TASK = (
+    GITHUB + "EleutherAI/lm-evaluation-harness/fb9f352b699db09f0b6c2379f98f7645a6b4312a"
+    "/lm_eval/tasks/truthfulqa/truthfulqa_mc1.yaml"
+)
 TYDIQA_SCRIPT = GITHUB + "UCSC-REAL/TokenCleaning/af1a08e19f1c6072395dc9785d136860282e24cf/eval/tydiqa/run_eval.py"
 TYDIQA = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-{}.json"
-ROW_SERVICE = "https://datasets-server.huggingface.co/rows?"
-ARC_ROWS = ROW_SERVICE + "dataset=allenai%2Fai2_arc&config=ARC-Challenge&split=test&offset={}&length=100"
+ARC_ROWS = (
+    "https://datasets-server.huggingface.co/rows?dataset=allenai%2Fai2_arc&config=ARC-Challenge&split=test&offset={}&length=100"
+)
 ARITHMETIC_FILES = {  # subtask: the Hub's file
     "1dc": "single_digit_three_ops", "2da": "two_digit_addition", "2ds": "two_digit_subtraction",
     "2dm": "two_digit_multiplication", "3da": "three_digit_addition", "3ds": "three_digit_subtraction",
@@ -52,8 +58,11 @@ def json_lines(text: str) -> list[dict]:
 
 def convert_boolq(text: str) -> list[dict]:
     """The original dev.jsonl; SuperGLUE, which lm-eval reads, puts the title in front of the passage."""
-    return [{"question": r["question"], "passage": f"{r['title']} -- {r['passage']}", "idx": i, "label": int(r["answer"])}
-            for i, r in enumerate(json_lines(text))]  # fmt: skip
+    rows = json_lines(text)
+    return [
+        {"question": r["question"], "passage": f"{r['title']} -- {r['passage']}", "idx": i, "label": int(r["answer"])}
+        for i, r in enumerate(rows)
+    ]
 
 
 def convert_logiqa(text: str) -> list[dict]:
@@ -163,7 +172,9 @@ def fetch_text(source: str) -> str:
     try:
         if source.startswith("hub:"):
             _, repo, file = source.split(":")
-            content = Path(hf_hub_download(repo, file, repo_type="dataset")).read_bytes()
+            file, _, revision = file.partition("@")
+            path = hf_hub_download(repo, file, repo_type="dataset", revision=revision or None)
+            content = Path(path).read_bytes()
         elif constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         else:
@@ -179,11 +190,50 @@ def fetch_text(source: str) -> str:
         ) from None
 
 
-def download(url: str) -> bytes:
-    """What is behind an address. The Hub's client takes up a connection that breaks off where it broke."""
-    content = io.BytesIO()
-    http_get(url, content, headers={"Accept-Encoding": "identity"})  # a part of what is packed cannot be unpacked
-    return content.getvalue()
+def download(url: str, tries: int = 5) -> bytes:
+    """What is behind an address. A connection that breaks off is taken up where it broke. Raises OSError."""
+    content = b""
+    for _ in range(tries):
+        request = urllib.request.Request(url, headers={"Range": f"bytes={len(content)}-"} if content else {})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            content = content if answer.status == 206 else b""  # 200: a server that knows no ranges begins again
+            try:
+                while block := answer.read1(1 << 20):
+                    content += block
+                if not answer.length:  # what is still to come; None: not known
+                    return content
+            except (IncompleteRead, ConnectionError, TimeoutError):
+                pass  # the next try asks for the rest
+    raise OSError(f"the connection broke off {tries} times, the last time after {len(content)} bytes")
+
+
+def convert_once(path: Path, sources: Iterable[str], convert: Callable[..., str | list[dict]], expected: str | None) -> None:
+    """Write `path`, unless it is there, from its public sources. Raises ValueError if they are not what they were."""
+    if path.is_file():
+        return
+    sources = list(sources)
+    texts = [fetch_text(source) for source in sources]
+    try:
+        content = convert(*texts)
+    except Exception as error:  # what came is not in the format it had
+        raise ValueError(f"{path.name}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
+    if not isinstance(content, str):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    found = hashlib.sha256(content.encode()).hexdigest()
+    if expected is not None and not found.startswith(expected):
+        raise ValueError(f"{path.name}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fetch_benchmarks(files: Iterable[str]) -> Path:
+    """A folder under the Hugging Face cache with these row files, fetched and converted once, and checked."""
+    folder = Path(constants.HF_HOME) / "forgetting-benchmarks"
+    for file in files:
+        convert_once(folder / file, *BENCHMARKS[file])
+    return folder
 
 
 # -------------------------------------------------------------------------------- the training sets' public homes
@@ -228,61 +278,85 @@ def convert_oasst(text: str) -> list[dict]:
     return convert_rows("".join(json.dumps(row) + "\n" for row in rows))
 
 
-TRAINING_SETS = {  # as in BENCHMARKS
-    "flan_v2.jsonl": (["hub:hamishivi/tulu_mix_store:flan_v2_resampled_50k.jsonl"], convert_rows, None),
-    "dolly.jsonl": (["hub:databricks/databricks-dolly-15k:databricks-dolly-15k.jsonl"], convert_rows, None),
-    "oasst1.jsonl": (["hub:OpenAssistant/oasst1:2023-04-12_oasst_ready.trees.jsonl.gz"], convert_oasst, None),
-    "alpaca.jsonl": ([GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json"], convert_rows, None),
-    "wizardlm.jsonl": (["hub:WizardLMTeam/WizardLM_evol_instruct_70k:alpaca_evol_instruct_70k.json"], convert_rows, None),
+RECIPES = {  # name: (where its originals are, how they are converted)
+    "flan_v2": (["hub:hamishivi/tulu_mix_store:flan_v2_resampled_50k.jsonl"], convert_rows),
+    "dolly": (["hub:databricks/databricks-dolly-15k:databricks-dolly-15k.jsonl"], convert_rows),
+    "oasst1": (["hub:OpenAssistant/oasst1:2023-04-12_oasst_ready.trees.jsonl.gz"], convert_oasst),
+    "alpaca": ([GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json"], convert_rows),
+    "wizardlm": (["hub:WizardLMTeam/WizardLM_evol_instruct_70k:alpaca_evol_instruct_70k.json"], convert_rows),
 }
+
+
+HUB_PREFIX = "hf://datasets/"
+
+
+def is_public(name: str) -> bool:
+    """Whether fetch_rows takes this name."""
+    return name in RECIPES or name.startswith(HUB_PREFIX)
+
+
+def fetch_rows(name: str) -> Path:
+    """The rows of a public training set as JSONL under the Hugging Face cache, fetched and converted once."""
+    folder = Path(constants.HF_HOME) / "forgetting-rows"
+    if name in RECIPES:
+        sources, convert = RECIPES[name]
+        path = folder / f"{name}.jsonl"
+    else:
+        parts = name.removeprefix(HUB_PREFIX).split("/", 2)
+        if not name.startswith(HUB_PREFIX) or len(parts) < 3:
+            raise ValueError(f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl")
+        owner, repo, file = parts
+        if not re.search(r"\.jsonl?(\.gz)?(@|$)", file):
+            raise ValueError(f"{name}: only JSON and JSONL are read; convert it: hf download {owner}/{repo} "
+                             f"{file.partition('@')[0]} --repo-type dataset --local-dir ., then python -c \"import pandas; "
+                             "pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)\"")  # fmt: skip
+        sources, convert = [f"hub:{owner}/{repo}:{file}"], convert_rows
+        path = folder / (quote(f"{owner}/{repo}/{file}", safe="") + ".jsonl")  # two names never share a file
+    convert_once(path, sources, convert, None)
+    return path
 
 
 # -------------------------------------------------------------------------------------------------- the command line
 
 
-def fetch(file: str, folder: Path) -> Path:
-    """A file in a folder, made from its public sources if it is not there. Raises ValueError if they are not what they were."""
-    path = folder / file
-    sources, convert, expected = (BENCHMARKS | TRAINING_SETS)[file]
-    is_known = lambda content: expected is None or hashlib.sha256(content).hexdigest().startswith(expected)
-    if path.is_file():
-        if not is_known(path.read_bytes()):
-            raise ValueError(f"{path} is there and holds something else: move it away, or use another --out")
-        return path
-    texts = [fetch_text(source) for source in sources]
-    try:
-        content = convert(*texts)
-    except Exception as error:  # what came is not in the format it had
-        raise ValueError(f"{file}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
-    if not isinstance(content, str):
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-    if not is_known(content.encode()):
-        raise ValueError(f"{file}: {sources[0]} is not what it was (its sha256 does not begin with {expected})")
-    write_text(content, path)
-    return path
-
-
-def files_of(name: str) -> list[str]:
-    """The files of a training set, or of a task of eval.py or a group, what lies beside the rows included; [] for others."""
-    if f"{name}.jsonl" in TRAINING_SETS:
-        return [f"{name}.jsonl"]
+def benchmark_files(name: str) -> list[str]:
+    """The files of a task of eval.py or of a group, what lies beside the rows included; [] for any other name."""
     stems = tuple(Path(TASKS[task].file).stem for task in GROUPS.get(name, [name]) if task in TASKS)
     return [file for file in BENCHMARKS if file.startswith(stems)]
 
 
+def put(path: Path, folder: Path) -> None:
+    """Copy a file of the cache into a folder, and say so. Raises ValueError where a file of other content is."""
+    content, copy = path.read_bytes(), folder / path.name
+    if not copy.is_file():
+        with whole_file(copy) as file:
+            file.write_bytes(content)
+    elif copy.read_bytes() != content:
+        raise ValueError(f"{copy} is there and holds something else: move it away, or use another --out")
+    print(copy, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Fetch what is named, and say where it is."""
-    known = [name for name in [*GROUPS, *TASKS] if files_of(name)] + [Path(file).stem for file in TRAINING_SETS]
-    parser = argparse.ArgumentParser(usage="python tests/tools/get_data.py NAME ... [--out FOLDER] (--help lists the names)",
-                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("names", nargs="+", help=f"any of {', '.join(known)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/data"), help="the folder [runs/data]")
+    benchmarks = [name for name in [*GROUPS, *TASKS] if benchmark_files(name)]
+    known = ", ".join([*benchmarks, *RECIPES, f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
+    usage = "python tests/tools/get_data.py NAME ... [--out FOLDER] (--help lists the names)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("names", nargs="+", help=f"any of {known}")
+    parser.add_argument("--out", default="runs/data", help="the folder [runs/data]")
     arguments = parser.parse_args(argv)
+    folder = Path(arguments.out)
     try:
-        if unknown := [name for name in arguments.names if name not in known]:
-            raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
-        for file in dict.fromkeys(file for name in arguments.names for file in files_of(name)):
-            print(fetch(file, arguments.out), flush=True)
+        if unknown := [name for name in arguments.names if not benchmark_files(name) and not is_public(name)]:
+            raise ValueError(f"unknown {', '.join(unknown)}; known: {known}")
+        for name in arguments.names:
+            if files := benchmark_files(name):
+                cache = fetch_benchmarks(files)
+                for file in files:
+                    put(cache / file, folder)
+            else:
+                put(fetch_rows(name), folder)
     except (ValueError, OSError) as error:
         print(f"get_data.py: {error}", file=sys.stderr)
         sys.exit(2)
