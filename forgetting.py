@@ -86,10 +86,11 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     base_loss, ref_loss = score(scorer, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
     plain_signs = plain_forgetting(quality, d_train, options)  # (C,)
-    print0(describe_scores(base_loss, ref_loss, plain_signs))
-    print0(describe_trust(scorer, held_out, quality, options))
-    print0(describe_noise(detection(quality, plain_signs < 0, d_train)))
-    print0(lowest_rows(quality, d_train, tokenizer))
+    parts = [describe_scores(base_loss, ref_loss, plain_signs)]
+    parts += [describe_trust(scorer, held_out, quality, options)]
+    parts += [describe_noise(detection(quality, plain_signs < 0, d_train))]
+    parts += [lowest_rows(quality, d_train, tokenizer)]
+    print0("\n".join(filter(None, parts)))
 
     table_signs = None if options.skip_train_losses else plain_signs
     yardstick = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
@@ -733,9 +734,9 @@ def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, floa
 
 
 def describe_noise(figures: dict[str, float]) -> str:
-    """detection() in a line."""
+    """detection() in a line; "" where nothing is known."""
     if not figures:
-        return "no row has a field `noise`: which tokens are noise is not known"
+        return ""
     found = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
     return f"does a low Q find the known noise? (AUC of chance: 0.5) {found}"
 
