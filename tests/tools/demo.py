@@ -256,12 +256,11 @@ def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = Tr
     """
     tokenizer, run = Tokenizer(options.model, options.template), look.read_run(Path(options.out))
     corpus = run.corpus
-    noisy = corpus.noisy  # (C,)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     held_out = forgetting.read_held_out(options, tokenizer, corpus)
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
-    signs = np.where(corpus.response, np.where(noisy, -int(unlearn), 1), 0).astype(np.int8)  # (C,)
+    signs = np.where(corpus.response, np.where(corpus.noisy, -int(unlearn), 1), 0).astype(np.int8)  # (C,)
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, corpus, signs, folder, options, seed)
     table_signs = None if options.skip_train_losses else run.signs
@@ -302,62 +301,45 @@ def panel_report(title: str, results: dict, found: dict[str, list]) -> str:
 # ----------------------------------------------------------------------------------------------- the picture
 
 
-def token_rows(options: forgetting.Options, examples: list[int]) -> list[list[tuple[str, float, bool]]]:
-    """The response tokens of some examples: text, Q minus the threshold, and whether they are known noise."""
-    tokenizer = Tokenizer(options.model)
-    run = look.read_run(Path(options.out))
-    corpus, noisy = run.corpus, run.corpus.noisy
-    rows = []
-    for example in examples:
-        places = [i for i in range(*corpus.offsets[example : example + 2]) if corpus.response[i]]
-        texts = [tokenizer.decode([int(corpus.tokens[i])], skip_special=False) for i in places]
-        rows.append([(text, float(run.quality[i] - run.threshold), bool(noisy[i])) for text, i in zip(texts, places)])
-    return rows
-
-
-def choose_examples(options: forgetting.Options) -> list[int]:
-    """Six examples that fit a line: two of each kind of noise or less, and clean ones."""
-    run, chosen = look.read_run(Path(options.out)), []
-    corpus, noise = run.corpus, run.corpus.noise
-    wanted = [{"wrong"}, {"wrong", "boilerplate"}, {"garbled"}, {"boilerplate"}, set(), set()]
-    for kinds in wanted:
-        for example in range(len(corpus)):
-            first, last = corpus.offsets[example : example + 2]
+def choose_examples(run: look.Run) -> list[int]:
+    """Six short examples: one for each of four mixtures of noise, and two clean ones."""
+    corpus, chosen = run.corpus, []
+    for kinds in ({"wrong"}, {"wrong", "boilerplate"}, {"garbled"}, {"boilerplate"}, set(), set()):
+        for example, (first, last) in enumerate(zip(corpus.offsets, corpus.offsets[1:])):
             fits = 5 <= corpus.response[first:last].sum() <= 19
-            if fits and example not in chosen and {kind for kind in noise if noise[kind][first:last].any()} == kinds:
+            if fits and example not in chosen and {k for k, known in corpus.noise.items() if known[first:last].any()} == kinds:
                 chosen.append(example)
                 break
     return chosen
 
 
-def draw_tokens(panels: dict[str, list[list[tuple[str, float, bool]]]]) -> str:
-    """An SVG: panels side by side, a row of boxes for each example; blue is in P, orange in N, known noise underlined."""
-    letter, line, width, left = 7.2, 30, 530, 16
-    parts, deepest = [], 0.0
-    for column, (title, rows) in enumerate(panels.items()):
-        x0, y = left + column * width, 34.0
-        parts.append(f'<text x="{x0}" y="{y}" font-weight="bold">{escape(title)}</text>')
-        for row in rows:
-            x, y = float(x0), y + line
-            for text, over, noisy in row:
-                size = letter * len(text) + 9
-                if x + size > x0 + width - 2 * left:
-                    x, y = float(x0), y + line - 4
-                strength = 0.15 + 0.75 * min(abs(over) / 3, 1)
-                color = "#2f6fdb" if over >= 0 else "#e8832a"
-                parts.append(f'<rect x="{x:.0f}" y="{y - 15:.0f}" width="{size - 3:.0f}" height="21" rx="3" '
-                             f'fill="{color}" fill-opacity="{strength:.2f}"/>')  # fmt: skip
-                parts.append(f'<text x="{x + 3:.0f}" y="{y:.0f}">{escape(text)}</text>')
-                if noisy:
-                    parts.append(f'<rect x="{x:.0f}" y="{y + 7:.0f}" width="{size - 3:.0f}" height="2.5" fill="#000"/>')
+def draw_tokens(runs: dict[str, look.Run]) -> str:
+    """An SVG: runs side by side, a row of boxes for each example; blue is in P, orange in N, known noise underlined."""
+    width, margin, deepest, parts = 530, 16, 0, []
+    examples = choose_examples(next(iter(runs.values())))
+    for column, (title, run) in enumerate(runs.items()):
+        left, y = margin + column * width, 34
+        parts.append(f'<text x="{left}" y="{y}" font-weight="bold">{escape(title)}</text>')
+        for example in examples:
+            x, y = left, y + 30
+            for place, text in look.response_texts(run, example):
+                size = 7.2 * len(text) + 9  # a letter of this font and size is 7.2 wide
+                if x + size > left + width - 2 * margin:
+                    x, y = left, y + 26
+                above = run.quality[place] - run.threshold
+                color, strength = "#2f6fdb" if above >= 0 else "#e8832a", 0.15 + 0.75 * min(abs(above) / 3, 1)
+                box = f'<rect x="{x:.0f}" width="{size - 3:.0f}"'
+                parts.append(f'{box} y="{y - 15}" height="21" rx="3" fill="{color}" fill-opacity="{strength:.2f}"/>')
+                parts.append(f'<text x="{x + 3:.0f}" y="{y}">{escape(text)}</text>')
+                if run.corpus.noisy[place]:
+                    parts.append(f'{box} y="{y + 7}" height="2.5" fill="#000"/>')
                 x += size
-            deepest = max(deepest, y)
-    height, total = deepest + 52, left + len(panels) * width
+        deepest = max(deepest, y)
     key = "blue: kept in P; orange: in N; stronger: farther from the threshold; underlined: known noise"
-    parts.append(f'<text x="{left}" y="{height - 16:.0f}" fill="#444">{key}</text>')
-    body = "\n".join(parts)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height:.0f}" font-family="monospace" '
-            f'font-size="12" fill="#111">\n<rect width="100%" height="100%" fill="#fff"/>\n{body}\n</svg>\n')  # fmt: skip
+    parts.append(f'<text x="{margin}" y="{deepest + 36}" fill="#444">{key}</text>')
+    size = f"0 0 {margin + len(runs) * width} {deepest + 52}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="monospace" font-size="12" fill="#111">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
 
 
 # -------------------------------------------------------------------------------------------------- main
@@ -395,11 +377,9 @@ def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> 
     print0("\n" + "\n\n".join(parts))
     print0(f"\nwritten to {out / 'results.md'}; every token with its Q: python tests/tools/look.py {out}")
     if svg:
-        runs = {panel: panel_options(options, panel, options.seeds[0], options.methods) for panel in PANELS}
-        examples = choose_examples(runs["clean"])
-        titles = {"clean": "reference trained on clean rows", "same": "reference as noisy as the training rows"}
-        rows = {titles[panel]: token_rows(run, examples) for panel, run in runs.items()}
-        write_text(draw_tokens(rows), svg)
+        world = out / f"world-{options.seeds[0]}"
+        runs = {"reference trained on clean rows": world / "clean", "reference as noisy as the training rows": world / "same"}
+        write_text(draw_tokens({title: look.read_run(folder) for title, folder in runs.items()}), svg)
 
 
 def main(argv: list[str] | None = None) -> None:
