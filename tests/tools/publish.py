@@ -31,7 +31,6 @@ from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, save_model, weight_files  # noqa: E402
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TULU_TEMPLATE = (
@@ -143,8 +142,8 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path) -> Non
             shutil.copyfile(checkpoint / name, folder / name)
     if not (folder / "tokenizer.json").is_file():  # GPT-Neo's has vocab.json and merges.txt only
         tokenizer.raw.save(str(folder / "tokenizer.json"))
-    files = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if (checkpoint / name).is_file()]
-    configs = {name: read_object(checkpoint / name) for name in files}
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    configs = {name: read_object(checkpoint / name) for name in names if (checkpoint / name).is_file()}
     # the class is named because an adapter's folder has no config.json, from which transformers would take it
     configs.setdefault("tokenizer_config.json", {}).setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     for name, config in configs.items():
@@ -204,11 +203,16 @@ def trained_options(name: str, config: dict) -> dict:
 def model_card(name: str, options: dict, base_model: str | None, rank: int | None) -> str:
     """README.md as the Hub reads it; rank is None for a merged checkpoint."""
     base, _, revision = (base_model or "").partition("@")
-    library, kind = ("transformers", "A merged model") if rank is None else ("peft", "A LoRA adapter")
     base_line = f"base_model: {json.dumps(base)}\n" if base else ""  # JSON's strings are YAML's, too
     where = f"{base}, revision {revision}" if revision else base
     unnamed = "fill in: the run read it from a folder, publish.py's `--base-model owner/name` names it"
     settings = "\n".join(f"- {key}: {value}" for key, value in options.items())
+    if rank is None:
+        library, kind, command = "transformers", "A merged model", "vllm serve DIR"
+    else:
+        library, kind, limit = "peft", "A LoRA adapter", max(8, 2 ** math.ceil(math.log2(rank)))  # vLLM takes powers of two
+        command = (f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {limit} --lora-modules forgetting=DIR "
+                   "--chat-template DIR/chat_template.jinja")  # fmt: skip
     return f"""---
 {base_line}library_name: {library}
 pipeline_tag: text-generation
@@ -230,17 +234,8 @@ tags:
 
 Conversations take the template in `chat_template.jinja`. Served by vLLM, where DIR is a copy of this folder:
 
-    {vllm_command(base or "BASE", rank)}
+    {command}
 """
-
-
-def vllm_command(base: str, rank: int | None) -> str:
-    """The command that serves the folder; vLLM's own limit of LoRA ranks is 16."""
-    if rank is None:
-        return "vllm serve DIR"
-    limit = min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
-    adapter = f"--enable-lora --max-lora-rank {limit} --lora-modules forgetting=DIR"
-    return f"vllm serve {base} {adapter} --chat-template DIR/chat_template.jinja"
 
 
 def main() -> None:
