@@ -226,23 +226,40 @@ def peak_bytes(device: str, reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def rows_of(task: dict, count: int) -> list[dict]:
+    """Token ids and response masks of the first rows, the same for everybody, cut to 512 tokens."""
+    from data import Tokenizer, build_corpus, read_rows
+
+    corpus = build_corpus(read_rows(task["data"])[:count], Tokenizer(task["model"]), max_length=512)
+    if len(corpus) < count:
+        raise SystemExit(f"--data has {len(corpus)} usable rows, {count} are needed")
+    spans = list(zip(corpus.offsets, corpus.offsets[1:]))
+    return [{"ids": corpus.tokens[a:b].tolist(), "response": corpus.response[a:b].tolist()} for a, b in spans]
+
+
 def measure(job: str, who: str, task: dict) -> dict:
     """Run one measurement in this process."""
     if job == "partition":
         return measure_partition()
+    examples, warm_up, tokens = list(range(12)), [0, 1], 0  # documents, for evaluate
+    if job in ("train", "score"):
+        first = 24 * task["repetition"]  # of 24 rows half are timed, half are to warm up
+        examples, warm_up = list(range(first, first + 12)), list(range(first + 12, first + 24))
+        task["rows"] = rows_of(task, first + 24)
+        tokens = sum(len(task["rows"][i]["ids"]) for i in examples)
     prepare = {"ours": ours, "transformers": transformers_peft, "peft": peft_padding_free, "trl": trl,
                "lm_eval-1": lm_eval(1), "lm_eval-8": lm_eval(8)}[who]  # fmt: skip
     run = prepare(job, task)
-    run(task["warm_up"])
+    run(warm_up)
     peak_bytes(task["device"], reset=True)
     began = time.perf_counter()
-    own = run(task["examples"])
+    own = run(examples)
     if task["device"] != "cpu":
         import torch
 
         torch.cuda.synchronize()
     seconds = own if isinstance(own, float) else time.perf_counter() - began
-    return {"seconds": seconds, "peak": peak_bytes(task["device"])}
+    return {"seconds": seconds, "peak": peak_bytes(task["device"]), "rate": tokens / seconds}
 
 
 def measure_partition() -> dict:
@@ -255,67 +272,37 @@ def measure_partition() -> dict:
     before = peak_bytes("cpu", reset=True)
     began = time.perf_counter()
     partition(quality, 0.7)
-    return {"seconds": time.perf_counter() - began, "peak": peak_bytes("cpu") - before}
+    return {"seconds": time.perf_counter() - began, "peak": peak_bytes("cpu") - before, "rate": 0.0}
 
 
 # ------------------------------------------------------------------------------------------------------ the figures
 
 
-def rows_of(model: str, files: list[str], count: int) -> list[dict]:
-    """Token ids and response masks, made once for everybody, cut to 512 tokens."""
-    from data import Tokenizer, build_corpus, read_rows
-
-    corpus = build_corpus(read_rows(files)[:count], Tokenizer(model), max_length=512)
-    spans = list(zip(corpus.offsets, corpus.offsets[1:]))
-    return [{"ids": corpus.tokens[a:b].tolist(), "response": corpus.response[a:b].tolist()} for a, b in spans]
-
-
-def in_a_process(who: str, task: dict, arguments: argparse.Namespace) -> dict:
-    """One measurement in a fresh process, on --threads cores."""
+def in_a_process(who: str, dtype: str, repeat: int, arguments: argparse.Namespace) -> dict:
+    """One measurement in a fresh process, on --threads cores: this program again, with the same flags and --worker."""
     python = sys.executable if who == "ours" else arguments.peers
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(task, file)
-        file.flush()
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-arguments.threads :]))
-        worker = [str(HERE / "bench.py"), arguments.job, "--worker", who, "--task-file", file.name]
-        command = ["taskset", "-c", cores, python, *worker]
-        environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
-        environment |= {"THP_MEM_ALLOC_ENABLE": "1"}  # for everybody: see run.sh
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-arguments.threads :]))
+    command = ["taskset", "-c", cores, python, *sys.argv, "--worker", who, "--dtypes", dtype, "--repetition", str(repeat)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": "1"}  # for everybody: see run.sh
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{who}: {done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def make_task(arguments: argparse.Namespace, dtype: str) -> dict:
-    """What every process is told of a job, but for the examples of a repetition."""
-    task = {"model": arguments.model, "dtype": dtype, "device": arguments.device, "micro_tokens": arguments.micro_tokens}
-    task |= {"task": arguments.task, "data_dir": arguments.data_dir, "rows": []}
-    if arguments.job in ("train", "score"):
-        needed = 24 * arguments.repeats
-        task["rows"] = rows_of(arguments.model, arguments.data, needed)
-        if len(task["rows"]) < needed:
-            raise SystemExit(f"--data has {len(task['rows'])} usable rows, {needed} are needed")
-    return task
-
-
 def compare(arguments: argparse.Namespace, dtype: str) -> None:
     """The interleaved runs of one job in one precision, and their table."""
-    job, task = arguments.job, make_task(arguments, dtype)
+    job = arguments.job
     found: dict[str, list[dict]] = {who: [] for who in WORKERS[job] if who == "ours" or arguments.peers}
     for repeat in range(arguments.repeats):
-        first = 24 * repeat if task["rows"] else 0  # of 24 rows half are timed, half are to warm up
-        task["examples"] = list(range(first, first + 12))
-        task["warm_up"] = list(range(first + 12, first + 24)) if task["rows"] else [0, 1]
-        tokens = sum(len(task["rows"][i]["ids"]) for i in task["examples"]) if task["rows"] else 0
         for who in found:
-            result = in_a_process(who, task, arguments)
-            found[who].append(result | {"rate": tokens / result["seconds"]})
+            found[who].append(in_a_process(who, dtype, repeat, arguments))
             print(f"  {job} {dtype} {who} {repeat}: {found[who][-1]}", file=sys.stderr, flush=True)
     for who, runs in found.items():
         figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         line = f"{job:9} {dtype:8} {who:13} {figures['seconds']:8.2f} s  peak {figures['peak'] / 1e9:6.2f} GB"
-        if task["rows"]:
+        if figures["rate"]:
             line += f"  {figures['rate']:8.0f} tokens/s"
         if who != "ours":
             ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(runs, found["ours"])]
@@ -338,10 +325,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--task-file", help=argparse.SUPPRESS)
+    parser.add_argument("--repetition", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(measure(arguments.job, arguments.worker, json.loads(Path(arguments.task_file).read_text()))))
+        task = vars(arguments) | {"dtype": arguments.dtypes[0]}
+        print(json.dumps(measure(arguments.job, arguments.worker, task)))
         return
     for dtype in arguments.dtypes if arguments.job != "partition" else ["float32"]:
         compare(arguments, dtype)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -24,34 +24,35 @@ HERE = Path(__file__).resolve().parent.parent  # tests/, where tiny.py and golde
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import tiny  # noqa: E402
 
-from data import Tokenizer, build_corpus  # noqa: E402
+from data import Tokenizer, build_corpus, write_rows, write_text  # noqa: E402
 from lora import load_adapter, merge_lora  # noqa: E402
 from model import load_model  # noqa: E402
 
 KIND = "llama3"
-SAME = {  # configs that load_adapter takes, as arguments of LoraConfig
+TAKEN = {  # configs that load_adapter takes, as arguments of LoraConfig; with q_proj alone where no targets are named
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "names that the model lacks": {"target_modules": ["q_proj", "c_attn", "W_pack"]},
     "a regular expression": {"target_modules": r".*layers\.1\..*(up|down)_proj"},
     "all-linear": {"target_modules": "all-linear"},
     "all-linear with exceptions": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
-    "one layer, the first": {"target_modules": ["q_proj"], "layers_to_transform": 0},
-    "layers by a list": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    "fan_in_fan_out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
-    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
-    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
-    "mica": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
-    "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "one layer, the first": {"layers_to_transform": 0},
+    "layers by a list": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "rslora": {"use_rslora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+}
+REFUSED = {
     "rank pattern": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
-    "activated": {"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6]},
-    "dora": {"target_modules": ["q_proj"], "use_dora": True},
-    "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
-    "pissa": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "activated": {"alora_invocation_tokens": [5, 6]},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "lm_head": {"target_modules": ["q_proj", "lm_head"]},
-    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "modules_to_save": {"modules_to_save": ["norm"]},
 }
-REFUSED = list(SAME)[list(SAME).index("rank pattern") :]
 
 
 def theirs(folder: Path, dtype: torch.dtype | str = torch.float32):
@@ -77,11 +78,11 @@ def write_defaults() -> None:
 
 
 def check_configs(folder: Path) -> None:
-    """Each config of SAME: PEFT writes an adapter, with random weights, and both sides load it."""
+    """PEFT writes an adapter of each config, with random weights, and both sides load it."""
     tiny.make_checkpoint(folder / "m", KIND)
-    for number, (name, arguments) in enumerate(SAME.items()):
+    for number, (name, arguments) in enumerate((TAKEN | REFUSED).items()):
         adapter = folder / str(number)
-        config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **arguments)
+        config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | arguments))
         with contextlib.redirect_stderr(io.StringIO()):
             get_peft_model(theirs(folder / "m"), config).save_pretrained(adapter)
         path = adapter / "adapter_model.safetensors"
@@ -90,14 +91,14 @@ def check_configs(folder: Path) -> None:
         ours = load_model(folder / "m")
         try:
             load_adapter(ours, adapter)
+            assert name in TAKEN, name
         except ValueError as error:
             assert name in REFUSED, (name, error)
             print(f"{name}: refused, {str(error).removeprefix(str(folder))}")
-            continue
-        assert name not in REFUSED, name
-        worst = difference(PeftModel.from_pretrained(theirs(folder / "m"), adapter).eval(), ours)
-        assert worst < 1e-4, (name, worst)
-        print(f"{name}: {len(shapes)} tensors, logits differ by {worst:.1e}")
+        else:
+            worst = difference(PeftModel.from_pretrained(theirs(folder / "m"), adapter).eval(), ours)
+            assert worst < 1e-4, (name, worst)
+            print(f"{name}: {len(shapes)} tensors, logits differ by {worst:.1e}")
 
 
 def program(path: str, *arguments: object) -> None:
@@ -110,11 +111,11 @@ def check_published(folder: Path) -> None:
     base, run = folder / "base", folder / "run"
     shutil.copytree(HERE / "demo_model", base)
     # a base model whose generation stops elsewhere, and whose tokenizer_config.json names no eos
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    pairs = [(f"What is {i} plus 2?", f"It is {i + 2}.") for i in range(60)]
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(json.dumps({"eos_token_id": 5}), base / "generation_config.json")
+    write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), base / "tokenizer_config.json")
+    messages = [[{"role": "user", "content": f"What is {i} plus 2?"}, {"role": "assistant", "content": f"It is {i + 2}."}]
+                for i in range(60)]  # fmt: skip
+    write_rows([{"messages": turns} for turns in messages], folder / "rows.jsonl")
     flags = ["--rank", 64, "--epochs", 10, "--batch-size", 8, "--lr", 2e-3]
     program("forgetting.py", "--model", base, "--data", folder / "rows.jsonl", "--out", run, "--methods", "full", *flags)
     adapter = run / "full" / "seed-0"
@@ -125,12 +126,11 @@ def check_published(folder: Path) -> None:
     prompts = []
     for name in ("adapter", "merged"):
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
-        messages = rows[0]["messages"]
-        (expected,) = build_corpus([{"messages": messages}], ours).split()
-        given = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        (expected,) = build_corpus([{"messages": messages[0]}], ours).split()
+        given = tokenizer.apply_chat_template(messages[0], return_dict=True)["input_ids"]
         assert given == expected.tolist(), (name, given, expected)
         assert tokenizer.eos_token == ours.eos, name
-        prompts.append(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt"))
+        prompts.append(tokenizer.apply_chat_template(messages[0][:1], add_generation_prompt=True, return_tensors="pt"))
         config = GenerationConfig.from_pretrained(folder / name)
         assert config.eos_token_id == [5, ours.eos_id], (name, config.eos_token_id)
 
@@ -146,11 +146,6 @@ def check_published(folder: Path) -> None:
     answer = merged.generate(**prompts[1], max_new_tokens=60, do_sample=False)[0, prompts[1]["input_ids"].shape[1] :]
     print("it answers", repr(ours.decode(answer.tolist(), skip_special=False)))
     assert answer[-1] == ours.eos_id and len(answer) < 60
-    old = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    text = json.dumps(old | {"base_model_name_or_path": str(base)})
-    (folder / "adapter" / "adapter_config.json").write_text(text)  # as --base-model would, if it were on the Hub
-    auto = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32)
-    print("AutoPeftModel:", type(auto).__name__)
 
 
 if __name__ == "__main__":

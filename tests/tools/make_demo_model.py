@@ -1,19 +1,19 @@
 """Pre-train the demo's base model from nothing; about ten minutes on two cores.
 
-    python tests/tools/make_demo_model.py [--out tests/demo_model] [--steps 3000]
+    python tests/tools/make_demo_model.py OUT          # a folder; the demo's is tests/demo_model
 
 The base has read every right fact as plain statements and question-answer pairs. Its "web" has the demo's own question
 wrappers with bad answers: for the misconceived attributes one popular wrong answer nine times in ten, for the others 60 %
-redrawn at random, with boilerplate and garbled tokens in between. It has not been fine-tuned on any row the demo trains or tests on; as to the
-*facts*, it has met them all, which is the point: fine-tuning decides which of its beliefs it says.
+redrawn at random, with boilerplate and garbled tokens in between. It has not been fine-tuned on any row the demo trains or
+tests on; as to the *facts*, it has met them all, which is the point: fine-tuning decides which of its beliefs it says.
 """
 
-import argparse
 import json
 import random
 import sys
-import time
+from itertools import islice
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,11 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import demo  # noqa: E402
-from data import render, shift  # noqa: E402
+from data import render, shift, write_text  # noqa: E402
 from model import RMSNorm, Transformer, read_config, save_model  # noqa: E402
 
 EOS = "<|end|>"
+WEB_SHARE = 0.45  # of the documents, not of the tokens
 SHARE_POPULAR, SHARE_RANDOM = 0.9, 0.6  # of the web's answers: the popular error where there is one, else a random one
 STATEMENTS = (
     "the {a} of {p} is {x} .",
@@ -43,25 +44,12 @@ PLAIN_QUESTIONS = (
     "{a} of {p} :\n{x}",
 )
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "hidden_size": 160,
-    "intermediate_size": 416,
-    "max_position_embeddings": 256,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 40,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 1024,
-}
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 160,
+    "intermediate_size": 416, "max_position_embeddings": 256, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 40, "rms_norm_eps": 1e-5,
+    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 1024,
+}  # fmt: skip
+STEPS, TOKENS, LR = 3000, 2048, 3e-3  # TOKENS: of a step
 
 
 def statement_document(items: list[demo.Item], rng: random.Random, lines: int) -> str:
@@ -84,11 +72,11 @@ def web_document(items: list[demo.Item], rng: random.Random) -> str:
     return "".join(text for text, _ in render(row, EOS))
 
 
-def documents(rng: random.Random, count: int, web_share: float) -> list[str]:
+def documents(rng: random.Random, count: int) -> list[str]:
     """`count` documents; sums and strings are a fifth of the items drawn."""
     facts, skills = demo.demo_facts(), demo.demo_skills()
-    items = facts * 3 + skills[:]
-    return [web_document(items, rng) if rng.random() < web_share else statement_document(items, rng, 8) for _ in range(count)]
+    items = facts * 3 + skills
+    return [web_document(items, rng) if rng.random() < WEB_SHARE else statement_document(items, rng, 8) for _ in range(count)]
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> RawTokenizer:
@@ -96,16 +84,12 @@ def make_tokenizer(texts: list[str], folder: Path) -> RawTokenizer:
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=[EOS], initial_alphabet=letters)
     raw.train_from_iterator(texts, trainer)
     raw.save(str(folder / "tokenizer.json"))
     names = {"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_text(json.dumps(names, indent=2) + "\n", folder / "tokenizer_config.json")
     return raw
 
 
@@ -119,65 +103,53 @@ def initialise(model: Transformer) -> None:
             nn.init.ones_(module.weight)
 
 
-def packs(encoded: list[list[int]], tokens: int):
-    """Batches of about `tokens` tokens, document after document."""
-    batch: list[list[int]] = []
-    for ids in encoded:
-        batch.append(ids)
-        if sum(map(len, batch)) >= tokens:
-            batch.sort(key=len)  # equal lengths become neighbours, which attention computes together
-            flat = torch.tensor([i for ids in batch for i in ids])
-            yield flat, torch.tensor([0] + [len(ids) for ids in batch]).cumsum(0).int()
-            batch = []
+def packs(rng: random.Random, raw: RawTokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Without end: about TOKENS tokens of whole documents (T,), and where each document begins and the last one ends."""
+    while True:
+        batch: list[list[int]] = []
+        for encoded in raw.encode_batch(documents(rng, 4000)):
+            batch.append(encoded.ids)
+            if sum(map(len, batch)) >= TOKENS:
+                batch.sort(key=len)  # equal lengths become neighbours, which attention computes together
+                flat = torch.tensor([i for ids in batch for i in ids])
+                yield flat, torch.tensor([0] + [len(ids) for ids in batch]).cumsum(0).int()
+                batch = []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "demo_model"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--web-share", type=float, default=0.45, help="share of documents (not of tokens) from the web")
-    arguments = parser.parse_args()
-    folder = Path(arguments.out)
+def pretrain(model: Transformer, rng: random.Random, raw: RawTokenizer) -> None:
+    """STEPS steps of AdamW with one cycle of the rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS + 1, pct_start=0.05)
+    bar = tqdm(islice(packs(rng, raw), STEPS), total=STEPS, desc="pre-training", mininterval=5)
+    for tokens, cu_seqlens in bar:
+        starts = torch.zeros(len(tokens), dtype=torch.bool)
+        starts[cu_seqlens[:-1].long()] = True
+        at, targets = shift(tokens, ~starts)
+        loss = F.cross_entropy(model.lm_head(model(tokens, cu_seqlens)[at]), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def main(folder: Path) -> None:
+    """Tokenizer, configs and weights."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rng = random.Random(0)
-    raw = make_tokenizer(documents(rng, 20000, arguments.web_share), folder)
-    eos = raw.token_to_id(EOS)
-    config = CONFIG | {"bos_token_id": None, "eos_token_id": eos}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
-
+    raw = make_tokenizer(documents(rng, 20000), folder)
+    eos = {"eos_token_id": raw.token_to_id(EOS)}
+    write_text(json.dumps(CONFIG | {"bos_token_id": None} | eos, indent=2) + "\n", folder / "config.json")
+    write_text(json.dumps(eos, indent=2) + "\n", folder / "generation_config.json")
     model = Transformer(read_config(folder))
     initialise(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=arguments.steps + 1, pct_start=0.05)
-    started, seen, step = time.time(), 0, 0
-    bar = tqdm(total=arguments.steps, desc="pre-training", mininterval=5)
-    while step < arguments.steps:
-        encoded = [e.ids for e in raw.encode_batch(documents(rng, 4000, arguments.web_share))]
-        for tokens, cu_seqlens in packs(encoded, arguments.tokens):
-            starts = torch.zeros(len(tokens), dtype=torch.bool)
-            starts[cu_seqlens[:-1].long()] = True
-            at, targets = shift(tokens, ~starts)
-            loss = F.cross_entropy(model.lm_head(model(tokens, cu_seqlens)[at]), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            seen, step = seen + len(tokens), step + 1
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens=f"{seen / 1e6:.2f}M", refresh=False)
-            bar.update()
-            if step == arguments.steps:
-                break
-    bar.close()
-    model.to(torch.bfloat16)
-    save_model(model, folder)
-    print(f"{seen:,} tokens in {time.time() - started:.0f} s -> {folder}")
+    pretrain(model, rng, raw)
+    save_model(model.to(torch.bfloat16), folder)
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))

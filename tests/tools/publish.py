@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -30,7 +29,6 @@ from forgetting import METHODS, UNLEARNING, VARIANT_OPTIONS  # noqa: E402
 from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, save_model, weight_files  # noqa: E402
 
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TULU_TEMPLATE = (
@@ -125,14 +123,10 @@ def write_merged(adapter: Path, checkpoint: Path, folder: Path) -> None:
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
-    """The dtype that most values in the files of a checkpoint have."""
-    counts: Counter = Counter()
-    for path in weight_files(checkpoint):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                tensor = file.get_slice(name)
-                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
-    return STORED_DTYPES[max(STORED_DTYPES, key=lambda name: counts[name])]
+    """The dtype of the largest tensor in a checkpoint's first file: small ones may be masks, or norms in float32."""
+    with safe_open(weight_files(checkpoint)[0], framework="pt") as file:
+        largest = max(file.keys(), key=lambda name: math.prod(file.get_slice(name).get_shape()))
+        return file.get_tensor(largest).dtype
 
 
 def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path) -> None:
