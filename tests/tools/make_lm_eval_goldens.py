@@ -64,9 +64,8 @@ def request_goldens() -> dict:
         for sample in sorted(out["samples"][name], key=lambda s: s["doc_id"]):
             answers = [response[0] for response in sample["resps"]]
             metrics = {m: sample[m] for m in ("acc", "acc_norm") if m in sample}
-            documents.append(
-                {"loglikelihoods": [float(a[0]) for a in answers], "greedy": [bool(a[1]) for a in answers]} | metrics
-            )
+            sums, greedy = [float(a[0]) for a in answers], [bool(a[1]) for a in answers]
+            documents.append({"loglikelihoods": sums, "greedy": greedy} | metrics)
         aggregate = {k.split(",")[0]: v for k, v in out["results"][name].items() if isinstance(v, float) and "stderr" not in k}
         goldens[name] = {"documents": documents, "aggregate": aggregate}
     return goldens
