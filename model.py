@@ -179,6 +179,7 @@ def is_neutral(value) -> bool:
 
 
 def is_number(value) -> bool:
+    """Whether a value of a config is a finite number, and no truth value."""
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -208,6 +209,7 @@ def read_fields(raw: dict, model_type: str) -> dict:
 
 
 def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
+    """Raise ValueError unless a list has an allowed entry for each layer."""
     if len(entries) != layers or not all(entry in allowed for entry in entries):
         raise ValueError(f"{name} = {entries!r} does not hold one of {allowed} for each of {layers} layers")
 
@@ -537,6 +539,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); RMS norms."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -563,6 +567,8 @@ class GPTNeoMLP(nn.Module):
 
 
 class GPTNeoBlock(nn.Module):
+    """The same with layer norms, under GPT-Neo's names."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.ln_1 = LayerNorm(config.hidden_size, config.norm_eps)
