@@ -179,7 +179,7 @@ def is_neutral(value) -> bool:
 
 
 def is_number(value) -> bool:
-    """Whether a value of a config is a finite number, and no truth value."""
+    """Whether a value of a config is a finite number above 0."""
     return type(value) in (int, float) and 0 < value < math.inf
 
 
