@@ -863,7 +863,7 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value} is not allowed: at least 1")
     if bool(arguments.tasks) == (arguments.prompt is not None):
-        raise ValueError("give either --tasks or --prompt")
+        raise ValueError("either --tasks or --prompt is needed")
     for flag in ("limit", "output", "samples"):
         if arguments.prompt is not None and getattr(arguments, flag) is not None:
             raise ValueError(f"--{flag} goes with --tasks, not with --prompt")

@@ -700,7 +700,7 @@ def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options
         return text
     return f"{text}\n" + (
         "warning: the gap is not positive. In the runs of tests/README.md leaving tokens out won where it\n"
-        "was +0.23 to +0.32, and lost to full where it was -0.05 to -0.38: get a cleaner D_ref, or use full"
+        "was +0.16 to +0.32, and lost to full where it was -0.05 to -0.56: get a cleaner D_ref, or use full"
     )
 
 
