@@ -64,7 +64,7 @@ def finished(setting) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["llama2", "qwen2", "gpt_neo"])
+@pytest.mark.parametrize("kind", ["llama2", "qwen2", "mistral", "qwen3", "smollm3", "gpt_neo"])
 def test_all_stages_on_every_architecture(setting, tmp_path, kind):
     """The paper's models in small, with the default targets; llama3 is the one the other tests use."""
     tiny.make_checkpoint(tmp_path / "m", kind, dialect=5, shards=2, dtype=torch.bfloat16)
