@@ -12,7 +12,6 @@ finds them. Order: the run, several runs, warnings, tokens, drawings, page, comm
 """
 
 import argparse
-import json
 import os
 import re
 import sys
