@@ -85,12 +85,13 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     base_loss, ref_loss = score(scorer, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
     plain_signs = plain_forgetting(quality, d_train, options)  # (C,)
-    parts = [describe_scores(base_loss, ref_loss, plain_signs)]
-    parts += [describe_trust(scorer, held_out, quality, options)]
-    parts += [describe_noise(detection(quality, plain_signs < 0, d_train))]
-    parts += [lowest_rows(quality, d_train, tokenizer)]
+    parts = [
+        describe_scores(base_loss, ref_loss, plain_signs),
+        describe_trust(scorer, held_out, quality, options),
+        describe_noise(detection(quality, plain_signs < 0, d_train)),  # "" where no noise is known
+        lowest_rows(quality, d_train, tokenizer),
+    ]
     print0("\n".join(filter(None, parts)))
-
     table_signs = None if options.skip_train_losses else plain_signs
     yardstick = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
     results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}

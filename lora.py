@@ -286,10 +286,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
     text = json.dumps(config, indent=2) + "\n"
     parameters = {name: parameter.detach().float() for name, parameter in lora_parameters(model).items()}
     tensors = {KEY_PREFIX + name: parameter.cpu().contiguous() for name, parameter in parameters.items()}
-    weights = folder / "adapter_model.safetensors"
-    weights.unlink(missing_ok=True)  # goes first and comes last: where the weights are, the adapter is whole
-    _write_whole(folder / "adapter_config.json", lambda file: file.write_text(text, encoding="utf-8"))
-    _write_whole(weights, partial(save_file, tensors, metadata={"format": "pt"}))
+    _write_whole({
+        folder / "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
+        folder / "adapter_model.safetensors": partial(save_file, tensors, metadata={"format": "pt"}),
+    })  # fmt: skip
 
 
 def read_adapter_config(path: Path) -> dict:
@@ -396,7 +396,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the training_state, whole or not at all."""
-    _write_whole(path, partial(save_file, training_state(model, optimizer)))
+    _write_whole({path: partial(save_file, training_state(model, optimizer))})
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -412,16 +412,25 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it") from None
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary name), then rename it: a crash leaves the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+def _write_whole(writes: dict[Path, Callable[[Path], object]]) -> None:
+    """Write files under temporary names, then rename them: a full disk leaves the old ones, never a part.
+
+    Of several the last one goes first and comes last: where it is, the files belong together.
+    """
+    temporaries = {path: path.with_name(path.name + ".tmp") for path in writes}
+    *_, last = writes
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, write in writes.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporaries[path])
+            with open(temporaries[path], "rb") as file:
+                os.fsync(file.fileno())
+        if len(writes) > 1:
+            last.unlink(missing_ok=True)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # on a read-only disk even this fails
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written, what was there before still is ({error})") from None
+        for temporary in temporaries.values():
+            with suppress(OSError):  # on a read-only disk even this fails
+                temporary.unlink(missing_ok=True)
+        raise OSError(f"{last}: could not be written, what was there before still is ({error})") from None

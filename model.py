@@ -71,8 +71,8 @@ FIELDS = {
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
 }  # fmt: skip
 LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
-NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size", "rope_scaling",
-            "rope_parameters", "original_max_position_embeddings", *LISTS)  # fmt: skip
+NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "rope_scaling", "rope_parameters",
+            "original_max_position_embeddings", *LISTS)  # fmt: skip
 # names of fields that change the computation in other models and leave no tensor that would be missed here
 FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
                      "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights")
@@ -187,6 +187,7 @@ def read_fields(raw: dict, model_type: str) -> dict:
     """The family's fields, checked: as config.json has them, or with the default where it lacks one."""
     if model_type == "gpt_neo":  # it has names of its own for these two; the common ones go first
         raw = {"num_hidden_layers": raw.get("num_layers"), "num_attention_heads": raw.get("num_heads")} | raw
+    derived = "intermediate_size" if model_type == "gpt_neo" else None  # null: four times hidden_size
     values = {}
     for name, default in FIELDS[model_type].items():
         value = values[name] = raw.get(name, default)
@@ -203,7 +204,7 @@ def read_fields(raw: dict, model_type: str) -> dict:
         else:
             least = 0 if name == "max_window_layers" else 1
             right, kind = type(value) is int and value >= least, f"a whole number of at least {least}"
-        if not right and not (value is None and name in NULLABLE):
+        if not right and not (value is None and (name in NULLABLE or name == derived)):
             raise ValueError(f"{name} = {value!r} is not {kind}")
     return values
 

@@ -9,6 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import lora
 from lora import (
     DEFAULT_TARGETS,
     LoRALinear,
@@ -492,3 +493,39 @@ def test_a_second_adapter_is_refused(tmp_path):
         with pytest.raises(ValueError, match="the model has an adapter already"):
             again()
     assert all(torch.equal(parameter, before[name]) for name, parameter in lora_parameters(model).items())
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    """A new config beside old weights is another adapter; and the old one must not go before the new one is written."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama3"))
+    add_lora(model, r=2, alpha=8)
+    save_adapter(model, tmp_path / "a", "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    for layer in lora.lora_layers(model).values():
+        layer.alpha = 400
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "save_file", full)
+        with pytest.raises(OSError, match="adapter_model.safetensors: could not be written, what was there before still is"):
+            save_adapter(model, tmp_path / "a", "base")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+    renamed, replace = [], lora.os.replace
+
+    def crash(source, target):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(model, tmp_path / "a", "base")
+    with pytest.raises(ValueError, match="no adapter_model.safetensors in it"):
+        load_adapter(load_model(tmp_path / "m"), tmp_path / "a")
+    save_adapter(model, tmp_path / "a", "base")
+    assert lora.read_adapter(tmp_path / "a")[0]["alpha"] == 400
