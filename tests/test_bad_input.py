@@ -44,7 +44,7 @@ class Case:
 
 def lines(*rows: object) -> str:
     """JSONL."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return tiny.jsonl(rows)
 
 
 def good(count: int = 9) -> str:

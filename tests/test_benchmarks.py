@@ -113,7 +113,7 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens" / "lm_eval.json").read_t
 
 def write(folder: Path, rows: dict) -> Path:
     for name, content in rows.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        (folder / name).write_text(tiny.jsonl(content), encoding="utf-8")
     (folder / "truthfulqa_prompt.txt").write_text(TRUTHFULQA_PROMPT, encoding="utf-8")
     return folder
 

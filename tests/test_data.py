@@ -164,7 +164,7 @@ def test_files_and_counts(tmp_path):
 def test_the_forms_that_files_have(tmp_path):
     """A list, lines (in .json, too), an object with the list under `data`; gzipped; capital letters; a table."""
     rows = [{"prompt": str(i), "completion": "x"} for i in range(3)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = tiny.jsonl(rows)
     files = {"list.JSON": json.dumps(rows), "lines.json": lines, "data.json": json.dumps({"version": "1", "data": rows}),
              "lines.JSONL": lines, "lines.jsonl.gz": lines, "list.json.gz": json.dumps(rows)}  # fmt: skip
     for name, text in files.items():
@@ -421,7 +421,7 @@ def test_public_rows_without_a_response_are_those_that_render_says(capsys):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     rows = [{"conversations": turns}, {"conversations": [turns[0], {"from": "gpt", "value": ""}]}, {"conversations": turns[:1]},
             {"messages": None, "inputs": "a", "targets": "b"}, {"inputs": "a", "targets": None}, {"a": "unknown layouts stay"}]
-    kept = get_data.convert_rows("".join(json.dumps(row) + "\n" for row in rows))
+    kept = get_data.convert_rows(tiny.jsonl(rows))
     assert kept == [rows[0], rows[3], rows[5]]
     assert "3 of 6 public rows have no response" in capsys.readouterr().out
 

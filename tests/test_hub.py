@@ -53,7 +53,7 @@ def ask(hub: Hub, home: Path, calls: list[tuple[str, str]], **environment: str) 
 
 
 def lines(*rows: dict) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return tiny.jsonl(rows).encode()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     tiny.make_checkpoint(folder / "model", "llama2")
     rows = [{"instruction": f"Tell me {i}", "output": " ".join(WORDS[i : i + 2 + 3 * i % 7])} for i in range(21)]
     for name, part in (("trusted", rows[:9]), ("rows", rows[9:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (folder / f"{name}.jsonl").write_text(tiny.jsonl(part))
     return folder
 
 

@@ -1,6 +1,5 @@
 """plain.py, one sequence at a time, and forgetting.py, packed and weighted, are the same algorithm."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +30,7 @@ def both(tmp_path_factory):
     tiny.make_checkpoint(folder / "model", "llama3")
     rows = [{"instruction": f"Tell me {i} of {i * i}", "output": " ".join(WORDS[i : i + 2 + 3 * i % 11])} for i in range(24)]
     for name, part in (("trusted", rows[:9]), ("rows", rows[9:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (folder / f"{name}.jsonl").write_text(tiny.jsonl(part))
     given = ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")]
     given += ["--reference-data", str(folder / "trusted.jsonl"), *flags(SETTINGS)]
     results = plain.main([*given, "--out", str(folder / "plain")])

@@ -115,7 +115,7 @@ def test_a_run_takes_the_rows_that_can_be_used_and_says_so(tmp_path, capsys):
     tiny.make_checkpoint(tmp_path, "llama3")
     folder = folder_with(tmp_path, cases.TEMPLATES["zephyr"][0])
     rows = [{"instruction": f"Tell {i}", "output": f"It is {i}", "mood": "x"} for i in (1, 2, 3, 3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "a", "completion": ""}]))
+    (tmp_path / "rows.jsonl").write_text(tiny.jsonl([*rows, {"prompt": "a", "completion": ""}]))
     (tmp_path / "ref.jsonl").write_text(json.dumps(rows[0]) + "\n{oops")
     files = {"data": [str(tmp_path / "rows.jsonl")], "reference_data": [str(tmp_path / "ref.jsonl")]}
     with pytest.raises(ValueError, match=r"(?s)^2 of 7 rows cannot be used:.*rows.jsonl:5: completion is empty.*ref.jsonl:2: not valid"):

@@ -4,6 +4,7 @@ tests/tools/make_goldens.py computes transformers' logits for the same folders, 
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,11 @@ def make_checkpoint(
         save_file({n: weights[n] for n in names if weight_map[n] == file}, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def jsonl(rows: Iterable) -> str:
+    """The text of a JSONL file."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def golden_inputs(kind: str) -> list[torch.Tensor]:
