@@ -6,8 +6,8 @@
     corpus = build_corpus(read_rows(["train.jsonl:500"]), tokenizer, max_length=2048)
     for batch in pack(corpus, range(len(corpus)), token_budget=4096): ...
 
-Order: tokenizer; reading files; layouts, which turn a row into turns; templates, which turn turns into text;
-rendering; corpus; batches; ranks and progress; writing files.
+Order: corpus, batches, templates (turns become text), rendering, layouts (a row becomes turns), reading
+files, tokenizer, ranks, files.
 
 A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores
 and signs are arrays of the same length, indexed by the token they judge, and a batch carries the places its
@@ -15,6 +15,8 @@ tokens came from: to store what a batch yields, or fetch what it needs, is one l
 
 Shapes: C tokens of the corpus   E examples   T tokens of a batch   B sequences of a batch
 """
+
+from __future__ import annotations
 
 import gzip
 import hashlib
@@ -42,376 +44,417 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from tqdm import tqdm
 
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-
-# ------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------------- corpus
 
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+@dataclass
+class Corpus:
+    """Tokenised examples, end to end. A token is judged (scored, trained on) where `response` is true."""
 
+    tokens: np.ndarray  # (C,) int32
+    response: np.ndarray  # (C,) bool; never the first token of an example, which nothing predicts
+    offsets: np.ndarray  # (E+1,) int64
+    sources: list[str]  # (E,) file:line of each example
+    dropped: int  # rows that max_length left without a response token
+    noise: dict[str, np.ndarray] = field(default_factory=dict)  # kind: (C,) bool, tokens known to be noise
 
-class Tokenizer:
-    """The tokenizer of a checkpoint folder: its tokens, and what the folder's config files say about them.
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
-    template: how conversations become text, "tulu" or "model" (the checkpoint's own chat template).
-    Raises ValueError naming the file for what cannot be read, and for a template that is not there.
-    """
-
-    def __init__(self, folder: str | os.PathLike, template: str = "tulu"):
-        folder = Path(folder)
-        settings = tokenizer_settings(folder)
-        self.raw = _read_tokenizer(folder, settings)
-        _add_tokens(self.raw, settings, folder)
-        self.raw.no_truncation()
-        self.raw.no_padding()
-        configs = [_object(folder / name) for name in ("config.json", "generation_config.json")]
-        self.bos, self.bos_id = self._special(settings, "bos_token", configs, folder)
-        self.eos, self.eos_id = self._special(settings, "eos_token", configs, folder)
-        if self.eos is None:
-            raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
-        self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
-        of_model, of_generation = (_token_ids(config, "eos_token", folder) for config in configs)
-        self.model_eos_ids = of_generation or of_model
-        if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
-            raise ValueError(f"{folder}: the eos token {self.eos!r} is not encoded as one token")
-        if self.raw.post_processor is None and self.bos is not None and settings.get("add_bos_token"):
-            self._put_bos()  # where there is a processor, it says so itself
-        self.chat_template = read_chat_template(folder, settings)
-        self.template = None if template == "tulu" else self._model_template(settings, folder)
+    @cached_property
+    def lengths(self) -> np.ndarray:  # (E,), worked out once: a step must not cost what the corpus does
+        return np.diff(self.offsets)
 
     @property
-    def stop_ids(self) -> set[int]:
-        """The ids that end a generation: an instruct model ends a turn with one and a text with another."""
-        return {self.eos_id, *self.model_eos_ids}
+    def noisy(self) -> np.ndarray:
+        """(C,) bool: the tokens that are known to be noise of any kind."""
+        return np.logical_or.reduce([np.zeros(len(self.tokens), bool), *self.noise.values()])
 
-    def _special(self, settings: dict, name: str, configs: list[dict],
-                 folder: Path) -> tuple[str | None, int | None]:
-        """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
-        text = _content(settings.get(name), name)
-        if text is None:
-            ids = [token for config in configs for token in _token_ids(config, name, folder)]
-            text = self.raw.id_to_token(ids[0]) if ids else None
-        return text, None if text is None else self.raw.token_to_id(text)
+    def fingerprint(self) -> str:
+        """sha256 of tokens, mask and boundaries."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.response, self.offsets):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
-    def _put_bos(self) -> None:
-        """Let each text begin with a bos."""
-        single, pair = f"{self.bos} $A", f"{self.bos} $A {self.bos} $B"
-        self.raw.post_processor = processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(self.bos, self.bos_id)]
+    def part(self, first: int, last: int) -> "Corpus":
+        """Examples first to last - 1 as a corpus of their own, without copying."""
+        tokens = slice(self.offsets[first], self.offsets[last])
+        offsets = self.offsets[first : last + 1] - self.offsets[first]
+        sources = self.sources[first:last]  # the noise stays with the whole corpus
+        return Corpus(self.tokens[tokens], self.response[tokens], offsets, sources, dropped=0)
+
+    def split(self) -> list[np.ndarray]:
+        """The tokens of each example, without copying."""
+        return np.split(self.tokens, self.offsets[1:-1]) if len(self) else []
+
+    def places(self, examples: Sequence[int]) -> np.ndarray:
+        """Where the tokens of these examples lie in the flat arrays, in order."""
+        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples]
+        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+
+
+def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
+    """The rows without later duplicates, those of equal text and response spans, whatever their layouts."""
+    first: dict[tuple, RenderedRow] = {}
+    for row in rows:
+        first.setdefault((row.text, row.spans), row)
+    return list(first.values())
+
+
+def split_rows(rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None,
+               n_train: int | None) -> tuple[list[RenderedRow], list[RenderedRow], int]:
+    """Rows of D_ref, rows of D_train, number of duplicates left out. The two are disjoint, always the same.
+
+    D_ref is drawn from `rows`, or, where there are any, it is the first of `reference`. A number that is None
+    is the paper's, 10,000 and 50,000, or, where there are fewer rows, a sixth of them and the rest. Raises
+    ValueError where a number cannot be had.
+    """
+    total = len(rows) + len(reference)
+    rows, reference = unique_rows(rows), unique_rows(reference)
+    repeated = total - len(rows) - len(reference)
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    if reference:
+        reference = _take(reference, "--n-reference", n_reference, len(reference))
+        others = unique_rows(reference + rows)[len(reference) :]
+        repeated += len(rows) - len(others)
+        rows = others
+    else:
+        usual = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
+        reference = _take(rows[:-1], "--n-reference", n_reference, usual)  # one is left at least
+        rows = rows[len(reference) :]
+    return reference, _take(rows, "--n-train", n_train, 50_000), repeated
+
+
+def _take(rows: list[RenderedRow], flag: str, asked: int | None, usual: int) -> list[RenderedRow]:
+    """The first rows: as many as the flag asks for, or up to the usual number."""
+    if not rows:
+        raise ValueError("D_ref and D_train need a row each: none is left, exact duplicates taken out")
+    count = min(usual, len(rows)) if asked is None else asked
+    if not 1 <= count <= len(rows):
+        left = f"from 1 to {len(rows)} are there, exact duplicates and the other set taken out"
+        raise ValueError(f"{flag} {count}: {left}")
+    return rows[:count]
+
+
+def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
+    """Render and tokenise rows. Raises one ValueError for all that cannot be used."""
+    (rendered,), _ = render_rows([rows], tokenizer)
+    return encode_rows(rendered, tokenizer, max_length)
+
+
+def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
+    """Tokenise rows, cut each to max_length tokens, drop and count those without a response then.
+
+    The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response
+    token if it covers any character of a response. Tokenising a prefix apart would miss tokens that merge
+    across the border. Corpus.noise comes from the rows' field `noise`: [[start, end, kind], ...], in
+    characters of the last response.
+    """
+    tokens, response, lengths, sources, noise = [], [], [], [], []
+    for first in range(0, len(rows), 1000):
+        part = rows[first : first + 1000]
+        for row, (ids, spans) in zip(part, _encode(part, tokenizer)):
+            kept = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
+            mask = np.zeros(len(kept), bool)
+            for start, end in row.spans:
+                mask |= covers(kept, start, end)
+            mask[:1] = False  # nothing predicts the first token
+            if mask.any():
+                tokens.append(np.array(ids[:max_length], np.int32))
+                response.append(mask)
+                lengths.append(len(kept))
+                sources.append(row.row.get("_source", ""))
+                begin = row.spans[-1][0]
+                noise.append([(kind, covers(kept, begin + start, begin + end) & mask)
+                              for start, end, kind in noise_of(row.row)])  # fmt: skip
+    if not lengths:
+        reason = f"no response token within --max-length {max_length}"
+        raise ValueError(f"all {len(rows)} rows were dropped: {reason}")
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    dropped = len(rows) - len(lengths)
+    corpus = Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
+    for example, marks in enumerate(noise):
+        for kind, mask in marks:
+            known = corpus.noise.setdefault(kind, np.zeros(len(corpus.tokens), bool))  # (C,)
+            known[offsets[example] : offsets[example + 1]] |= mask
+    return corpus
+
+
+def noise_of(row: dict) -> list[list]:
+    """The field `noise` of a row, [start, end, kind] each; [] where it is absent, or means something else."""
+    marks = row.get("noise") or []
+    known = isinstance(marks, list) and all(
+        isinstance(mark, list) and list(map(type, mark)) == [int, int, str] for mark in marks
+    )
+    return marks if known else []
+
+
+def _encode(rows: list[RenderedRow], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list]]:
+    """(ids, character spans) of each row; a chat template has said itself whether there is a bos."""
+    encoded: dict[int, tuple] = {}
+    for templated in (False, True):
+        group = [i for i, row in enumerate(rows) if row.templated == templated]
+        encoded |= zip(group, tokenizer.encode([rows[i].text for i in group], special=not templated))
+    return (encoded[i] for i in range(len(rows)))
+
+
+def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Which of the character spans (n, 2) hold a character of [start, end); an empty one, a bos, does not."""
+    return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
+
+
+# --------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Whole sequences end to end, without padding."""
+
+    tokens: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int32, on the CPU
+    places: Tensor  # (T,) int64 index of each token in the corpus' flat arrays
+
+
+def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Places in `lengths`, longest first, in groups of at most token_budget tokens, or one longer sequence.
+
+    Neighbours then have like lengths, and those of equal lengths are attended together.
+    """
+    packs: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not packs or lengths[i] > room:
+            packs.append([])
+            room = token_budget
+        packs[-1].append(i)
+        room -= lengths[i]
+    return packs
+
+
+def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
+    """These examples as batches of at most token_budget tokens; neighbours have like lengths."""
+    lengths = corpus.lengths[np.asarray(examples, np.int64)].tolist()
+    for group in split_by_tokens(lengths, token_budget):
+        places = corpus.places([examples[i] for i in group])
+        cu_seqlens = torch.tensor([0] + [lengths[i] for i in group]).cumsum(0).int()
+        yield Batch(torch.from_numpy(corpus.tokens[places]).long(), cu_seqlens, torch.from_numpy(places))
+
+
+def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    """The next-token shift: rows (n,) of the states that predict the judged tokens, and those tokens (n,).
+
+    tokens (T,) int64; judged (T,) bool, never true for the first token of a sequence.
+    """
+    at = judged.nonzero().squeeze(1)  # (n,)
+    return at - 1, tokens[at]
+
+
+# ------------------------------------------------------------------------------------------- templates
+
+Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order
+
+
+def closed(text: str, eos: str) -> str:
+    """The text with an eos at its end; some files have written it already."""
+    return text if text.endswith(eos) else text + eos
+
+
+def tulu(turns: list[Turn], eos: str) -> Pieces:
+    """The template of the paper's corpus; a newline between two turns as in the authors' files."""
+    pieces: Pieces = []
+    for i, (role, content, learned) in enumerate(turns):
+        newline = "\n" if i and turns[i - 1].role == "assistant" else ""
+        pieces.append((f"{newline}<|{role}|>\n", False))
+        pieces.append((closed(content, eos), learned) if role == "assistant" else (content + "\n", False))
+    return pieces
+
+
+def raw_text(row: Raw, eos: str) -> Pieces:
+    """Prompt and response as they are, joined by a space unless one is there."""
+    prompt, response = row
+    spaced = not prompt or prompt[-1].isspace() or response[0].isspace()
+    return [(prompt if spaced else prompt + " ", False), (closed(response, eos), True)]
+
+
+def read_chat_template(folder: Path, settings: dict) -> str | None:
+    """The text of a checkpoint's chat template: chat_template.jinja, else what tokenizer_config.json has."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several, each with its name
+        template = next((some["template"] for some in template if some.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, with which some templates mark the answer: what is inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+class ModelTemplate:
+    """A checkpoint's own chat template, rendered with what transformers gives it.
+
+    source: a jinja template, run in a sandbox; tokens: bos_token, eos_token and so on. Raises ValueError
+    for a template that is not valid.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str], where: str):
+        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
         )
-
-    def _model_template(self, settings: dict, folder: Path) -> "ModelTemplate":
-        if self.chat_template is None:
-            raise ValueError(f"{folder}: it has no chat template, which --template model needs: use tulu")
-        names = {key: value for key, value in settings.items() if key.endswith("_token")}
-        texts = {key: _content(value, key) for key, value in names.items() if isinstance(value, str | dict)}
-        texts |= {"bos_token": self.bos, "eos_token": self.eos}
-        given = {key: text for key, text in texts.items() if text is not None}
-        return ModelTemplate(self.chat_template, given, f"{folder}: its chat template")
-
-    def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """(ids, character spans) of each text, with one bos if the tokenizer puts any; no eos is added."""
-        results = []
-        for text, encoding in zip(texts, self.raw.encode_batch(texts, add_special_tokens=special)):
-            ids, spans = encoding.ids, encoding.offsets
-            if special and ids[:2] == [self.bos_id] * 2 and text.startswith(self.bos):
-                ids, spans = ids[1:], spans[1:]  # the text brought its own bos
-            while special and ids and ids[-1] == self.eos_id and spans[-1][0] == spans[-1][1]:
-                ids, spans = ids[:-1], spans[:-1]  # put there by the tokenizer, not by the text
-            results.append((ids, spans))
-        return results
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of token ids."""
-        return self.raw.decode(list(ids), skip_special_tokens=skip_special)
-
-
-def tokenizer_settings(folder: Path) -> dict:
-    """tokenizer_config.json, completed from the older files in the order of transformers.
-
-    Where it does not list the added tokens, special_tokens_map.json goes over it, and added_tokens.json has
-    the list; where it does, neither is read.
-    """
-    settings = _object(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:
-        settings = settings | _object(folder / "special_tokens_map.json")
-        named = {_content(value, name) for name, value in _special_tokens(settings)}
-        settings["added_tokens_decoder"] = {
-            index: {"content": text, "special": text in named, "normalized": text not in named}
-            for text, index in _object(folder / "added_tokens.json").items()
-        }
-    return settings
-
-
-def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
-    """tokenizer.json, or GPT-2's pair of files, vocab.json and merges.txt, which is all that GPT-Neo has."""
-    path, pair = folder / "tokenizer.json", [str(folder / name) for name in ("vocab.json", "merges.txt")]
-    try:
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
-        path = Path(pair[0])
-        if not all(map(os.path.isfile, pair)):
-            convert = (f"python -c \"from transformers import AutoTokenizer as A; "
-                       f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"")  # fmt: skip
-            missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
-            raise ValueError(f"{folder}: {missing}; a sentencepiece tokenizer.model is converted: {convert}")
-        family = settings.get("tokenizer_class") or _object(folder / "config.json").get("model_type", "gpt2")
-        if family not in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2", "gpt_neo"):
-            reason = f"vocab.json and merges.txt are read as GPT-2's, not as those of {family}"
-            raise ValueError(f"{folder}: no tokenizer.json in it, and {reason}: transformers saves one")
-        raw = tokenizers.Tokenizer(models.BPE.from_file(*pair))
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        if str(error).startswith(str(folder)):
-            raise
-        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
-    raw.decoder = decoders.ByteLevel()
-    for name in ("bos_token", "eos_token", "unk_token"):  # GPT-2's defaults
-        settings.setdefault(name, "<|endoftext|>")
-    return raw
-
-
-def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
-    """(name, token) of every special token that the settings name, in the order in which they are added."""
-    others = [name for name in settings if name.endswith("_token") and name not in SPECIAL_TOKENS]
-    found = [(name, settings.get(name)) for name in (*SPECIAL_TOKENS, *others)]
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    found += extra.items() if isinstance(extra, dict) else [("extra_special_tokens", one) for one in extra]
-    # add_bos_token and its like are switches, not tokens
-    return [(name, token) for name, token in found if isinstance(token, str | dict)]
-
-
-def _add_tokens(raw: tokenizers.Tokenizer, settings: dict, folder: Path) -> None:
-    """Add the tokens that the settings list and the tokenizer lacks. Raises ValueError for another id."""
-    listed = settings["added_tokens_decoder"]
-    try:
-        listed = {int(index): _added_token(token) for index, token in listed.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: its list of added tokens cannot be read ({error})") from None
-    for index, token in sorted(listed.items()):
-        raw.add_tokens([token])
-        text, found = token.content, raw.token_to_id(token.content)
-        if found != index:
-            raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
-    known = {token.content for token in raw.get_added_tokens_decoder().values()}
-    for name, token in _special_tokens(settings):
-        if _content(token, name) not in known:
-            raw.add_tokens([_added_token(token, special=True)])
-
-
-def _added_token(token: str | dict, **flags: bool) -> tokenizers.AddedToken:
-    fields = {"content": token} if isinstance(token, str) else token
-    return tokenizers.AddedToken(**{name: fields[name] for name in fields if name != "__type"} | flags)
-
-
-def _content(token: Any, name: str) -> str | None:
-    """The text of a token as a config file writes it. Raises ValueError for what is no text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str | None):
-        raise ValueError(f"tokenizer_config.json: {name} {text!r} is not a text")
-    return text
-
-
-def _token_ids(config: dict, name: str, folder: Path) -> list[int]:
-    """bos_token_id or eos_token_id of a config as a list: models have none, one or several."""
-    ids = config.get(f"{name}_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    for i in ids:
-        if not (isinstance(i, int) and not isinstance(i, bool) and i >= 0):
-            raise ValueError(f"{folder}: {name}_id {i!r} is not a token id")
-    return ids
-
-
-def _object(path: Path) -> dict:
-    """The object in a JSON file, empty where there is no such file."""
-    return read_object(path) if path.is_file() else {}
-
-
-def check_ids(ids: Any, vocab_size: int, where: object) -> None:
-    """Raise ValueError for a token id that the model has no embedding for."""
-    largest = int(np.max(ids)) if len(ids) else -1
-    if largest >= vocab_size:
-        reason = f"gives id {largest}, the model's vocab_size is {vocab_size}: not a pair"
-        raise ValueError(f"{where}: its tokenizer {reason}")
-
-
-def keep_offsets(content: Any) -> Any:
-    """tokenizer.json without offset trimming: else a whitespace token covers no character, has no loss."""
-    if isinstance(content, list):
-        return [keep_offsets(part) for part in content]
-    if not isinstance(content, dict):
-        return content
-    # those two are huge, and no setting is in them
-    kept = {key: keep_offsets(part) for key, part in content.items() if key not in ("vocab", "merges")}
-    if "trim_offsets" in kept:
-        kept["trim_offsets"] = False
-    return content | kept
-
-
-# -------------------------------------------------------------------------------------- reading files
-
-PANDAS = "python -c \"import pandas; pandas.read_{}.to_json('rows.jsonl', orient='records', lines=True)\""
-CONVERTERS = {  # what turns a file of another kind into one that is read
-    ".csv": PANDAS.format("csv('{0}')"),
-    ".tsv": PANDAS.format("csv('{0}', sep='\\t')"),
-    ".xlsx": PANDAS.format("excel('{0}')"),
-    ".feather": PANDAS.format("feather('{0}')"),
-    ".parquet": "pip install pyarrow, and it is read as it is",
-    ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('rows.jsonl')\"",
-    ".zst": "unzstd {0}",
-    ".zip": "unzip {0}",
-    ".bz2": "bunzip2 {0}",
-    ".xz": "unxz {0}",
-}
-
-
-class RowError(ValueError):
-    """What is wrong with one row: a reason that many rows may share, and what is particular to this one."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail, self.where = reason, detail, "row"
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}{self.detail}"
-
-
-class NoResponse(RowError):
-    """A row of a known layout that has nothing to learn."""
-
-
-def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
-    """The rows of .jsonl, .json and .parquet files, each `path` or `path:count` (the first count rows).
-
-    Every row gets a field "_source" (file:line) for messages. Raises ValueError naming the file, and all
-    lines that are no rows; with keep_bad these are rows with a RowError in "_bad", for render_rows to report.
-    """
-    rows: list[dict] = []
-    for entry in files:
-        path, _, count = entry.rpartition(":")
-        path, count = (path, count) if count.isdecimal() else (entry, "")
-        read = _parse(Path(path), _content_of(Path(path)))
-        if not read:
-            raise ValueError(f"{path}: no rows in it")
-        if count and not 1 <= int(count) <= len(read):
-            raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
-        rows += read[: int(count)] if count else read
-    if not keep_bad:
-        refuse([row["_bad"] for row in rows if isinstance(row.get("_bad"), RowError)], len(rows))
-    return rows
-
-
-def _kind_of(path: Path) -> str:
-    """The suffix that says what is in a file, in small letters and without .gz."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-
-
-def _content_of(path: Path) -> str | list:
-    """The text of a file, or the rows of a table. Raises ValueError saying how to convert other files."""
-    kind = _kind_of(path)
-    if kind == ".gguf":
-        raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
-    if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "no such file"
-        raise ValueError(f"{path}: {what} (public sets: python tests/tools/get_data.py --help)")
-    if kind == ".parquet" and path.suffix.lower() == kind:
-        with suppress(ImportError):
-            return _read_parquet(path)
-    if kind not in (".jsonl", ".json", ""):
-        convert = CONVERTERS.get(kind, f"mv {{0}} {path.stem}.jsonl, if it holds a JSON object a line")
-        raise ValueError(f"{path}: {kind} is not read, only .jsonl, .json, .parquet: {convert.format(path)}")
-    try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")  # some editors put a byte-order mark first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
-
-
-def _read_parquet(path: Path) -> list[dict]:
-    """The rows of a table. Raises ImportError where pyarrow, which is no requirement, is not installed."""
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({error})") from None
-
-
-def _parse(path: Path, content: str | list) -> list[dict]:
-    """The rows of one file's content; a line that is no row becomes one with a RowError in "_bad"."""
-    # escapes: no UTF-8 text holds half characters as they are
-    half_characters = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
-    lines, values = False, content
-    if isinstance(content, str):
-        lines, values = True, content.split("\n")
-        if _kind_of(path) == ".json":
-            lines, values = _whole_json(path, content)
-    rows = []
-    for number, value in enumerate(values, 1):
-        if lines and not value.strip():
-            continue
-        source = f"{path}:{number}"
+        sandbox.filters["tojson"] = _to_json
+        sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
-            row = _row_of(value, lines, half_characters)
-        except RowError as error:
-            error.where = source
-            row = {"_bad": error}
-        rows.append(row | {"_source": source})
-    return rows
+            self.compiled = sandbox.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{where} is not valid ({error})") from None
+        self.tokens = tokens
+
+    def text(self, turns: list[Turn], ask: bool = False) -> str:
+        """The turns as text; ask: and the beginning of an answer."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        names = {"tools": None, "documents": None, "add_generation_prompt": ask}
+        try:
+            return self.compiled.render(messages=messages, **names, **self.tokens)
+        except Exception as error:  # a template is a program: what it may raise is not known
+            reason = " ".join(str(error).split())
+            raise RowError(f"the chat template does not take it ({reason})") from None
+
+    def pieces(self, turns: list[Turn]) -> Pieces:
+        """A response is what an assistant turn adds to the text that asks for it.
+
+        Raises RowError for templates that write earlier turns anew: then this text is not the model's.
+        """
+        earlier = "the chat template writes earlier turns anew: it is right for one turn only"
+        begun = "the chat template does not go on from how it asks for an answer"
+        pieces: Pieces = []
+        done = ""
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            asked, answered = self.text(turns[:i], ask=True), self.text(turns[: i + 1])
+            pieces.append((_added(done, asked, earlier), False))
+            pieces.append((_added(asked, answered, begun), turn.learned))
+            done = answered
+        if turns[-1].role != "assistant":
+            pieces.append((_added(done, self.text(turns), earlier), False))
+        return pieces
 
 
-def _row_of(value: Any, is_line: bool, half_characters: bool) -> dict:
-    """The row in a line, or in an element of a list."""
+def _added(before: str, text: str, reason: str) -> str:
+    """What a text has more than the one before. Raises RowError, with a reason, if it begins otherwise."""
+    if not text.startswith(before):
+        raise RowError(reason, " (--template tulu)")
+    return text[len(before) :]
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+             separators: tuple | None = None, sort_keys: bool = False) -> str:
+    """The filter tojson: plain JSON, where jinja's own escapes HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+# ------------------------------------------------------------------------------------------- rendering
+
+
+@dataclass
+class RenderedRow:
+    """A row as text; spans are those of its responses, in characters."""
+
+    row: dict
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    raw: bool  # text that took no template
+    templated: bool  # by the model's chat template, which writes the special tokens itself
+
+
+def render(row: dict, eos: str, template: ModelTemplate | None = None) -> Pieces:
+    """A row of any known layout as pieces of text; the responses, with their end of turn, are marked True.
+
+    Conversations take the template, Tulu's where it is None; prompt + completion and prompt + response are
+    taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
+    """
     try:
-        row = json.loads(value) if is_line else value
-    except (ValueError, RecursionError) as error:
-        raise RowError("not valid JSON", f" ({error})") from None
-    if not isinstance(row, dict):
-        raise RowError("a row must be an object", f", not {type(row).__name__}")
-    if half_characters and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
-        raise RowError(f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
-    return row
+        return _pieces(read_row(row, set()), eos, template)
+    except RowError as error:
+        error.where = row.get("_source", "row")
+        raise
 
 
-def _whole_json(path: Path, text: str) -> tuple[bool, list]:
-    """What a .json file holds: (False, a list's rows, or those under `data`), or (True, lines after all)."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        lines = text.split("\n")
-        with suppress(ValueError, RecursionError):
-            if isinstance(json.loads(next(filter(str.strip, lines), "")), dict):
-                return True, lines
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if isinstance(whole, dict):
-        lists = [key for key, value in whole.items() if isinstance(value, list | dict)]
-        whole = whole["data"] if lists == ["data"] else whole
-    if not isinstance(whole, list):
-        raise ValueError(f"{path}: a list of rows is expected, or an object with one under `data` alone, "
-                         f"not {type(whole).__name__}")  # fmt: skip
-    return False, whole
+def _pieces(found: Raw | list[Turn], eos: str, template: ModelTemplate | None) -> Pieces:
+    if isinstance(found, Raw):
+        return raw_text(found, eos)
+    return tulu(found, eos) if template is None else template.pieces(found)
 
 
-def refuse(errors: Sequence[RowError], total: int) -> None:
-    """Raise ValueError for all errors, if any: the first ten, and how many there are of each kind."""
-    if not errors:
-        return
-    if len(errors) == 1:
-        raise ValueError(str(errors[0]))
-    shown = "".join(f"\n  {error}" for error in errors[:10])
-    more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
-    heading = f"{len(errors)} of {total} rows cannot be used:"
-    raise ValueError(f"{heading}{shown}{more}\n  in all: {by_reason(errors)}")
+def render_rows(groups: Sequence[list[dict]], tokenizer: Tokenizer,
+                skip_bad: bool = False) -> tuple[list[list[RenderedRow]], list[str]]:
+    """The rows of each group as text, and lines that a user should see.
+
+    Raises one ValueError for all rows that cannot be used; with skip_bad they are left out, and counted.
+    """
+    rendered, errors, unused = [], [], set()
+    for rows in groups:
+        rendered.append([])
+        for row in rows:
+            try:
+                rendered[-1].append(_render_row(row, tokenizer, unused))
+            except RowError as error:
+                error.where = row.get("_source", "row")
+                errors.append(error)
+    total = sum(map(len, groups))
+    if not skip_bad or len(errors) == total:
+        refuse(errors, total)
+    lines = []
+    if errors:
+        lines.append(f"{len(errors)} of {total} rows are left out (--skip-bad-rows): {by_reason(errors)}")
+    if unused:
+        lines.append(f"fields not used: {', '.join(sorted(unused))}")
+    raw = [example.row for examples in rendered for example in examples if example.raw]
+    if 0 < len(raw) < total - len(errors):
+        layouts = " and ".join(sorted({" + ".join(layout_of(row)) for row in raw}))
+        lines.append(f"{len(raw)} of {total} rows are raw text without turn markers ({layouts})")
+    return rendered, lines
 
 
-def by_reason(errors: Sequence[RowError]) -> str:
-    """How many errors there are of each kind, the most frequent first."""
-    counts = Counter(error.reason for error in errors)
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRow:
+    found = read_row(row, unused)
+    pieces = _pieces(found, tokenizer.eos, tokenizer.template)
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for text, is_response in pieces:
+        start, end = end, end + len(text)
+        if is_response and text:
+            if spans and spans[-1][1] == start:  # goes on where the one before ends
+                start = spans.pop()[0]
+            spans.append((start, end))
+    raw = isinstance(found, Raw)
+    text = "".join(text for text, _ in pieces)
+    return RenderedRow(row, text, tuple(spans), raw, not raw and tokenizer.template is not None)
+
+
+def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a question in the template, up to where the answer begins."""
+    pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
+    text = "".join(text for text, is_response in pieces if not is_response)
+    return tokenizer.encode([text], special=tokenizer.template is None)[0][0]
 
 
 # --------------------------------------------------------------------------------------------- layouts
@@ -673,417 +716,376 @@ def check_turns(turns: list[Turn]) -> None:
         raise NoResponse("no assistant message is to be learned")
 
 
-# ------------------------------------------------------------------------------------------- templates
+# -------------------------------------------------------------------------------------- reading files
 
-Pieces = list[tuple[str, bool]]  # text and whether it is a response, in order
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
-
-def closed(text: str, eos: str) -> str:
-    """The text with an eos at its end; some files have written it already."""
-    return text if text.endswith(eos) else text + eos
-
-
-def tulu(turns: list[Turn], eos: str) -> Pieces:
-    """The template of the paper's corpus; a newline between two turns as in the authors' files."""
-    pieces: Pieces = []
-    for i, (role, content, learned) in enumerate(turns):
-        newline = "\n" if i and turns[i - 1].role == "assistant" else ""
-        pieces.append((f"{newline}<|{role}|>\n", False))
-        pieces.append((closed(content, eos), learned) if role == "assistant" else (content + "\n", False))
-    return pieces
-
-
-def raw_text(row: Raw, eos: str) -> Pieces:
-    """Prompt and response as they are, joined by a space unless one is there."""
-    prompt, response = row
-    spaced = not prompt or prompt[-1].isspace() or response[0].isspace()
-    return [(prompt if spaced else prompt + " ", False), (closed(response, eos), True)]
+PANDAS = "python -c \"import pandas; pandas.read_{}.to_json('rows.jsonl', orient='records', lines=True)\""
+CONVERTERS = {  # what turns a file of another kind into one that is read
+    ".csv": PANDAS.format("csv('{0}')"),
+    ".tsv": PANDAS.format("csv('{0}', sep='\\t')"),
+    ".xlsx": PANDAS.format("excel('{0}')"),
+    ".feather": PANDAS.format("feather('{0}')"),
+    ".parquet": "pip install pyarrow, and it is read as it is",
+    ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('rows.jsonl')\"",
+    ".zst": "unzstd {0}",
+    ".zip": "unzip {0}",
+    ".bz2": "bunzip2 {0}",
+    ".xz": "unxz {0}",
+}
 
 
-def read_chat_template(folder: Path, settings: dict) -> str | None:
-    """The text of a checkpoint's chat template: chat_template.jinja, else what tokenizer_config.json has."""
-    path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-    if isinstance(template, list):  # several, each with its name
-        template = next((some["template"] for some in template if some.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+class RowError(ValueError):
+    """What is wrong with one row: a reason that many rows may share, and what is particular to this one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail, self.where = reason, detail, "row"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}{self.detail}"
 
 
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, with which some templates mark the answer: what is inside."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+class NoResponse(RowError):
+    """A row of a known layout that has nothing to learn."""
 
 
-class ModelTemplate:
-    """A checkpoint's own chat template, rendered with what transformers gives it.
+def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
+    """The rows of .jsonl, .json and .parquet files, each `path` or `path:count` (the first count rows).
 
-    source: a jinja template, run in a sandbox; tokens: bos_token, eos_token and so on. Raises ValueError
-    for a template that is not valid.
+    Every row gets a field "_source" (file:line) for messages. Raises ValueError naming the file, and all
+    lines that are no rows; with keep_bad these are rows with a RowError in "_bad", for render_rows to report.
     """
-
-    def __init__(self, source: str, tokens: dict[str, str], where: str):
-        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
-        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
-        )
-        sandbox.filters["tojson"] = _to_json
-        sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        try:
-            self.compiled = sandbox.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{where} is not valid ({error})") from None
-        self.tokens = tokens
-
-    def text(self, turns: list[Turn], ask: bool = False) -> str:
-        """The turns as text; ask: and the beginning of an answer."""
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        names = {"tools": None, "documents": None, "add_generation_prompt": ask}
-        try:
-            return self.compiled.render(messages=messages, **names, **self.tokens)
-        except Exception as error:  # a template is a program: what it may raise is not known
-            reason = " ".join(str(error).split())
-            raise RowError(f"the chat template does not take it ({reason})") from None
-
-    def pieces(self, turns: list[Turn]) -> Pieces:
-        """A response is what an assistant turn adds to the text that asks for it.
-
-        Raises RowError for templates that write earlier turns anew: then this text is not the model's.
-        """
-        earlier = "the chat template writes earlier turns anew: it is right for one turn only"
-        begun = "the chat template does not go on from how it asks for an answer"
-        pieces: Pieces = []
-        done = ""
-        for i, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            asked, answered = self.text(turns[:i], ask=True), self.text(turns[: i + 1])
-            pieces.append((_added(done, asked, earlier), False))
-            pieces.append((_added(asked, answered, begun), turn.learned))
-            done = answered
-        if turns[-1].role != "assistant":
-            pieces.append((_added(done, self.text(turns), earlier), False))
-        return pieces
+    rows: list[dict] = []
+    for entry in files:
+        path, _, count = entry.rpartition(":")
+        path, count = (path, count) if count.isdecimal() else (entry, "")
+        read = _parse(Path(path), _content_of(Path(path)))
+        if not read:
+            raise ValueError(f"{path}: no rows in it")
+        if count and not 1 <= int(count) <= len(read):
+            raise ValueError(f"{path}: {count} rows asked for, 1 to {len(read)} are there")
+        rows += read[: int(count)] if count else read
+    if not keep_bad:
+        refuse([row["_bad"] for row in rows if isinstance(row.get("_bad"), RowError)], len(rows))
+    return rows
 
 
-def _added(before: str, text: str, reason: str) -> str:
-    """What a text has more than the one before. Raises RowError, with a reason, if it begins otherwise."""
-    if not text.startswith(before):
-        raise RowError(reason, " (--template tulu)")
-    return text[len(before) :]
+def _kind_of(path: Path) -> str:
+    """The suffix that says what is in a file, in small letters and without .gz."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple | None = None, sort_keys: bool = False) -> str:
-    """The filter tojson: plain JSON, where jinja's own escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-# ------------------------------------------------------------------------------------------- rendering
-
-
-@dataclass
-class RenderedRow:
-    """A row as text; spans are those of its responses, in characters."""
-
-    row: dict
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    raw: bool  # text that took no template
-    templated: bool  # by the model's chat template, which writes the special tokens itself
-
-
-def render(row: dict, eos: str, template: ModelTemplate | None = None) -> Pieces:
-    """A row of any known layout as pieces of text; the responses, with their end of turn, are marked True.
-
-    Conversations take the template, Tulu's where it is None; prompt + completion and prompt + response are
-    taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
-    """
+def _content_of(path: Path) -> str | list:
+    """The text of a file, or the rows of a table. Raises ValueError saying how to convert other files."""
+    kind = _kind_of(path)
+    if kind == ".gguf":
+        raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what} (public sets: python tests/tools/get_data.py --help)")
+    if kind == ".parquet" and path.suffix.lower() == kind:
+        with suppress(ImportError):
+            return _read_parquet(path)
+    if kind not in (".jsonl", ".json", ""):
+        convert = CONVERTERS.get(kind, f"mv {{0}} {path.stem}.jsonl, if it holds a JSON object a line")
+        raise ValueError(f"{path}: {kind} is not read, only .jsonl, .json, .parquet: {convert.format(path)}")
     try:
-        return _pieces(read_row(row, set()), eos, template)
-    except RowError as error:
-        error.where = row.get("_source", "row")
-        raise
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # some editors put a byte-order mark first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
 
 
-def _pieces(found: Raw | list[Turn], eos: str, template: ModelTemplate | None) -> Pieces:
-    if isinstance(found, Raw):
-        return raw_text(found, eos)
-    return tulu(found, eos) if template is None else template.pieces(found)
+def _read_parquet(path: Path) -> list[dict]:
+    """The rows of a table. Raises ImportError where pyarrow, which is no requirement, is not installed."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error})") from None
 
 
-def render_rows(groups: Sequence[list[dict]], tokenizer: Tokenizer,
-                skip_bad: bool = False) -> tuple[list[list[RenderedRow]], list[str]]:
-    """The rows of each group as text, and lines that a user should see.
+def _parse(path: Path, content: str | list) -> list[dict]:
+    """The rows of one file's content; a line that is no row becomes one with a RowError in "_bad"."""
+    # escapes: no UTF-8 text holds half characters as they are
+    half_characters = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
+    lines, values = False, content
+    if isinstance(content, str):
+        lines, values = True, content.split("\n")
+        if _kind_of(path) == ".json":
+            lines, values = _whole_json(path, content)
+    rows = []
+    for number, value in enumerate(values, 1):
+        if lines and not value.strip():
+            continue
+        source = f"{path}:{number}"
+        try:
+            row = _row_of(value, lines, half_characters)
+        except RowError as error:
+            error.where = source
+            row = {"_bad": error}
+        rows.append(row | {"_source": source})
+    return rows
 
-    Raises one ValueError for all rows that cannot be used; with skip_bad they are left out, and counted.
+
+def _row_of(value: Any, is_line: bool, half_characters: bool) -> dict:
+    """The row in a line, or in an element of a list."""
+    try:
+        row = json.loads(value) if is_line else value
+    except (ValueError, RecursionError) as error:
+        raise RowError("not valid JSON", f" ({error})") from None
+    if not isinstance(row, dict):
+        raise RowError("a row must be an object", f", not {type(row).__name__}")
+    if half_characters and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
+        raise RowError(f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
+    return row
+
+
+def _whole_json(path: Path, text: str) -> tuple[bool, list]:
+    """What a .json file holds: (False, a list's rows, or those under `data`), or (True, lines after all)."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = text.split("\n")
+        with suppress(ValueError, RecursionError):
+            if isinstance(json.loads(next(filter(str.strip, lines), "")), dict):
+                return True, lines
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(whole, dict):
+        lists = [key for key, value in whole.items() if isinstance(value, list | dict)]
+        whole = whole["data"] if lists == ["data"] else whole
+    if not isinstance(whole, list):
+        raise ValueError(f"{path}: a list of rows is expected, or an object with one under `data` alone, "
+                         f"not {type(whole).__name__}")  # fmt: skip
+    return False, whole
+
+
+def refuse(errors: Sequence[RowError], total: int) -> None:
+    """Raise ValueError for all errors, if any: the first ten, and how many there are of each kind."""
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise ValueError(str(errors[0]))
+    shown = "".join(f"\n  {error}" for error in errors[:10])
+    more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
+    heading = f"{len(errors)} of {total} rows cannot be used:"
+    raise ValueError(f"{heading}{shown}{more}\n  in all: {by_reason(errors)}")
+
+
+def by_reason(errors: Sequence[RowError]) -> str:
+    """How many errors there are of each kind, the most frequent first."""
+    counts = Counter(error.reason for error in errors)
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+
+
+# ------------------------------------------------------------------------------------------- tokenizer
+
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder: its tokens, and what the folder's config files say about them.
+
+    template: how conversations become text, "tulu" or "model" (the checkpoint's own chat template).
+    Raises ValueError naming the file for what cannot be read, and for a template that is not there.
     """
-    rendered, errors, unused = [], [], set()
-    for rows in groups:
-        rendered.append([])
-        for row in rows:
-            try:
-                rendered[-1].append(_render_row(row, tokenizer, unused))
-            except RowError as error:
-                error.where = row.get("_source", "row")
-                errors.append(error)
-    total = sum(map(len, groups))
-    if not skip_bad or len(errors) == total:
-        refuse(errors, total)
-    lines = []
-    if errors:
-        lines.append(f"{len(errors)} of {total} rows are left out (--skip-bad-rows): {by_reason(errors)}")
-    if unused:
-        lines.append(f"fields not used: {', '.join(sorted(unused))}")
-    raw = [example.row for examples in rendered for example in examples if example.raw]
-    if 0 < len(raw) < total - len(errors):
-        layouts = " and ".join(sorted({" + ".join(layout_of(row)) for row in raw}))
-        lines.append(f"{len(raw)} of {total} rows are raw text without turn markers ({layouts})")
-    return rendered, lines
 
-
-def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRow:
-    found = read_row(row, unused)
-    pieces = _pieces(found, tokenizer.eos, tokenizer.template)
-    spans: list[tuple[int, int]] = []
-    end = 0
-    for text, is_response in pieces:
-        start, end = end, end + len(text)
-        if is_response and text:
-            if spans and spans[-1][1] == start:  # goes on where the one before ends
-                start = spans.pop()[0]
-            spans.append((start, end))
-    raw = isinstance(found, Raw)
-    text = "".join(text for text, _ in pieces)
-    return RenderedRow(row, text, tuple(spans), raw, not raw and tokenizer.template is not None)
-
-
-def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a question in the template, up to where the answer begins."""
-    pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
-    text = "".join(text for text, is_response in pieces if not is_response)
-    return tokenizer.encode([text], special=tokenizer.template is None)[0][0]
-
-
-# ---------------------------------------------------------------------------------------------- corpus
-
-
-@dataclass
-class Corpus:
-    """Tokenised examples, end to end. A token is judged (scored, trained on) where `response` is true."""
-
-    tokens: np.ndarray  # (C,) int32
-    response: np.ndarray  # (C,) bool; never the first token of an example, which nothing predicts
-    offsets: np.ndarray  # (E+1,) int64
-    sources: list[str]  # (E,) file:line of each example
-    dropped: int  # rows that max_length left without a response token
-    noise: dict[str, np.ndarray] = field(default_factory=dict)  # kind: (C,) bool, tokens known to be noise
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @cached_property
-    def lengths(self) -> np.ndarray:  # (E,), worked out once: a step must not cost what the corpus does
-        return np.diff(self.offsets)
+    def __init__(self, folder: str | os.PathLike, template: str = "tulu"):
+        folder = Path(folder)
+        settings = tokenizer_settings(folder)
+        self.raw = _read_tokenizer(folder, settings)
+        _add_tokens(self.raw, settings, folder)
+        self.raw.no_truncation()
+        self.raw.no_padding()
+        configs = [_object(folder / name) for name in ("config.json", "generation_config.json")]
+        self.bos, self.bos_id = self._special(settings, "bos_token", configs, folder)
+        self.eos, self.eos_id = self._special(settings, "eos_token", configs, folder)
+        if self.eos is None:
+            raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
+        self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
+        of_model, of_generation = (_token_ids(config, "eos_token", folder) for config in configs)
+        self.model_eos_ids = of_generation or of_model
+        if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
+            raise ValueError(f"{folder}: the eos token {self.eos!r} is not encoded as one token")
+        if self.raw.post_processor is None and self.bos is not None and settings.get("add_bos_token"):
+            self._put_bos()  # where there is a processor, it says so itself
+        self.chat_template = read_chat_template(folder, settings)
+        self.template = None if template == "tulu" else self._model_template(settings, folder)
 
     @property
-    def noisy(self) -> np.ndarray:
-        """(C,) bool: the tokens that are known to be noise of any kind."""
-        return np.logical_or.reduce([np.zeros(len(self.tokens), bool), *self.noise.values()])
+    def stop_ids(self) -> set[int]:
+        """The ids that end a generation: an instruct model ends a turn with one and a text with another."""
+        return {self.eos_id, *self.model_eos_ids}
 
-    def fingerprint(self) -> str:
-        """sha256 of tokens, mask and boundaries."""
-        digest = hashlib.sha256()
-        for array in (self.tokens, self.response, self.offsets):
-            digest.update(array.tobytes())
-        return digest.hexdigest()[:16]
+    def _special(self, settings: dict, name: str, configs: list[dict],
+                 folder: Path) -> tuple[str | None, int | None]:
+        """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
+        text = _content(settings.get(name), name)
+        if text is None:
+            ids = [token for config in configs for token in _token_ids(config, name, folder)]
+            text = self.raw.id_to_token(ids[0]) if ids else None
+        return text, None if text is None else self.raw.token_to_id(text)
 
-    def part(self, first: int, last: int) -> "Corpus":
-        """Examples first to last - 1 as a corpus of their own, without copying."""
-        tokens = slice(self.offsets[first], self.offsets[last])
-        offsets = self.offsets[first : last + 1] - self.offsets[first]
-        sources = self.sources[first:last]  # the noise stays with the whole corpus
-        return Corpus(self.tokens[tokens], self.response[tokens], offsets, sources, dropped=0)
+    def _put_bos(self) -> None:
+        """Let each text begin with a bos."""
+        single, pair = f"{self.bos} $A", f"{self.bos} $A {self.bos} $B"
+        self.raw.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(self.bos, self.bos_id)]
+        )
 
-    def split(self) -> list[np.ndarray]:
-        """The tokens of each example, without copying."""
-        return np.split(self.tokens, self.offsets[1:-1]) if len(self) else []
+    def _model_template(self, settings: dict, folder: Path) -> "ModelTemplate":
+        if self.chat_template is None:
+            raise ValueError(f"{folder}: it has no chat template, which --template model needs: use tulu")
+        names = {key: value for key, value in settings.items() if key.endswith("_token")}
+        texts = {key: _content(value, key) for key, value in names.items() if isinstance(value, str | dict)}
+        texts |= {"bos_token": self.bos, "eos_token": self.eos}
+        given = {key: text for key, text in texts.items() if text is not None}
+        return ModelTemplate(self.chat_template, given, f"{folder}: its chat template")
 
-    def places(self, examples: Sequence[int]) -> np.ndarray:
-        """Where the tokens of these examples lie in the flat arrays, in order."""
-        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples]
-        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+    def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, character spans) of each text, with one bos if the tokenizer puts any; no eos is added."""
+        results = []
+        for text, encoding in zip(texts, self.raw.encode_batch(texts, add_special_tokens=special)):
+            ids, spans = encoding.ids, encoding.offsets
+            if special and ids[:2] == [self.bos_id] * 2 and text.startswith(self.bos):
+                ids, spans = ids[1:], spans[1:]  # the text brought its own bos
+            while special and ids and ids[-1] == self.eos_id and spans[-1][0] == spans[-1][1]:
+                ids, spans = ids[:-1], spans[:-1]  # put there by the tokenizer, not by the text
+            results.append((ids, spans))
+        return results
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids."""
+        return self.raw.decode(list(ids), skip_special_tokens=skip_special)
 
 
-def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
-    """The rows without later duplicates, those of equal text and response spans, whatever their layouts."""
-    first: dict[tuple, RenderedRow] = {}
-    for row in rows:
-        first.setdefault((row.text, row.spans), row)
-    return list(first.values())
+def tokenizer_settings(folder: Path) -> dict:
+    """tokenizer_config.json, completed from the older files in the order of transformers.
 
-
-def split_rows(rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None,
-               n_train: int | None) -> tuple[list[RenderedRow], list[RenderedRow], int]:
-    """Rows of D_ref, rows of D_train, number of duplicates left out. The two are disjoint, always the same.
-
-    D_ref is drawn from `rows`, or, where there are any, it is the first of `reference`. A number that is None
-    is the paper's, 10,000 and 50,000, or, where there are fewer rows, a sixth of them and the rest. Raises
-    ValueError where a number cannot be had.
+    Where it does not list the added tokens, special_tokens_map.json goes over it, and added_tokens.json has
+    the list; where it does, neither is read.
     """
-    total = len(rows) + len(reference)
-    rows, reference = unique_rows(rows), unique_rows(reference)
-    repeated = total - len(rows) - len(reference)
-    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    if reference:
-        reference = _take(reference, "--n-reference", n_reference, len(reference))
-        others = unique_rows(reference + rows)[len(reference) :]
-        repeated += len(rows) - len(others)
-        rows = others
-    else:
-        usual = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
-        reference = _take(rows[:-1], "--n-reference", n_reference, usual)  # one is left at least
-        rows = rows[len(reference) :]
-    return reference, _take(rows, "--n-train", n_train, 50_000), repeated
+    settings = _object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings = settings | _object(folder / "special_tokens_map.json")
+        named = {_content(value, name) for name, value in _special_tokens(settings)}
+        settings["added_tokens_decoder"] = {
+            index: {"content": text, "special": text in named, "normalized": text not in named}
+            for text, index in _object(folder / "added_tokens.json").items()
+        }
+    return settings
 
 
-def _take(rows: list[RenderedRow], flag: str, asked: int | None, usual: int) -> list[RenderedRow]:
-    """The first rows: as many as the flag asks for, or up to the usual number."""
-    if not rows:
-        raise ValueError("D_ref and D_train need a row each: none is left, exact duplicates taken out")
-    count = min(usual, len(rows)) if asked is None else asked
-    if not 1 <= count <= len(rows):
-        left = f"from 1 to {len(rows)} are there, exact duplicates and the other set taken out"
-        raise ValueError(f"{flag} {count}: {left}")
-    return rows[:count]
+def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
+    """tokenizer.json, or GPT-2's pair of files, vocab.json and merges.txt, which is all that GPT-Neo has."""
+    path, pair = folder / "tokenizer.json", [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    try:
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+        path = Path(pair[0])
+        if not all(map(os.path.isfile, pair)):
+            convert = (f"python -c \"from transformers import AutoTokenizer as A; "
+                       f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"")  # fmt: skip
+            missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
+            raise ValueError(f"{folder}: {missing}; a sentencepiece tokenizer.model is converted: {convert}")
+        family = settings.get("tokenizer_class") or _object(folder / "config.json").get("model_type", "gpt2")
+        if family not in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2", "gpt_neo"):
+            reason = f"vocab.json and merges.txt are read as GPT-2's, not as those of {family}"
+            raise ValueError(f"{folder}: no tokenizer.json in it, and {reason}: transformers saves one")
+        raw = tokenizers.Tokenizer(models.BPE.from_file(*pair))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        if str(error).startswith(str(folder)):
+            raise
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
+    raw.decoder = decoders.ByteLevel()
+    for name in ("bos_token", "eos_token", "unk_token"):  # GPT-2's defaults
+        settings.setdefault(name, "<|endoftext|>")
+    return raw
 
 
-def build_corpus(rows: list[dict], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
-    """Render and tokenise rows. Raises one ValueError for all that cannot be used."""
-    (rendered,), _ = render_rows([rows], tokenizer)
-    return encode_rows(rendered, tokenizer, max_length)
+def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
+    """(name, token) of every special token that the settings name, in the order in which they are added."""
+    others = [name for name in settings if name.endswith("_token") and name not in SPECIAL_TOKENS]
+    found = [(name, settings.get(name)) for name in (*SPECIAL_TOKENS, *others)]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    found += extra.items() if isinstance(extra, dict) else [("extra_special_tokens", one) for one in extra]
+    # add_bos_token and its like are switches, not tokens
+    return [(name, token) for name, token in found if isinstance(token, str | dict)]
 
 
-def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int = 2048) -> Corpus:
-    """Tokenise rows, cut each to max_length tokens, drop and count those without a response then.
-
-    The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response
-    token if it covers any character of a response. Tokenising a prefix apart would miss tokens that merge
-    across the border. Corpus.noise comes from the rows' field `noise`: [[start, end, kind], ...], in
-    characters of the last response.
-    """
-    tokens, response, lengths, sources, noise = [], [], [], [], []
-    for first in range(0, len(rows), 1000):
-        part = rows[first : first + 1000]
-        for row, (ids, spans) in zip(part, _encode(part, tokenizer)):
-            kept = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
-            mask = np.zeros(len(kept), bool)
-            for start, end in row.spans:
-                mask |= covers(kept, start, end)
-            mask[:1] = False  # nothing predicts the first token
-            if mask.any():
-                tokens.append(np.array(ids[:max_length], np.int32))
-                response.append(mask)
-                lengths.append(len(kept))
-                sources.append(row.row.get("_source", ""))
-                begin = row.spans[-1][0]
-                noise.append([(kind, covers(kept, begin + start, begin + end) & mask)
-                              for start, end, kind in noise_of(row.row)])  # fmt: skip
-    if not lengths:
-        reason = f"no response token within --max-length {max_length}"
-        raise ValueError(f"all {len(rows)} rows were dropped: {reason}")
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    dropped = len(rows) - len(lengths)
-    corpus = Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
-    for example, marks in enumerate(noise):
-        for kind, mask in marks:
-            known = corpus.noise.setdefault(kind, np.zeros(len(corpus.tokens), bool))  # (C,)
-            known[offsets[example] : offsets[example + 1]] |= mask
-    return corpus
+def _add_tokens(raw: tokenizers.Tokenizer, settings: dict, folder: Path) -> None:
+    """Add the tokens that the settings list and the tokenizer lacks. Raises ValueError for another id."""
+    listed = settings["added_tokens_decoder"]
+    try:
+        listed = {int(index): _added_token(token) for index, token in listed.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its list of added tokens cannot be read ({error})") from None
+    for index, token in sorted(listed.items()):
+        raw.add_tokens([token])
+        text, found = token.content, raw.token_to_id(token.content)
+        if found != index:
+            raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    for name, token in _special_tokens(settings):
+        if _content(token, name) not in known:
+            raw.add_tokens([_added_token(token, special=True)])
 
 
-def noise_of(row: dict) -> list[list]:
-    """The field `noise` of a row, [start, end, kind] each; [] where it is absent, or means something else."""
-    marks = row.get("noise") or []
-    known = isinstance(marks, list) and all(
-        isinstance(mark, list) and list(map(type, mark)) == [int, int, str] for mark in marks
-    )
-    return marks if known else []
+def _added_token(token: str | dict, **flags: bool) -> tokenizers.AddedToken:
+    fields = {"content": token} if isinstance(token, str) else token
+    return tokenizers.AddedToken(**{name: fields[name] for name in fields if name != "__type"} | flags)
 
 
-def _encode(rows: list[RenderedRow], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list]]:
-    """(ids, character spans) of each row; a chat template has said itself whether there is a bos."""
-    encoded: dict[int, tuple] = {}
-    for templated in (False, True):
-        group = [i for i, row in enumerate(rows) if row.templated == templated]
-        encoded |= zip(group, tokenizer.encode([rows[i].text for i in group], special=not templated))
-    return (encoded[i] for i in range(len(rows)))
+def _content(token: Any, name: str) -> str | None:
+    """The text of a token as a config file writes it. Raises ValueError for what is no text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise ValueError(f"tokenizer_config.json: {name} {text!r} is not a text")
+    return text
 
 
-def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which of the character spans (n, 2) hold a character of [start, end); an empty one, a bos, does not."""
-    return (spans[:, 0] < end) & (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])
+def _token_ids(config: dict, name: str, folder: Path) -> list[int]:
+    """bos_token_id or eos_token_id of a config as a list: models have none, one or several."""
+    ids = config.get(f"{name}_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for i in ids:
+        if not (isinstance(i, int) and not isinstance(i, bool) and i >= 0):
+            raise ValueError(f"{folder}: {name}_id {i!r} is not a token id")
+    return ids
 
 
-# --------------------------------------------------------------------------------------------- batches
+def _object(path: Path) -> dict:
+    """The object in a JSON file, empty where there is no such file."""
+    return read_object(path) if path.is_file() else {}
 
 
-@dataclass
-class Batch:
-    """Whole sequences end to end, without padding."""
-
-    tokens: Tensor  # (T,) int64
-    cu_seqlens: Tensor  # (B+1,) int32, on the CPU
-    places: Tensor  # (T,) int64 index of each token in the corpus' flat arrays
-
-
-def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Places in `lengths`, longest first, in groups of at most token_budget tokens, or one longer sequence.
-
-    Neighbours then have like lengths, and those of equal lengths are attended together.
-    """
-    packs: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not packs or lengths[i] > room:
-            packs.append([])
-            room = token_budget
-        packs[-1].append(i)
-        room -= lengths[i]
-    return packs
+def check_ids(ids: Any, vocab_size: int, where: object) -> None:
+    """Raise ValueError for a token id that the model has no embedding for."""
+    largest = int(np.max(ids)) if len(ids) else -1
+    if largest >= vocab_size:
+        reason = f"gives id {largest}, the model's vocab_size is {vocab_size}: not a pair"
+        raise ValueError(f"{where}: its tokenizer {reason}")
 
 
-def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
-    """These examples as batches of at most token_budget tokens; neighbours have like lengths."""
-    lengths = corpus.lengths[np.asarray(examples, np.int64)].tolist()
-    for group in split_by_tokens(lengths, token_budget):
-        places = corpus.places([examples[i] for i in group])
-        cu_seqlens = torch.tensor([0] + [lengths[i] for i in group]).cumsum(0).int()
-        yield Batch(torch.from_numpy(corpus.tokens[places]).long(), cu_seqlens, torch.from_numpy(places))
-
-
-def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
-    """The next-token shift: rows (n,) of the states that predict the judged tokens, and those tokens (n,).
-
-    tokens (T,) int64; judged (T,) bool, never true for the first token of a sequence.
-    """
-    at = judged.nonzero().squeeze(1)  # (n,)
-    return at - 1, tokens[at]
+def keep_offsets(content: Any) -> Any:
+    """tokenizer.json without offset trimming: else a whitespace token covers no character, has no loss."""
+    if isinstance(content, list):
+        return [keep_offsets(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    # those two are huge, and no setting is in them
+    kept = {key: keep_offsets(part) for key, part in content.items() if key not in ("vocab", "merges")}
+    if "trim_offsets" in kept:
+        kept["trim_offsets"] = False
+    return content | kept
 
 
 # ----------------------------------------------------------------------------------------------- ranks

@@ -11,11 +11,13 @@
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
-Order: Algorithm 1, equations, methods (stage 3), training (1 and 4), scoring (2), what a run says before
-stage 4, data, the run folder, figures and the table, options, main. tests/plain.py is the same algorithm in
+Order: Algorithm 1, equations, scoring (stage 2), methods (3), training (1 and 4) | options, data, the run
+folder, what a run says before stage 4, figures and the table, main. tests/plain.py is the same algorithm in
 plain lines. Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack;
 n tokens that a loss or a score is computed for; E examples; D width; V vocabulary; S seeds; R held-out rows.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -195,6 +197,108 @@ def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, we
     weights, targets = weights.masked_fill(ignored, 0), targets.clamp_min(0)
     loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling)
     return (loss, losses.masked_fill(ignored, 0)) if return_losses else loss
+
+
+# ---------------------------------------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def response_losses(model: Transformer, corpus: Corpus, examples: Array, token_budget: int,
+                    label: str) -> Array:
+    """Equation 3 for the response tokens of some examples: losses (C,) float32 in nats, NaN elsewhere.
+
+    They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
+    spread over the ranks, the result is on all of them.
+    """
+    rank, world = rank_and_world()
+    head, device = model.lm_head.weight, model.lm_head.weight.device
+    losses = torch.zeros(len(corpus.tokens), device=device)  # (C,)
+    was_training = model.training
+    model.eval()
+    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
+    with progress(label, int(corpus.lengths[examples].sum()), "tokens") as bar:
+        for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
+            judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
+            rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
+            hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
+            losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
+            advance(bar, len(batch.tokens))
+    model.train(was_training)
+    places = corpus.places(examples)
+    places = places[corpus.response[places]]
+    result = np.full(len(corpus.tokens), np.nan, np.float32)
+    result[places] = sum_over_ranks(losses).cpu().numpy()[places]
+    return result
+
+
+def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> tuple[Array, Array]:
+    """response_losses of a whole corpus under theta and under theta', whose adapter is on the model."""
+    examples = np.arange(len(corpus))
+    ref_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta'")
+    with lora_disabled(model):
+        base_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta")
+    return base_loss, ref_loss
+
+
+def scoring_model(model: Transformer, out: Path, options: "Options") -> Transformer:
+    """theta' in --score-dtype: the model itself, or, where its dtype is another, a second one."""
+    if options.score_dtype == options.dtype:
+        return model
+    scorer = load_model(model.folder, options.device, DTYPES[options.score_dtype])
+    load_adapter(scorer, out / "reference")
+    return scorer
+
+
+def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
+    """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
+
+    Saved after every --save-every x --batch-size examples, with tokens, offsets and the rows' sources; a run
+    that was stopped goes on there.
+    """
+    path, count = out / "scores.safetensors", len(corpus)
+    (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
+    if path.is_file():
+        base_loss, ref_loss, done = read_scores(path, corpus)
+        what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
+        print0(f"found {path}, {what_next}")
+    sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
+    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
+    arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
+    part_size = options.save_every * options.batch_size
+    for first in range(done, count, part_size):
+        last = min(first + part_size, count)
+        tokens = slice(corpus.offsets[first], corpus.offsets[last])
+        part = corpus.part(first, last)
+        label = f"scores to example {last:,} of {count:,}"
+        base_loss[tokens], ref_loss[tokens] = both_losses(model, part, options.micro_tokens, label)
+        if rank_and_world()[0] == 0:
+            with whole_file(path) as file:
+                losses = {"base_loss": base_loss, "ref_loss": ref_loss}
+                save_arrays(arrays | losses, file, {"done": str(last)})
+    wait_for_all()
+    quality = quality_scores(base_loss, ref_loss)
+    if np.nanmin(quality) == (same := np.nanmax(quality)):
+        mend = "more --n-reference, --reference-epochs or --reference-lr, and another --out"
+        raise ValueError(f"the reference learned nothing: Q is {same:g} for every token; {mend}")
+    return base_loss, ref_loss
+
+
+def read_scores(path: Path, corpus: Corpus | None = None) -> tuple[Array, Array, int]:
+    """base_loss and ref_loss (C,) of a file of score(), and how many examples they cover.
+
+    Raises ValueError for a file that was cut off, and for scores of another corpus.
+    """
+    try:
+        arrays = load_arrays(path)
+        with safe_open(path, framework="np") as file:
+            done = int(file.metadata()["done"])
+        scores = arrays["base_loss"], arrays["ref_loss"], done
+        places = arrays["tokens"], arrays["offsets"]
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
+    if corpus and not all(map(np.array_equal, places, (corpus.tokens, corpus.offsets))):
+        raise ValueError(f"{path}: scores of another D_train; remove it, or use another --out")
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -543,215 +647,139 @@ def append_log(folder: Path, figures: dict, log: list[dict], bar: Any) -> None:
         raise OSError(f"{folder / 'metrics.jsonl'}: could not be written ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------------- options
 
 
-@torch.inference_mode()
-def response_losses(model: Transformer, corpus: Corpus, examples: Array, token_budget: int,
-                    label: str) -> Array:
-    """Equation 3 for the response tokens of some examples: losses (C,) float32 in nats, NaN elsewhere.
+def option(default: Any, text: str, allowed: Any = None) -> Any:
+    """A field of Options: a default or a function that makes it, the line of --help, and what is allowed.
 
-    They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
-    spread over the ranks, the result is on all of them.
+    allowed is an interval of numbers such as "(0, 1]", a tuple of words, or None for anything.
     """
-    rank, world = rank_and_world()
-    head, device = model.lm_head.weight, model.lm_head.weight.device
-    losses = torch.zeros(len(corpus.tokens), device=device)  # (C,)
-    was_training = model.training
-    model.eval()
-    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
-    with progress(label, int(corpus.lengths[examples].sum()), "tokens") as bar:
-        for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
-            judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-            rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
-            hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
-            losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
-            advance(bar, len(batch.tokens))
-    model.train(was_training)
-    places = corpus.places(examples)
-    places = places[corpus.response[places]]
-    result = np.full(len(corpus.tokens), np.nan, np.float32)
-    result[places] = sum_over_ranks(losses).cpu().numpy()[places]
-    return result
+    place = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{place: default}, metadata={"help": text, "allowed": allowed})
 
 
-def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> tuple[Array, Array]:
-    """response_losses of a whole corpus under theta and under theta', whose adapter is on the model."""
-    examples = np.arange(len(corpus))
-    ref_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta'")
-    with lora_disabled(model):
-        base_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta")
-    return base_loss, ref_loss
+def default_device() -> str:
+    """cuda where torch has it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def scoring_model(model: Transformer, out: Path, options: "Options") -> Transformer:
-    """theta' in --score-dtype: the model itself, or, where its dtype is another, a second one."""
-    if options.score_dtype == options.dtype:
-        return model
-    scorer = load_model(model.folder, options.device, DTYPES[options.score_dtype])
-    load_adapter(scorer, out / "reference")
-    return scorer
+@dataclass
+class Options:
+    """The command line; the defaults are the paper's recipe."""
+
+    model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision")
+    data: list[str] = option(list, "rows: .jsonl or .json files, each with an optional :count")
+    reference_data: list[str] = option(list, "rows of D_ref that you trust; else D_ref is drawn from --data")
+    n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", "[1, inf)")
+    n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", "[1, inf)")
+    max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
+    template: str = option("tulu", "of conversations; model: the checkpoint's own", ("tulu", "model"))
+    skip_bad_rows: bool = option(False, "train without the rows that cannot be used")
+    methods: list[str] = option(lambda: ["base", "reference", "full", "ignoring", "forgetting"],
+                                "rows of the table; a variant: forgetting:rho=0.5")  # fmt: skip
+    seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
+    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")
+    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", "[0, 1]")
+    lambda_schedule: str = option("linear", "of lambda", ("linear", "constant", "balanced"))
+    t_min: float = option(1e-5, "lambda rises from 0 to t-max - t-min (paper's 3B, 8B: 1e-4)", "[0, inf)")
+    t_max: float = option(0.25, "where lambda is going, but for t-min", "[0, inf)")
+    ceiling: float | None = option(None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)")
+    watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", "[0, inf)")
+    rank: int = option(64, "LoRA rank", "[1, inf)")
+    alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
+    dropout: float = option(0.1, "LoRA dropout", "[0, 1)")
+    targets: list[str] = option(lambda: list(DEFAULT_TARGETS), "layers with an adapter, if they are there")
+    lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)", "(0, inf)")
+    warmup: float = option(0.03, "share of the steps in which the rate rises; then it falls", "[0, 1)")
+    batch_size: int = option(24, "sequences a step, over all ranks", "[1, inf)")
+    epochs: int = option(1, "passes over D_train", "[1, inf)")
+    reference_lr: float | None = option(None, "peak rate of the reference [--lr]", "(0, inf)")
+    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)")
+    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)")
+    device: str = option(default_device, "cpu or cuda")
+    # not float16, whose gradients would underflow
+    dtype: str | None = option(None, "of the frozen weights [bfloat16; CPU float32]", ("bfloat16", "float32"))
+    score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", tuple(sorted(DTYPES)))
+    micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", "[1, inf)")
+    checkpoint_activations: bool = option(False, "less memory: blocks run twice")
+    compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)")
+    tasks: list[str] = option(list, "tasks of eval.py for the table")
+    data_dir: str = option("runs/data", "folder of the tasks' rows")
+    eval_data: list[str] = option(list, "rows held out: their response loss and perplexity, in the table")
+    eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)")
+    skip_train_losses: bool = option(False, "leave L_P and L_N out of the table, which takes a pass less")
+    limit: int | None = option(None, "only the first LIMIT documents of each task", "[1, inf)")
+    out: str = option("runs/latest", "run folder, continued by the same command")
+    save_every: int = option(100, "steps between checkpoints, of training and of scoring", "[1, inf)")
+
+    def __post_init__(self) -> None:
+        """Check each option, then those that go together, then fill in those that follow others."""
+        for field in dataclasses.fields(self):
+            check_option(field.name, getattr(self, field.name), field.metadata["allowed"])
+        if self.eval_every and not self.eval_data:
+            raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
+        if self.lambda_schedule == "balanced" and not self.watch_gradients:
+            raise ValueError("--lambda-schedule balanced needs --watch-gradients, whose figures it follows")
+        if self.t_max < self.t_min:
+            raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
+        highest = 1 - (METHODS["forgetting"].rho if self.rho is None else self.rho)
+        if self.forget_rate is not None and self.forget_rate > highest + 1e-9:
+            raise ValueError(f"forget rate {self.forget_rate} is not allowed: 0 to 1 - rho = {highest:.4g}")
+        self.methods = list(dict.fromkeys(self.methods))
+        self.seeds = list(dict.fromkeys(self.seeds))
+        self.reference_lr = self.reference_lr or self.lr
+        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
+        self.score_dtype = self.score_dtype or self.dtype
+        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # small packs save memory; bfloat16 casts in each
+        self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
 
 
-def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
-    """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
-
-    Saved after every --save-every x --batch-size examples, with tokens, offsets and the rows' sources; a run
-    that was stopped goes on there.
-    """
-    path, count = out / "scores.safetensors", len(corpus)
-    (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
-    if path.is_file():
-        base_loss, ref_loss, done = read_scores(path, corpus)
-        what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
-        print0(f"found {path}, {what_next}")
-    sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
-    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
-    arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
-    part_size = options.save_every * options.batch_size
-    for first in range(done, count, part_size):
-        last = min(first + part_size, count)
-        tokens = slice(corpus.offsets[first], corpus.offsets[last])
-        part = corpus.part(first, last)
-        label = f"scores to example {last:,} of {count:,}"
-        base_loss[tokens], ref_loss[tokens] = both_losses(model, part, options.micro_tokens, label)
-        if rank_and_world()[0] == 0:
-            with whole_file(path) as file:
-                losses = {"base_loss": base_loss, "ref_loss": ref_loss}
-                save_arrays(arrays | losses, file, {"done": str(last)})
-    wait_for_all()
-    quality = quality_scores(base_loss, ref_loss)
-    if np.nanmin(quality) == (same := np.nanmax(quality)):
-        mend = "more --n-reference, --reference-epochs or --reference-lr, and another --out"
-        raise ValueError(f"the reference learned nothing: Q is {same:g} for every token; {mend}")
-    return base_loss, ref_loss
+def check_option(name: str, value: Any, allowed: Any) -> None:
+    """Raise ValueError for a value outside its interval or choice; a list is looked at value by value."""
+    flag = f"--{name.replace('_', '-')}"
+    for one in value if isinstance(value, list) else [value]:
+        if one is None or allowed is None:
+            continue
+        if isinstance(allowed, tuple):
+            if one not in allowed:
+                raise ValueError(f"{flag} {one} is not one of {', '.join(allowed)}")
+            continue
+        low, high = map(float, allowed[1:-1].split(","))
+        above = low <= one if allowed[0] == "[" else low < one
+        below = one <= high if allowed[-1] == "]" else one < high
+        if not (above and below):
+            raise ValueError(f"{flag} {one} is not in {allowed}")
 
 
-def read_scores(path: Path, corpus: Corpus | None = None) -> tuple[Array, Array, int]:
-    """base_loss and ref_loss (C,) of a file of score(), and how many examples they cover.
-
-    Raises ValueError for a file that was cut off, and for scores of another corpus.
-    """
-    try:
-        arrays = load_arrays(path)
-        with safe_open(path, framework="np") as file:
-            done = int(file.metadata()["done"])
-        scores = arrays["base_loss"], arrays["ref_loss"], done
-        places = arrays["tokens"], arrays["offsets"]
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
-    if corpus and not all(map(np.array_equal, places, (corpus.tokens, corpus.offsets))):
-        raise ValueError(f"{path}: scores of another D_train; remove it, or use another --out")
-    return scores
+def value_types() -> dict[str, tuple[type, bool]]:
+    """For every option the type of a value, and whether there may be several."""
+    types = {}
+    for name, hint in typing.get_type_hints(Options).items():
+        parts = typing.get_args(hint)  # (str,) of list[str]; (int, NoneType) of int | None
+        types[name] = (parts[0] if parts else hint, typing.get_origin(hint) is list)
+    return types
 
 
-# ----------------------------------------------------------------------- what a run says before stage 4
-
-
-def describe_plan(ref_options: "Options", plans: dict, d_ref: Corpus, d_train: Corpus, seeds: int) -> str:
-    """How many steps, trainings and tokens are to come; a note where so few steps teach nothing."""
-    lines, notes = [], []
-    trainings = [("the reference", d_ref, ref_options, 1)]
-    trainings += [(name, d_train, method_options, seeds) for name, (_, method_options) in plans.items()]
-    for name, corpus, method_options, times in trainings:
-        steps = method_options.epochs * math.ceil(len(corpus) / method_options.batch_size)
-        tokens = method_options.epochs * len(corpus.tokens) * times
-        lines.append([name, str(times), str(steps), f"{method_options.lr:g}", f"{tokens:,}"])
-        if steps == 1 and method_options.warmup:
-            notes.append("warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs")
-        elif steps * method_options.lr < 0.006:  # 17 steps at 3e-4 hardly told methods apart, 20 at 5e-4 did
-            note = f"note: {steps} steps at {method_options.lr:g}: expect little; for a few hundred rows try "
-            notes.append(note + "--lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")
-    plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
-    return "\n".join([plan, *dict.fromkeys(notes)])
-
-
-def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
-    """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
-    judged = np.isfinite(base_loss)
-    quality, signs = quality_scores(base_loss, ref_loss)[judged], signs[judged]  # (n,) each
-    low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
-    lines = [
-        f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
-        f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
-        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'; "
-        f"{(quality > 0).mean():.0%} of the tokens have Q > 0, the paper's first guess for --rho",
-    ]
-    kept, unlearned = quality[signs > 0], quality[signs < 0]
-    if len(unlearned):
-        lines.append(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N")
-    else:
-        lines.append("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
-    return "\n".join(lines)
-
-
-def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options: "Options") -> str:
-    """The trust gap: mean Q on rows that the user trusts minus mean Q on D_train. theta' is on the model."""
-    origin = "D_ref is --reference-data"
-    if not options.reference_data:
-        origin = "D_ref was drawn from --data and is as noisy as it: --reference-data takes rows you trust"
-    if not len(held_out):
-        return f"{origin}\nno --eval-data: only rows that you trust could tell whether Q points the right way"
-    base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
-    trusted, noisy = (float(np.nanmean(q)) for q in (quality_scores(base_loss, ref_loss), quality))
-    rows = f"{trusted:.3f} on the {len(held_out)} rows of --eval-data"
-    text = f"{origin}\ntrust gap {trusted - noisy:+.3f}: mean Q {rows}, {noisy:.3f} on D_train"
-    if trusted > noisy:
-        return text
-    return f"{text}\n" + (
-        "warning: the gap is not positive. In the runs of tests/README.md leaving tokens out won where it\n"
-        "was +0.16 to +0.32, and lost to full where it was -0.05 to -0.56: get a cleaner D_ref, or use full"
-    )
-
-
-def roc_auc(low: Array, high: Array) -> float:
-    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC."""
-    if not len(low) or not len(high):
-        return math.nan
-    ordered = np.sort(high)
-    above = len(high) - (np.searchsorted(ordered, low, "left") + np.searchsorted(ordered, low, "right")) / 2
-    return float(above.mean() / len(high))
-
-
-def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, float]:
-    """How well a low Q (C,) finds noise that the rows mark: AUC by token and by row, precision, recall of N.
-
-    negative (C,) bool is N. A kind's AUC is against what is no noise at all; a row's score is its mean Q. {}
-    where no token is known to be noise.
-    """
-    noisy, (means, _) = corpus.noisy, sequence_means(quality, corpus)
-    if not noisy.any():
-        return {}
-    kinds = {"": noisy} | {f" {kind}": known for kind, known in sorted(corpus.noise.items())}
-    rows = {kind: np.logical_or.reduceat(known, corpus.offsets[:-1]) for kind, known in kinds.items()}  # (E,)
-    clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]
-    figures = {"noise share": float(noisy.sum() / corpus.response.sum())}
-    figures |= {f"AUC{kind}": roc_auc(quality[known], clean) for kind, known in kinds.items()}
-    figures |= {f"row AUC{kind}": roc_auc(means[rows[kind]], clean_rows) for kind in kinds}
-    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
-    figures["recall of N"] = float((noisy & negative).sum() / max(noisy.sum(), 1))
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
-
-
-def describe_noise(figures: dict[str, float]) -> str:
-    """detection() in a line; "" where nothing is known."""
-    if not figures:
-        return ""
-    found = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-    return f"does a low Q find the known noise? (AUC of chance: 0.5) {found}"
-
-
-def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> str:
-    """The rows of lowest mean Q, each with the end of its question and the beginning of its answer."""
-    means, _ = sequence_means(quality, corpus)
-    lines = ["rows of lowest Q, to look at first:"]
-    for example in np.argsort(means, kind="stable")[:count]:
-        span = slice(*corpus.offsets[example : example + 2])
-        tokens, response = corpus.tokens[span], corpus.response[span]
-        question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
-        answer = tokenizer.decode(tokens[response].tolist())[:60]
-        lines.append(f"  {corpus.sources[example]}  Q {means[example]:.2f}  {question!r} -> {answer!r}")
-    return "\n".join(lines)
+def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
+    """The command line as Options; `defaults` stand in for some of theirs. Raises ValueError."""
+    usage = "python forgetting.py --model M --data rows.jsonl --out RUN ... (--help lists the flags)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    types = value_types()
+    for field in dataclasses.fields(Options):
+        kind, several = types[field.name]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = defaults.get(field.name, default)
+        text = field.metadata["help"]
+        if not (default is None or default == [] or default is False or "[" in text):
+            text += f" [{' '.join(map(str, default)) if several else default}]"
+        kinds = {"action": "store_true"} if kind is bool else {"type": kind}
+        kinds |= {"nargs": "+"} if several else {}
+        if isinstance(field.metadata["allowed"], tuple):
+            kinds["choices"] = field.metadata["allowed"]
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **kinds)
+    return Options(**vars(parser.parse_args(argv)))
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -885,6 +913,115 @@ def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpu
         write_text(json.dumps(content, indent=2) + "\n", config)
     print0(f"{out}: {options.model}")
     return out
+
+
+# ----------------------------------------------------------------------- what a run says before stage 4
+
+
+def describe_plan(ref_options: "Options", plans: dict, d_ref: Corpus, d_train: Corpus, seeds: int) -> str:
+    """How many steps, trainings and tokens are to come; a note where so few steps teach nothing."""
+    lines, notes = [], []
+    trainings = [("the reference", d_ref, ref_options, 1)]
+    trainings += [(name, d_train, method_options, seeds) for name, (_, method_options) in plans.items()]
+    for name, corpus, method_options, times in trainings:
+        steps = method_options.epochs * math.ceil(len(corpus) / method_options.batch_size)
+        tokens = method_options.epochs * len(corpus.tokens) * times
+        lines.append([name, str(times), str(steps), f"{method_options.lr:g}", f"{tokens:,}"])
+        if steps == 1 and method_options.warmup:
+            notes.append("warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs")
+        elif steps * method_options.lr < 0.006:  # 17 steps at 3e-4 hardly told methods apart, 20 at 5e-4 did
+            note = f"note: {steps} steps at {method_options.lr:g}: expect little; for a few hundred rows try "
+            notes.append(note + "--lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")
+    plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
+    return "\n".join([plan, *dict.fromkeys(notes)])
+
+
+def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
+    """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
+    judged = np.isfinite(base_loss)
+    quality, signs = quality_scores(base_loss, ref_loss)[judged], signs[judged]  # (n,) each
+    low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
+    lines = [
+        f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
+        f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
+        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'; "
+        f"{(quality > 0).mean():.0%} of the tokens have Q > 0, the paper's first guess for --rho",
+    ]
+    kept, unlearned = quality[signs > 0], quality[signs < 0]
+    if len(unlearned):
+        lines.append(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N")
+    else:
+        lines.append("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
+    return "\n".join(lines)
+
+
+def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options: "Options") -> str:
+    """The trust gap: mean Q on rows that the user trusts minus mean Q on D_train. theta' is on the model."""
+    origin = "D_ref is --reference-data"
+    if not options.reference_data:
+        origin = "D_ref was drawn from --data and is as noisy as it: --reference-data takes rows you trust"
+    if not len(held_out):
+        return f"{origin}\nno --eval-data: only rows that you trust could tell whether Q points the right way"
+    base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
+    trusted, noisy = (float(np.nanmean(q)) for q in (quality_scores(base_loss, ref_loss), quality))
+    rows = f"{trusted:.3f} on the {len(held_out)} rows of --eval-data"
+    text = f"{origin}\ntrust gap {trusted - noisy:+.3f}: mean Q {rows}, {noisy:.3f} on D_train"
+    if trusted > noisy:
+        return text
+    return f"{text}\n" + (
+        "warning: the gap is not positive. In the runs of tests/README.md leaving tokens out won where it\n"
+        "was +0.16 to +0.32, and lost to full where it was -0.05 to -0.56: get a cleaner D_ref, or use full"
+    )
+
+
+def roc_auc(low: Array, high: Array) -> float:
+    """The chance that a value of `low` is below one of `high`, ties counting half: the area under the ROC."""
+    if not len(low) or not len(high):
+        return math.nan
+    ordered = np.sort(high)
+    above = len(high) - (np.searchsorted(ordered, low, "left") + np.searchsorted(ordered, low, "right")) / 2
+    return float(above.mean() / len(high))
+
+
+def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, float]:
+    """How well a low Q (C,) finds noise that the rows mark: AUC by token and by row, precision, recall of N.
+
+    negative (C,) bool is N. A kind's AUC is against what is no noise at all; a row's score is its mean Q. {}
+    where no token is known to be noise.
+    """
+    noisy, (means, _) = corpus.noisy, sequence_means(quality, corpus)
+    if not noisy.any():
+        return {}
+    kinds = {"": noisy} | {f" {kind}": known for kind, known in sorted(corpus.noise.items())}
+    rows = {kind: np.logical_or.reduceat(known, corpus.offsets[:-1]) for kind, known in kinds.items()}  # (E,)
+    clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]
+    figures = {"noise share": float(noisy.sum() / corpus.response.sum())}
+    figures |= {f"AUC{kind}": roc_auc(quality[known], clean) for kind, known in kinds.items()}
+    figures |= {f"row AUC{kind}": roc_auc(means[rows[kind]], clean_rows) for kind in kinds}
+    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
+    figures["recall of N"] = float((noisy & negative).sum() / max(noisy.sum(), 1))
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def describe_noise(figures: dict[str, float]) -> str:
+    """detection() in a line; "" where nothing is known."""
+    if not figures:
+        return ""
+    found = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+    return f"does a low Q find the known noise? (AUC of chance: 0.5) {found}"
+
+
+def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> str:
+    """The rows of lowest mean Q, each with the end of its question and the beginning of its answer."""
+    means, _ = sequence_means(quality, corpus)
+    lines = ["rows of lowest Q, to look at first:"]
+    for example in np.argsort(means, kind="stable")[:count]:
+        span = slice(*corpus.offsets[example : example + 2])
+        tokens, response = corpus.tokens[span], corpus.response[span]
+        question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
+        answer = tokenizer.decode(tokens[response].tolist())[:60]
+        lines.append(f"  {corpus.sources[example]}  Q {means[example]:.2f}  {question!r} -> {answer!r}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------- figures and the table
@@ -1096,141 +1233,6 @@ def report(results: Results, options: "Options") -> None:
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
     print0(f"\n{text}\nevery token with its Q: python tests/tools/look.py {out}")
-
-
-# ---------------------------------------------------------------------------------------------- options
-
-
-def option(default: Any, text: str, allowed: Any = None) -> Any:
-    """A field of Options: a default or a function that makes it, the line of --help, and what is allowed.
-
-    allowed is an interval of numbers such as "(0, 1]", a tuple of words, or None for anything.
-    """
-    place = "default_factory" if callable(default) else "default"
-    return dataclasses.field(**{place: default}, metadata={"help": text, "allowed": allowed})
-
-
-def default_device() -> str:
-    """cuda where torch has it."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@dataclass
-class Options:
-    """The command line; the defaults are the paper's recipe."""
-
-    model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision")
-    data: list[str] = option(list, "rows: .jsonl or .json files, each with an optional :count")
-    reference_data: list[str] = option(list, "rows of D_ref that you trust; else D_ref is drawn from --data")
-    n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", "[1, inf)")
-    n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", "[1, inf)")
-    max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
-    template: str = option("tulu", "of conversations; model: the checkpoint's own", ("tulu", "model"))
-    skip_bad_rows: bool = option(False, "train without the rows that cannot be used")
-    methods: list[str] = option(lambda: ["base", "reference", "full", "ignoring", "forgetting"],
-                                "rows of the table; a variant: forgetting:rho=0.5")  # fmt: skip
-    seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
-    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")
-    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", "[0, 1]")
-    lambda_schedule: str = option("linear", "of lambda", ("linear", "constant", "balanced"))
-    t_min: float = option(1e-5, "lambda rises from 0 to t-max - t-min (paper's 3B, 8B: 1e-4)", "[0, inf)")
-    t_max: float = option(0.25, "where lambda is going, but for t-min", "[0, inf)")
-    ceiling: float | None = option(None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)")
-    watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", "[0, inf)")
-    rank: int = option(64, "LoRA rank", "[1, inf)")
-    alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
-    dropout: float = option(0.1, "LoRA dropout", "[0, 1)")
-    targets: list[str] = option(lambda: list(DEFAULT_TARGETS), "layers with an adapter, if they are there")
-    lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)", "(0, inf)")
-    warmup: float = option(0.03, "share of the steps in which the rate rises; then it falls", "[0, 1)")
-    batch_size: int = option(24, "sequences a step, over all ranks", "[1, inf)")
-    epochs: int = option(1, "passes over D_train", "[1, inf)")
-    reference_lr: float | None = option(None, "peak rate of the reference [--lr]", "(0, inf)")
-    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)")
-    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)")
-    device: str = option(default_device, "cpu or cuda")
-    # not float16, whose gradients would underflow
-    dtype: str | None = option(None, "of the frozen weights [bfloat16; CPU float32]", ("bfloat16", "float32"))
-    score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", tuple(sorted(DTYPES)))
-    micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", "[1, inf)")
-    checkpoint_activations: bool = option(False, "less memory: blocks run twice")
-    compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)")
-    tasks: list[str] = option(list, "tasks of eval.py for the table")
-    data_dir: str = option("runs/data", "folder of the tasks' rows")
-    eval_data: list[str] = option(list, "rows held out: their response loss and perplexity, in the table")
-    eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)")
-    skip_train_losses: bool = option(False, "leave L_P and L_N out of the table, which takes a pass less")
-    limit: int | None = option(None, "only the first LIMIT documents of each task", "[1, inf)")
-    out: str = option("runs/latest", "run folder, continued by the same command")
-    save_every: int = option(100, "steps between checkpoints, of training and of scoring", "[1, inf)")
-
-    def __post_init__(self) -> None:
-        """Check each option, then those that go together, then fill in those that follow others."""
-        for field in dataclasses.fields(self):
-            check_option(field.name, getattr(self, field.name), field.metadata["allowed"])
-        if self.eval_every and not self.eval_data:
-            raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
-        if self.lambda_schedule == "balanced" and not self.watch_gradients:
-            raise ValueError("--lambda-schedule balanced needs --watch-gradients, whose figures it follows")
-        if self.t_max < self.t_min:
-            raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
-        highest = 1 - (METHODS["forgetting"].rho if self.rho is None else self.rho)
-        if self.forget_rate is not None and self.forget_rate > highest + 1e-9:
-            raise ValueError(f"forget rate {self.forget_rate} is not allowed: 0 to 1 - rho = {highest:.4g}")
-        self.methods = list(dict.fromkeys(self.methods))
-        self.seeds = list(dict.fromkeys(self.seeds))
-        self.reference_lr = self.reference_lr or self.lr
-        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
-        self.score_dtype = self.score_dtype or self.dtype
-        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # small packs save memory; bfloat16 casts in each
-        self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
-
-
-def check_option(name: str, value: Any, allowed: Any) -> None:
-    """Raise ValueError for a value outside its interval or choice; a list is looked at value by value."""
-    flag = f"--{name.replace('_', '-')}"
-    for one in value if isinstance(value, list) else [value]:
-        if one is None or allowed is None:
-            continue
-        if isinstance(allowed, tuple):
-            if one not in allowed:
-                raise ValueError(f"{flag} {one} is not one of {', '.join(allowed)}")
-            continue
-        low, high = map(float, allowed[1:-1].split(","))
-        above = low <= one if allowed[0] == "[" else low < one
-        below = one <= high if allowed[-1] == "]" else one < high
-        if not (above and below):
-            raise ValueError(f"{flag} {one} is not in {allowed}")
-
-
-def value_types() -> dict[str, tuple[type, bool]]:
-    """For every option the type of a value, and whether there may be several."""
-    types = {}
-    for name, hint in typing.get_type_hints(Options).items():
-        parts = typing.get_args(hint)  # (str,) of list[str]; (int, NoneType) of int | None
-        types[name] = (parts[0] if parts else hint, typing.get_origin(hint) is list)
-    return types
-
-
-def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
-    """The command line as Options; `defaults` stand in for some of theirs. Raises ValueError."""
-    usage = "python forgetting.py --model M --data rows.jsonl --out RUN ... (--help lists the flags)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    types = value_types()
-    for field in dataclasses.fields(Options):
-        kind, several = types[field.name]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        default = defaults.get(field.name, default)
-        text = field.metadata["help"]
-        if not (default is None or default == [] or default is False or "[" in text):
-            text += f" [{' '.join(map(str, default)) if several else default}]"
-        kinds = {"action": "store_true"} if kind is bool else {"type": kind}
-        kinds |= {"nargs": "+"} if several else {}
-        if isinstance(field.metadata["allowed"], tuple):
-            kinds["choices"] = field.metadata["allowed"]
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **kinds)
-    return Options(**vars(parser.parse_args(argv)))
 
 
 # ------------------------------------------------------------------------------------------------- main

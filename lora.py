@@ -6,6 +6,7 @@
     save_adapter(model, "adapter", "meta-llama/Llama-3.2-1B")   # PeftModel.from_pretrained reads it
 
 y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out, r)
+Order: LoRA layers, PEFT's files, checkpoints.
 """
 
 import json
@@ -25,24 +26,8 @@ from torch import Tensor, nn
 # every linear layer of a block: seven in the LLaMA-like families; GPT-Neo has q, k, v and the last three
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS += ("out_proj", "c_fc", "c_proj")
-KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in its files' keys
 
-# adapter_config.json: keys by the values that mean plain LoRA, the first one being PEFT's default
-PLAIN = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # how A and B begin; other ways, such as "pissa", change the base weights as well
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
-}
-# keys that read_adapter_config reads
-READ = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-READ += ("target_modules", "exclude_modules", "layers_to_transform")
-# keys that change no output of a plain LoRA adapter, whatever they say
-HARMLESS = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
-HARMLESS += ("inference_mode",)  # load_adapter is for inference anyway
-HARMLESS += ("layers_pattern",)  # read with layers_to_transform only
-HARMLESS += ("fan_in_fan_out",)  # PEFT ignores it for nn.Linear
-HARMLESS += ("eva_config", "megatron_core", "qalora_group_size")  # details of what another key switches on
+# -------------------------------------------------------------------------------------------- LoRA layers
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
@@ -249,6 +234,25 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------- PEFT's files
+
+KEY_PREFIX = "base_model.model."  # PEFT's wrapper classes leave their attribute names in its files' keys
+
+# adapter_config.json: keys by the values that mean plain LoRA, the first one being PEFT's default
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # how A and B begin; other ways, such as "pissa", change the base weights as well
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+}
+# keys that read_adapter_config reads
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+READ += ("target_modules", "exclude_modules", "layers_to_transform")
+# keys that change no output of a plain LoRA adapter, whatever they say
+HARMLESS = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+HARMLESS += ("inference_mode",)  # load_adapter is for inference anyway
+HARMLESS += ("layers_pattern",)  # read with layers_to_transform only
+HARMLESS += ("fan_in_fan_out",)  # PEFT ignores it for nn.Linear
+HARMLESS += ("eva_config", "megatron_core", "qalora_group_size")  # details of what another key switches on
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:

@@ -15,8 +15,10 @@ what would change the computation and is not computed here is refused.
 Precision: the residual stream, the norms' arithmetic, the rotation, the softmax and the losses are float32
 whatever the dtype of the weights; what goes into a matrix product, and comes out of those inside a block, has
 that dtype. Scoring subtracts losses: bfloat16 sums would bury the difference.
-Order: configuration, attention, layers, the model, losses, checkpoint folders.
+Order: Config, attention, layers, the model, losses, config.json, checkpoint folders.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -38,44 +40,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
-CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
-TEXT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
-              "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 
-# --------------------------------------------------------------------------------------- configuration
-
-# The fields that are read, by model_type, with what transformers fills in where config.json lacks one.
-SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))  # no default
-LLAMA = SIZES | {
-    "intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "rope_theta": 1e4, "rope_scaling": {}, "rope_parameters": {}, "original_max_position_embeddings": None,
-}  # fmt: skip
-BIASES = {"attention_bias": False, "mlp_bias": False}
-WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": None}
-QWEN = LLAMA | WINDOWS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_window_layers": 28,
-                          "max_position_embeddings": 32768}  # fmt: skip
-FIELDS = {
-    "llama": LLAMA | BIASES,
-    "mistral": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
-                        "max_position_embeddings": 131072},
-    "qwen2": QWEN,
-    "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
-    "smollm3": LLAMA | WINDOWS | BIASES | {
-        "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
-        "rope_theta": 2e6, "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
-    "gpt_neo": SIZES | {
-        "intermediate_size": None, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-        "attention_types": None, "attention_layers": None, "window_size": 256,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
-}  # fmt: skip
-LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
-NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "rope_scaling", "rope_parameters",
-            "original_max_position_embeddings", *LISTS)  # fmt: skip
-# names of fields that change the computation in other models and leave no tensor that would be missed here
-FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
-                     "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights")
+# ------------------------------------------------------------------------------------------------- Config
 
 
 @dataclass(frozen=True)
@@ -102,193 +68,6 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-
-
-def parse_config(raw: dict) -> Config:
-    """What a config.json means to transformers. Raises ValueError for what this file does not compute."""
-    model_type = model_type_of(raw)
-    refuse_foreign_fields(raw, model_type)
-    values = read_fields(raw, model_type)
-    is_gpt_neo, heads = model_type == "gpt_neo", values["num_attention_heads"]
-    head_dim = values.get("head_dim") or values["hidden_size"] // heads
-    key_heads = values.get("num_key_value_heads") or heads
-    if heads % key_heads:
-        raise ValueError(f"num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}")
-    if head_dim == 0 or (head_dim % 2 and not is_gpt_neo):
-        raise ValueError(f"head_dim = {head_dim}, but coordinates are rotated in pairs")
-    rotates = () if is_gpt_neo else rotated_layers(values)
-    same = *SIZES, "max_position_embeddings", "tie_word_embeddings"
-    return Config(
-        model_type=model_type,
-        **{name: values[name] for name in same},
-        intermediate_size=values["intermediate_size"] or 4 * values["hidden_size"],
-        num_key_value_heads=key_heads,
-        head_dim=head_dim,
-        norm_eps=values["layer_norm_epsilon" if is_gpt_neo else "rms_norm_eps"],
-        rope=None if is_gpt_neo else rope_config(values),
-        rotates=rotates or (False,) * values["num_hidden_layers"],
-        windows=gpt_neo_windows(values) if is_gpt_neo else sliding_windows(values, rotates),
-        score_scale=1.0 if is_gpt_neo else head_dim**-0.5,
-        qk_norm=model_type == "qwen3",
-        qkv_bias=model_type == "qwen2" or values.get("attention_bias", False),
-        out_bias=is_gpt_neo or values.get("attention_bias", False),
-        mlp_bias=is_gpt_neo or values.get("mlp_bias", False),
-        raw=raw,
-    )
-
-
-def model_type_of(raw: dict) -> str:
-    """The key of FAMILIES, from `architectures` and `model_type`, which must not contradict each other."""
-    names = raw.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list):
-        raise ValueError(f"architectures = {names!r} is not a list of names")
-    if not names and raw.get("model_type") in list(FAMILIES):
-        return raw["model_type"]
-    by_architecture = {family.architecture: model_type for model_type, family in FAMILIES.items()}
-    architecture = names[0] if names else "none named"
-    if architecture not in list(by_architecture):
-        supported = ", ".join(by_architecture)
-        raise ValueError(f"architecture {architecture} is not supported; supported: {supported}")
-    model_type = by_architecture[architecture]
-    if raw.get("model_type", model_type) != model_type:
-        raise ValueError(f"model_type = {raw['model_type']!r} is not {model_type!r}, that of {architecture}")
-    return model_type
-
-
-def refuse_foreign_fields(raw: dict, model_type: str) -> None:
-    """Raise ValueError for a field that may change the computation and that this family does not have.
-
-    transformers ignores it; whoever wrote it meant something by it.
-    """
-    for name in ("quantization_config", "compression_config"):
-        if raw.get(name):
-            raise ValueError(f"{name}: a quantised checkpoint is not read; use the one it was made from")
-    if raw.get("is_causal", True) is not True:
-        raise ValueError(f"is_causal = {raw['is_causal']!r} is not supported, only true")
-    for name, value in raw.items():
-        foreign = name not in FIELDS[model_type] and name[:1] != "_" and FOREIGN.search(name)
-        if foreign and not is_neutral(value):
-            hint = "remove it if the model does not need it"
-            raise ValueError(f"{name} = {value!r} is not a field of model_type {model_type!r} ({hint})")
-
-
-def is_neutral(value) -> bool:
-    """Whether a field says nothing: null, false, 0, empty, or a factor of 1."""
-    return not value or (type(value) in (int, float) and value == 1)
-
-
-def is_number(value) -> bool:
-    """Whether a value of a config is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-def read_fields(raw: dict, model_type: str) -> dict:
-    """The family's fields, checked: as config.json has them, or with the default where it lacks one."""
-    if model_type == "gpt_neo":  # it has names of its own for these two; the common ones go first
-        raw = {"num_hidden_layers": raw.get("num_layers"), "num_attention_heads": raw.get("num_heads")} | raw
-    derived = "intermediate_size" if model_type == "gpt_neo" else None  # null: four times hidden_size
-    values = {}
-    for name, default in FIELDS[model_type].items():
-        value = values[name] = raw.get(name, default)
-        if isinstance(default, bool):
-            right, kind = isinstance(value, bool), "true or false"
-        elif isinstance(default, float):
-            right, kind = is_number(value), "a number above 0"
-        elif isinstance(default, str):
-            right, kind = value == default, f"{default!r}, the only one supported"
-        elif name in LISTS:
-            right, kind = isinstance(value, list), "a list"
-        elif isinstance(default, dict):
-            right, kind = isinstance(value, dict), "an object"
-        else:
-            least = 0 if name == "max_window_layers" else 1
-            right, kind = type(value) is int and value >= least, f"a whole number of at least {least}"
-        if not right and not (value is None and (name in NULLABLE or name == derived)):
-            raise ValueError(f"{name} = {value!r} is not {kind}")
-    return values
-
-
-def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
-    """Raise ValueError unless a list has an allowed entry for each layer."""
-    if len(entries) != layers or not all(entry in allowed for entry in entries):
-        raise ValueError(f"{name} = {entries!r} does not hold one of {allowed} for each of {layers} layers")
-
-
-def rotated_layers(values: dict) -> tuple[bool, ...]:
-    """Whether each layer rotates q and k: SmolLM3's does where no_rope_layers, despite its name, is 1.
-
-    null: every layer rotates but each no_rope_layer_interval-th, the fourth by default.
-    """
-    layers = values["num_hidden_layers"]
-    flags = values.get("no_rope_layers", [1] * layers)
-    if flags is None:
-        flags = [(layer + 1) % values["no_rope_layer_interval"] != 0 for layer in range(layers)]
-    check_layers("no_rope_layers", flags[:layers], (0, 1), layers)  # more are allowed
-    return tuple(map(bool, flags[:layers]))
-
-
-def sliding_windows(values: dict, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
-    """The window of each layer. LLaMA: none; Mistral: all; Qwen, SmolLM3: some, unless layer_types says."""
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    slides = [True] * len(rotates)
-    if "max_window_layers" in values:
-        slides = [layer >= values["max_window_layers"] for layer in range(len(rotates))]
-    if "no_rope_layers" in values:
-        slides = [not rotated for rotated in rotates]
-    if values.get("layer_types") is not None:
-        kinds = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
-        check_layers("layer_types", values["layer_types"], kinds, len(rotates))
-        slides = [kind == "sliding_attention" for kind in values["layer_types"]]
-    return tuple(window if slide else None for slide in slides)
-
-
-def gpt_neo_windows(values: dict) -> tuple[int | None, ...]:
-    """The window of each layer, from attention_layers or, where that is null, attention_types."""
-    kinds, layers = values["attention_layers"], values["num_hidden_layers"]
-    if kinds is None:
-        patterns = values["attention_types"] or [[["global", "local"], 12]]
-        try:
-            kinds = [kind for pattern, times in patterns for kind in list(pattern) * times]
-        except (TypeError, ValueError):
-            raise ValueError(f"attention_types = {patterns!r} is not a list of [[kinds], times]") from None
-    check_layers("attention_layers, or what attention_types gives,", kinds, ("global", "local"), layers)
-    return tuple(values["window_size"] if kind == "local" else None for kind in kinds)
-
-
-def rope_config(values: dict) -> dict:
-    """The rotation's parameters: rope_scaling (transformers 4), which goes first, or rope_parameters (5)."""
-    rope = {"rope_theta": values["rope_theta"]} | (values["rope_scaling"] or values["rope_parameters"] or {})
-    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    old_length = "original_max_position_embeddings"
-    needs = {"default": (), "linear": ("factor",)}
-    needs["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", old_length)
-    if kind not in list(needs):
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(needs)}")
-    # at the top level it goes first; where there is none the model's length is the old one
-    rope[old_length] = values[old_length] or rope.get(old_length, values["max_position_embeddings"])
-    for name in ("rope_theta", *needs[kind]):
-        if not is_number(rope.get(name)):
-            raise ValueError(f"{name} = {rope.get(name)!r} of rope type {kind!r} is not a number above 0")
-    known = "rope_type", "type", "rope_theta", old_length, *needs[kind]
-    for name, value in rope.items():
-        if name not in known and not is_neutral(value):
-            raise ValueError(f"{name} = {value!r} is not a parameter of rope type {kind!r}")
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError("low_freq_factor of rope type 'llama3' is not below high_freq_factor")
-    return rope
-
-
-def read_config(folder: str | os.PathLike) -> Config:
-    """Read config.json. Raises ValueError naming the file, the field, its value and what is allowed."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
-    raw = _read_json(path)
-    try:
-        return parse_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------- attention
@@ -783,8 +562,234 @@ class WeightedTokenLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None, None, None, None
 
 
+# -------------------------------------------------------------------------------------------- config.json
+
+# The fields that are read, by model_type, with what transformers fills in where config.json lacks one.
+SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))  # no default
+LLAMA = SIZES | {
+    "intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "rope_theta": 1e4, "rope_scaling": {}, "rope_parameters": {}, "original_max_position_embeddings": None,
+}  # fmt: skip
+BIASES = {"attention_bias": False, "mlp_bias": False}
+WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": None}
+QWEN = LLAMA | WINDOWS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_window_layers": 28,
+                          "max_position_embeddings": 32768}  # fmt: skip
+FIELDS = {
+    "llama": LLAMA | BIASES,
+    "mistral": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
+                        "max_position_embeddings": 131072},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
+    "smollm3": LLAMA | WINDOWS | BIASES | {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        "rope_theta": 2e6, "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
+    "gpt_neo": SIZES | {
+        "intermediate_size": None, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "attention_types": None, "attention_layers": None, "window_size": 256,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+}  # fmt: skip
+LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
+NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "rope_scaling", "rope_parameters",
+            "original_max_position_embeddings", *LISTS)  # fmt: skip
+# names of fields that change the computation in other models and leave no tensor that would be missed here
+FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
+                     "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights")
+
+
+def parse_config(raw: dict) -> Config:
+    """What a config.json means to transformers. Raises ValueError for what this file does not compute."""
+    model_type = model_type_of(raw)
+    refuse_foreign_fields(raw, model_type)
+    values = read_fields(raw, model_type)
+    is_gpt_neo, heads = model_type == "gpt_neo", values["num_attention_heads"]
+    head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    key_heads = values.get("num_key_value_heads") or heads
+    if heads % key_heads:
+        raise ValueError(f"num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}")
+    if head_dim == 0 or (head_dim % 2 and not is_gpt_neo):
+        raise ValueError(f"head_dim = {head_dim}, but coordinates are rotated in pairs")
+    rotates = () if is_gpt_neo else rotated_layers(values)
+    same = *SIZES, "max_position_embeddings", "tie_word_embeddings"
+    return Config(
+        model_type=model_type,
+        **{name: values[name] for name in same},
+        intermediate_size=values["intermediate_size"] or 4 * values["hidden_size"],
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        norm_eps=values["layer_norm_epsilon" if is_gpt_neo else "rms_norm_eps"],
+        rope=None if is_gpt_neo else rope_config(values),
+        rotates=rotates or (False,) * values["num_hidden_layers"],
+        windows=gpt_neo_windows(values) if is_gpt_neo else sliding_windows(values, rotates),
+        score_scale=1.0 if is_gpt_neo else head_dim**-0.5,
+        qk_norm=model_type == "qwen3",
+        qkv_bias=model_type == "qwen2" or values.get("attention_bias", False),
+        out_bias=is_gpt_neo or values.get("attention_bias", False),
+        mlp_bias=is_gpt_neo or values.get("mlp_bias", False),
+        raw=raw,
+    )
+
+
+def model_type_of(raw: dict) -> str:
+    """The key of FAMILIES, from `architectures` and `model_type`, which must not contradict each other."""
+    names = raw.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list):
+        raise ValueError(f"architectures = {names!r} is not a list of names")
+    if not names and raw.get("model_type") in list(FAMILIES):
+        return raw["model_type"]
+    by_architecture = {family.architecture: model_type for model_type, family in FAMILIES.items()}
+    architecture = names[0] if names else "none named"
+    if architecture not in list(by_architecture):
+        supported = ", ".join(by_architecture)
+        raise ValueError(f"architecture {architecture} is not supported; supported: {supported}")
+    model_type = by_architecture[architecture]
+    if raw.get("model_type", model_type) != model_type:
+        raise ValueError(f"model_type = {raw['model_type']!r} is not {model_type!r}, that of {architecture}")
+    return model_type
+
+
+def refuse_foreign_fields(raw: dict, model_type: str) -> None:
+    """Raise ValueError for a field that may change the computation and that this family does not have.
+
+    transformers ignores it; whoever wrote it meant something by it.
+    """
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            raise ValueError(f"{name}: a quantised checkpoint is not read; use the one it was made from")
+    if raw.get("is_causal", True) is not True:
+        raise ValueError(f"is_causal = {raw['is_causal']!r} is not supported, only true")
+    for name, value in raw.items():
+        foreign = name not in FIELDS[model_type] and name[:1] != "_" and FOREIGN.search(name)
+        if foreign and not is_neutral(value):
+            hint = "remove it if the model does not need it"
+            raise ValueError(f"{name} = {value!r} is not a field of model_type {model_type!r} ({hint})")
+
+
+def is_neutral(value) -> bool:
+    """Whether a field says nothing: null, false, 0, empty, or a factor of 1."""
+    return not value or (type(value) in (int, float) and value == 1)
+
+
+def is_number(value) -> bool:
+    """Whether a value of a config is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def read_fields(raw: dict, model_type: str) -> dict:
+    """The family's fields, checked: as config.json has them, or with the default where it lacks one."""
+    if model_type == "gpt_neo":  # it has names of its own for these two; the common ones go first
+        raw = {"num_hidden_layers": raw.get("num_layers"), "num_attention_heads": raw.get("num_heads")} | raw
+    derived = "intermediate_size" if model_type == "gpt_neo" else None  # null: four times hidden_size
+    values = {}
+    for name, default in FIELDS[model_type].items():
+        value = values[name] = raw.get(name, default)
+        if isinstance(default, bool):
+            right, kind = isinstance(value, bool), "true or false"
+        elif isinstance(default, float):
+            right, kind = is_number(value), "a number above 0"
+        elif isinstance(default, str):
+            right, kind = value == default, f"{default!r}, the only one supported"
+        elif name in LISTS:
+            right, kind = isinstance(value, list), "a list"
+        elif isinstance(default, dict):
+            right, kind = isinstance(value, dict), "an object"
+        else:
+            least = 0 if name == "max_window_layers" else 1
+            right, kind = type(value) is int and value >= least, f"a whole number of at least {least}"
+        if not right and not (value is None and (name in NULLABLE or name == derived)):
+            raise ValueError(f"{name} = {value!r} is not {kind}")
+    return values
+
+
+def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
+    """Raise ValueError unless a list has an allowed entry for each layer."""
+    if len(entries) != layers or not all(entry in allowed for entry in entries):
+        raise ValueError(f"{name} = {entries!r} does not hold one of {allowed} for each of {layers} layers")
+
+
+def rotated_layers(values: dict) -> tuple[bool, ...]:
+    """Whether each layer rotates q and k: SmolLM3's does where no_rope_layers, despite its name, is 1.
+
+    null: every layer rotates but each no_rope_layer_interval-th, the fourth by default.
+    """
+    layers = values["num_hidden_layers"]
+    flags = values.get("no_rope_layers", [1] * layers)
+    if flags is None:
+        flags = [(layer + 1) % values["no_rope_layer_interval"] != 0 for layer in range(layers)]
+    check_layers("no_rope_layers", flags[:layers], (0, 1), layers)  # more are allowed
+    return tuple(map(bool, flags[:layers]))
+
+
+def sliding_windows(values: dict, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """The window of each layer. LLaMA: none; Mistral: all; Qwen, SmolLM3: some, unless layer_types says."""
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    slides = [True] * len(rotates)
+    if "max_window_layers" in values:
+        slides = [layer >= values["max_window_layers"] for layer in range(len(rotates))]
+    if "no_rope_layers" in values:
+        slides = [not rotated for rotated in rotates]
+    if values.get("layer_types") is not None:
+        kinds = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+        check_layers("layer_types", values["layer_types"], kinds, len(rotates))
+        slides = [kind == "sliding_attention" for kind in values["layer_types"]]
+    return tuple(window if slide else None for slide in slides)
+
+
+def gpt_neo_windows(values: dict) -> tuple[int | None, ...]:
+    """The window of each layer, from attention_layers or, where that is null, attention_types."""
+    kinds, layers = values["attention_layers"], values["num_hidden_layers"]
+    if kinds is None:
+        patterns = values["attention_types"] or [[["global", "local"], 12]]
+        try:
+            kinds = [kind for pattern, times in patterns for kind in list(pattern) * times]
+        except (TypeError, ValueError):
+            raise ValueError(f"attention_types = {patterns!r} is not a list of [[kinds], times]") from None
+    check_layers("attention_layers, or what attention_types gives,", kinds, ("global", "local"), layers)
+    return tuple(values["window_size"] if kind == "local" else None for kind in kinds)
+
+
+def rope_config(values: dict) -> dict:
+    """The rotation's parameters: rope_scaling (transformers 4), which goes first, or rope_parameters (5)."""
+    rope = {"rope_theta": values["rope_theta"]} | (values["rope_scaling"] or values["rope_parameters"] or {})
+    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    old_length = "original_max_position_embeddings"
+    needs = {"default": (), "linear": ("factor",)}
+    needs["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", old_length)
+    if kind not in list(needs):
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(needs)}")
+    # at the top level it goes first; where there is none the model's length is the old one
+    rope[old_length] = values[old_length] or rope.get(old_length, values["max_position_embeddings"])
+    for name in ("rope_theta", *needs[kind]):
+        if not is_number(rope.get(name)):
+            raise ValueError(f"{name} = {rope.get(name)!r} of rope type {kind!r} is not a number above 0")
+    known = "rope_type", "type", "rope_theta", old_length, *needs[kind]
+    for name, value in rope.items():
+        if name not in known and not is_neutral(value):
+            raise ValueError(f"{name} = {value!r} is not a parameter of rope type {kind!r}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("low_freq_factor of rope type 'llama3' is not below high_freq_factor")
+    return rope
+
+
+def read_config(folder: str | os.PathLike) -> Config:
+    """Read config.json. Raises ValueError naming the file, the field, its value and what is allowed."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
+    raw = _read_json(path)
+    try:
+        return parse_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 # ---------------------------------------------------------------------------------- checkpoint folders
 
+KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
+CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
+TEXT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+              "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 
 def checkpoint_folder(path_or_repo: str) -> Path:
     """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched first.

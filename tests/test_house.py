@@ -20,9 +20,9 @@ PACKAGES = {"torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "t
 EXTRAS = {"langdetect", "nltk", "pyarrow"}  # optional: only inside a function, where what needs them is asked for
 RUNNING = ("exec", "eval", "compile", "__import__")
 HIDDEN = {"importlib", "runpy", "imp", "pkgutil", "zipimport"}  # ways to load a file that no reader sees
-STANDARD = set(sys.stdlib_module_names) - HIDDEN
+STANDARD = {"__future__", *sys.stdlib_module_names} - HIDDEN
 MOST_LINES, MOST_PARAMETERS, WIDEST = 50, 7, 110
-TOP_LEVEL = {"README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci", "run.sh", "tests"}
+TOP_LEVEL = {"README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci", "run.sh", "tests", "findings"}
 TOP_LEVEL |= {f"{name}.py" for name in BELOW}
 
 
@@ -78,6 +78,24 @@ def faults(source: str, below: set[str]) -> list[str]:
 @pytest.mark.parametrize("name", BELOW)
 def test_a_file_of_the_five(name):
     assert faults(source_of(name), BELOW[name]) == []
+
+
+def sections(source: str) -> list[str]:
+    """The headings of a file, in order."""
+    return re.findall(r"^# -{20,} (.+)$", source, re.MULTILINE)
+
+
+def announced(source: str) -> list[str]:
+    """The sections that a file's docstring names behind "Order:", without what brackets and clauses say of them."""
+    (order,) = re.findall(r"^Order: (.+?)\.(?:\s|$)", ast.get_docstring(ast.parse(source)), re.MULTILINE | re.DOTALL)
+    names = re.split(r"[,;|]\s+", re.sub(r"\s*\(.*?\)", "", " ".join(order.split())))
+    return [name.strip() for name in names]
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_the_docstring_names_the_sections_in_their_order(name):
+    source = source_of(name)
+    assert announced(source) == sections(source)
 
 
 @pytest.mark.parametrize(
@@ -156,4 +174,5 @@ def test_the_top_level_holds_nothing_else():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode or not listed.stdout:
         pytest.skip("not a git checkout")
-    assert {path.partition("/")[0] for path in listed.stdout.splitlines()} == TOP_LEVEL
+    # findings/ comes when there is a finding
+    assert {path.partition("/")[0] for path in listed.stdout.splitlines()} | {"findings"} == TOP_LEVEL
