@@ -102,8 +102,9 @@ def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
     return list(first.values())
 
 
-def split_rows(rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None,
-               n_train: int | None) -> tuple[list[RenderedRow], list[RenderedRow], int]:
+def split_rows(
+    rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None, n_train: int | None
+) -> tuple[list[RenderedRow], list[RenderedRow], int]:
     """Rows of D_ref, rows of D_train, number of duplicates left out. The two are disjoint, always the same.
 
     D_ref is drawn from `rows`, or, where there are any, it is the first of `reference`. A number that is None
@@ -166,8 +167,12 @@ def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int =
                 lengths.append(len(kept))
                 sources.append(row.row.get("_source", ""))
                 begin = row.spans[-1][0]
-                noise.append([(kind, covers(kept, begin + start, begin + end) & mask)
-                              for start, end, kind in noise_of(row.row)])  # fmt: skip
+                noise.append(
+                    [
+                        (kind, covers(kept, begin + start, begin + end) & mask)
+                        for start, end, kind in noise_of(row.row)
+                    ]
+                )
     if not lengths:
         reason = f"no response token within --max-length {max_length}"
         raise ValueError(f"all {len(rows)} rows were dropped: {reason}")
@@ -355,8 +360,13 @@ def _added(before: str, text: str, reason: str) -> str:
     return text[len(before) :]
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple | None = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple | None = None,
+    sort_keys: bool = False,
+) -> str:
     """The filter tojson: plain JSON, where jinja's own escapes HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
@@ -404,8 +414,9 @@ def _pieces(found: Raw | list[Turn], eos: str, template: ModelTemplate | None) -
     return tulu(found, eos) if template is None else template.pieces(found)
 
 
-def render_rows(groups: Sequence[list[dict]], tokenizer: Tokenizer,
-                skip_bad: bool = False) -> tuple[list[list[RenderedRow]], list[str]]:
+def render_rows(
+    groups: Sequence[list[dict]], tokenizer: Tokenizer, skip_bad: bool = False
+) -> tuple[list[list[RenderedRow]], list[str]]:
     """The rows of each group as text, and lines that a user should see.
 
     Raises one ValueError for all rows that cannot be used; with skip_bad they are left out, and counted.
@@ -487,20 +498,44 @@ UNRENDERED = {
 # names that end so describe the row: image_id, question_type
 DESCRIPTIONS = ("id", "ids", "idx", "index", "type", "source", "score", "count", "length", "language", "lang")
 # fields that hold text of a prompt or a response, in one layout or another
-TEXTS = ("prompt", "completion", "response", "instruction", "input", "context", "output", "inputs", "targets",
-         "messages", "conversations", "system", "system_prompt", "system_message", "history", "question",
-         "query", "answer", "document", "documents", "passage", "passages", "suffix")  # fmt: skip
+TEXTS = (
+    "prompt",
+    "completion",
+    "response",
+    "instruction",
+    "input",
+    "context",
+    "output",
+    "inputs",
+    "targets",
+    "messages",
+    "conversations",
+    "system",
+    "system_prompt",
+    "system_message",
+    "history",
+    "question",
+    "query",
+    "answer",
+    "document",
+    "documents",
+    "passage",
+    "passages",
+    "suffix",
+)
 # of a turn or a row: 0 and false say that it is not learned
 LEARNED = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "train_on_turn")
 SYSTEM = ("system", "system_prompt", "system_message")  # names of one thing
 BAD_ANSWER = ("label", "kto_tag")  # 0 and false mark a bad answer (KTO)
 # these say nothing of the text, and pass; what nobody knows passes, too, and is said once
-HARMLESS = frozenset("""
+HARMLESS = frozenset(
+    """
     author categories category conversation_hash created created_at date dataset dataset_name difficulty
     domain generator hash id is_classification lang language length license meta metadata model model_name
     name noise num_tokens num_turns origin quality rating score scores source sources split subset subtask
     tag tags task task_name template template_name timestamp topic type uid url uuid version
-""".split())  # fmt: skip
+""".split()
+)
 
 
 @cache
@@ -860,8 +895,10 @@ def _whole_json(path: Path, text: str) -> tuple[bool, list]:
         lists = [key for key, value in whole.items() if isinstance(value, list | dict)]
         whole = whole["data"] if lists == ["data"] else whole
     if not isinstance(whole, list):
-        raise ValueError(f"{path}: a list of rows is expected, or an object with one under `data` alone, "
-                         f"not {type(whole).__name__}")  # fmt: skip
+        raise ValueError(
+            f"{path}: a list of rows is expected, or an object with one under `data` alone, "
+            f"not {type(whole).__name__}"
+        )
     return False, whole
 
 
@@ -923,8 +960,9 @@ class Tokenizer:
         """The ids that end a generation: an instruct model ends a turn with one and a text with another."""
         return {self.eos_id, *self.model_eos_ids}
 
-    def _special(self, settings: dict, name: str, configs: list[dict],
-                 folder: Path) -> tuple[str | None, int | None]:
+    def _special(
+        self, settings: dict, name: str, configs: list[dict], folder: Path
+    ) -> tuple[str | None, int | None]:
         """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
         text = _content(settings.get(name), name)
         if text is None:
@@ -991,8 +1029,10 @@ def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
         path = Path(pair[0])
         if not all(map(os.path.isfile, pair)):
-            convert = (f"python -c \"from transformers import AutoTokenizer as A; "
-                       f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"")  # fmt: skip
+            convert = (
+                f'python -c "from transformers import AutoTokenizer as A; '
+                f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
             missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
             raise ValueError(f"{folder}: {missing}; a sentencepiece tokenizer.model is converted: {convert}")
         family = settings.get("tokenizer_class") or _object(folder / "config.json").get("model_type", "gpt2")
@@ -1147,8 +1187,17 @@ def print0(text: str) -> None:
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
     """A tqdm bar on rank 0; in a log file a line every ten seconds, or none. keep: it stays on the screen."""
     seconds = {} if sys.stderr.isatty() else {"mininterval": 10, "delay": 10}
-    return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=total > 9999, leave=keep,
-                dynamic_ncols=True, disable=rank_and_world()[0] > 0, **seconds)  # fmt: skip
+    return tqdm(
+        desc=label,
+        total=total,
+        initial=done,
+        unit=f" {unit}",
+        unit_scale=total > 9999,
+        leave=keep,
+        dynamic_ncols=True,
+        disable=rank_and_world()[0] > 0,
+        **seconds,
+    )
 
 
 def advance(bar: tqdm, count: int) -> None:

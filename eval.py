@@ -94,8 +94,12 @@ def check_length(model: Transformer, continuation: list[int]) -> None:
 
 
 @torch.inference_mode()
-def loglikelihoods(model: Transformer, pairs: list[tuple[list[int], list[int]]], batch_tokens: int = 4096,
-                   label: str = "log-likelihoods") -> list[Answer]:
+def loglikelihoods(
+    model: Transformer,
+    pairs: list[tuple[list[int], list[int]]],
+    batch_tokens: int = 4096,
+    label: str = "log-likelihoods",
+) -> list[Answer]:
     """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
     An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
@@ -170,8 +174,15 @@ def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] |
 
 
 @torch.inference_mode()
-def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-             stop: str | None = None, batch_tokens: int = 4096, label: str = "replies") -> list[str]:
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: str | None = None,
+    batch_tokens: int = 4096,
+    label: str = "replies",
+) -> list[str]:
     """Greedy continuations of token lists, up to a stop id, `stop` or max_new_tokens, without special tokens.
 
     Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
@@ -194,8 +205,9 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]],
     return [text.split(stop)[0] if stop else text for text in texts]
 
 
-def _generate_pack(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
-                   stop: str | None) -> list[list[int]]:
+def _generate_pack(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
+) -> list[list[int]]:
     """The new token ids of each prompt."""
     cache, head = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts)), model.lm_head.weight
     written: list[list[int]] = [[] for _ in prompts]
@@ -241,8 +253,14 @@ class Task:
     group: Callable[[dict], str] | None = None  # figures are means over the groups' means
 
 
-def choice_task(file: str, version: int, ask: Callable[[dict], tuple], normed: bool = False,
-                delimiter: str = " ", **rest: Any) -> Task:
+def choice_task(
+    file: str,
+    version: int,
+    ask: Callable[[dict], tuple],
+    normed: bool = False,
+    delimiter: str = " ",
+    **rest: Any,
+) -> Task:
     """Multiple choice: ask(row) gives context, choices, place of the right one; delimiter + choice is scored.
 
     acc takes the greatest log-likelihood, acc_norm that per character of the choice; the first wins a tie.
@@ -267,8 +285,9 @@ def choice_task(file: str, version: int, ask: Callable[[dict], tuple], normed: b
     return Task(file, version, requests, score, **rest)
 
 
-def exact_task(file: str, version: int, ask: Callable[[dict], tuple[str, str]], perplexity: bool = False,
-               **rest: Any) -> Task:
+def exact_task(
+    file: str, version: int, ask: Callable[[dict], tuple[str, str]], perplexity: bool = False, **rest: Any
+) -> Task:
     """The model must find every token of one target most probable (acc); on request its perplexity, too."""
 
     def requests(row: dict, _: Tokenizer) -> list[Request]:
@@ -472,8 +491,9 @@ SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5d
 # a plain dict: another program may add its own tasks
 TASKS = {
     "truthfulqa_mc1": choice_task("truthfulqa.jsonl", 2, truthfulqa_mc1, prepare=truthfulqa_rows),
-    "truthfulqa_mc2": Task("truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score,
-                           prepare=truthfulqa_rows),
+    "truthfulqa_mc2": Task(
+        "truthfulqa.jsonl", 3, truthfulqa_mc2_requests, truthfulqa_mc2_score, prepare=truthfulqa_rows
+    ),
     "boolq": choice_task("boolq.jsonl", 2, boolq),
     "logiqa": choice_task("logiqa.jsonl", 1, logiqa, normed=True),
     "tydiqa": Task("tydiqa.jsonl", 1, tydiqa_requests, tydiqa_score, tydiqa_rows, group=language_of),
@@ -515,8 +535,9 @@ def expand_tasks(names: list[str]) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
 
-def prepare(tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike,
-            limit: int | None = None) -> list[Documents]:
+def prepare(
+    tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike, limit: int | None = None
+) -> list[Documents]:
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
     for name in expand_tasks(tasks):
@@ -575,8 +596,9 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
     return requests
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents],
-             batch_tokens: int = 4096) -> tuple[dict[str, dict], list[dict]]:
+def evaluate(
+    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], batch_tokens: int = 4096
+) -> tuple[dict[str, dict], list[dict]]:
     """Put prepared tasks to a model; (results, samples).
 
     results[task] has each metric's mean over the documents that have it, its standard error (sample standard
@@ -592,8 +614,10 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents
         for row, requests, replies in zip(prepared.rows, prepared.requests, answers):
             shown: dict[str, Any] = {"text": replies[0].text}
             if requests[0].continuation is not None:
-                shown = {"loglikelihoods": [reply.loglikelihood for reply in replies],
-                         "is_greedy": [reply.greedy for reply in replies]}
+                shown = {
+                    "loglikelihoods": [reply.loglikelihood for reply in replies],
+                    "is_greedy": [reply.greedy for reply in replies],
+                }
             scored.append({"task": name, "doc_id": row["_doc"]} | shown | task.score(row, replies))
         groups = [task.group(row) for row in prepared.rows] if task.group else None
         results[name] = summarise([document["metrics"] for document in scored], groups)
@@ -604,8 +628,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, documents: list[Documents
     return results, samples
 
 
-def answer_requests(model: Transformer, tokenizer: Tokenizer, documents: Documents,
-                    batch_tokens: int) -> list[list[Answer]]:
+def answer_requests(
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+) -> list[list[Answer]]:
     """The answers to a task's requests, document by document. Raises ValueError where one is not finite."""
     requests = [request for group in documents.requests for request in group]
     sources = [row["_source"] for row, group in zip(documents.rows, documents.requests) for _ in group]
@@ -777,43 +802,55 @@ def pieces(v: str, of: str) -> list[str]:
 
 IFEVAL = {
     "keywords:existence": lambda v, keywords: all([re.search(k, v, re.I) for k in keywords]),
-    "keywords:frequency": lambda v, keyword, frequency, relation:
-        related(len(re.findall(keyword.strip(), v, re.I)), relation, frequency),
-    "keywords:forbidden_words": lambda v, forbidden_words:
-        not any([re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words]),
-    "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation:
-        related(v.lower().count(letter.lower()), let_relation, let_frequency),
-    "length_constraints:number_words": lambda v, num_words, relation:
-        related(len(re.findall(r"\w+", v)), relation, num_words),
-    "length_constraints:number_paragraphs": lambda v, num_paragraphs:
-        len(split_ends(v, r"\s?\*\*\*\s?")) == num_paragraphs,
+    "keywords:frequency": lambda v, keyword, frequency, relation: related(
+        len(re.findall(keyword.strip(), v, re.I)), relation, frequency
+    ),
+    "keywords:forbidden_words": lambda v, forbidden_words: (
+        not any([re.search(rf"\b{word}\b", v, re.I) for word in forbidden_words])
+    ),
+    "keywords:letter_frequency": lambda v, letter, let_frequency, let_relation: related(
+        v.lower().count(letter.lower()), let_relation, let_frequency
+    ),
+    "length_constraints:number_words": lambda v, num_words, relation: related(
+        len(re.findall(r"\w+", v)), relation, num_words
+    ),
+    "length_constraints:number_paragraphs": lambda v, num_paragraphs: (
+        len(split_ends(v, r"\s?\*\*\*\s?")) == num_paragraphs
+    ),
     "length_constraints:nth_paragraph_first_word": nth_first_word,
-    "length_constraints:number_sentences": lambda v, num_sentences, relation:
-        related(len(pieces(v, "sentences")), relation, num_sentences),
-    "detectable_content:number_placeholders": lambda v, num_placeholders:
-        len(re.findall(r"\[.*?\]", v)) >= num_placeholders,
+    "length_constraints:number_sentences": lambda v, num_sentences, relation: related(
+        len(pieces(v, "sentences")), relation, num_sentences
+    ),
+    "detectable_content:number_placeholders": lambda v, num_placeholders: (
+        len(re.findall(r"\[.*?\]", v)) >= num_placeholders
+    ),
     "detectable_content:postscript": postscript,
     "detectable_format:number_bullet_lists": lambda v, num_bullets: bullets(v) == num_bullets,
-    "detectable_format:constrained_response": lambda v:
-        any(f"My answer is {answer}." in v for answer in ("yes", "no", "maybe")),
+    "detectable_format:constrained_response": lambda v: any(
+        f"My answer is {answer}." in v for answer in ("yes", "no", "maybe")
+    ),
     "detectable_format:number_highlighted_sections": highlighted,
-    "detectable_format:multiple_sections": lambda v, section_spliter, num_sections:
-        len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections,
+    "detectable_format:multiple_sections": lambda v, section_spliter, num_sections: (
+        len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", v)) - 1 >= num_sections
+    ),
     "detectable_format:json_format": is_json,
     "detectable_format:title": lambda v: any(t.strip("<>").strip() for t in re.findall(r"<<[^\n]+>>", v)),
     "combination:two_responses": two_responses,
-    "combination:repeat_prompt": lambda v, prompt_to_repeat:
-        v.strip().lower().startswith(prompt_to_repeat.strip().lower()),
-    "startend:end_checker": lambda v, end_phrase:
-        v.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "combination:repeat_prompt": lambda v, prompt_to_repeat: (
+        v.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda v, end_phrase: (
+        v.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
     "startend:quotation": lambda v: len(v.strip()) > 1 and v.strip()[0] == v.strip()[-1] == '"',
     "punctuation:no_comma": lambda v: "," not in v,
     "language:response_language": detected,
     "change_case:english_capital": lambda v: v.isupper() and detected(v, "en"),
     "change_case:english_lowercase": lambda v: v.islower() and detected(v, "en"),
-    "change_case:capital_word_frequency": lambda v, capital_frequency, capital_relation:
-        related(sum(word.isupper() for word in pieces(v, "words")), capital_relation, capital_frequency),
-}  # fmt: skip
+    "change_case:capital_word_frequency": lambda v, capital_frequency, capital_relation: related(
+        sum(word.isupper() for word in pieces(v, "words")), capital_relation, capital_frequency
+    ),
+}
 IFEVAL_NEEDS = {
     "language:response_language": "langdetect",
     "change_case:english_capital": "langdetect",
@@ -842,8 +879,12 @@ def can_check(name: str) -> bool:
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises ValueError, before any work, for what cannot be meant."""
     usage = "python eval.py --model M --tasks T ... (--help lists the flags)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add, dtype = parser.add_argument, "bfloat16" if torch.cuda.is_available() else "float32"
     add("--model", required=True, help="checkpoint folder or Hub id, with an optional @revision")
     add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
@@ -854,8 +895,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, help="only the first LIMIT documents of each task")
     add("--output", help="write the results here (.json)")
     add("--samples", help="write one line per document here (.jsonl)")
-    add("--dtype", choices=sorted(DTYPES), default=dtype,
-        help=f"of the weights; bfloat16 is slow on a CPU without instructions for it [{dtype}]")
+    add(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default=dtype,
+        help=f"of the weights; bfloat16 is slow on a CPU without instructions for it [{dtype}]",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass [4096]")
     arguments = parser.parse_args()

@@ -172,8 +172,14 @@ def token_weights(positive: Tensor, negative: Tensor, lam: float, counts: tuple 
     return positive / max(n_positive, 1) - negative * (lam / max(n_negative, 1))
 
 
-def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor,
-                        ceiling: float | None = None, return_losses: bool = False) -> Any:
+def weighted_token_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ceiling: float | None = None,
+    return_losses: bool = False,
+) -> Any:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
@@ -203,8 +209,9 @@ def weighted_token_loss(hidden: Tensor, head_weight: Tensor, targets: Tensor, we
 
 
 @torch.inference_mode()
-def response_losses(model: Transformer, corpus: Corpus, examples: Array, token_budget: int,
-                    label: str) -> Array:
+def response_losses(
+    model: Transformer, corpus: Corpus, examples: Array, token_budget: int, label: str
+) -> Array:
     """Equation 3 for the response tokens of some examples: losses (C,) float32 in nats, NaN elsewhere.
 
     They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
@@ -333,8 +340,18 @@ UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not tra
 # options that only methods which unlearn read
 UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "ceiling", "watch_gradients")
 # what a variant of a method may change for its stage 4
-VARIANT_OPTIONS = ("rho", *UNLEARNING, "lr", "epochs", "warmup", "batch_size", "max_grad_norm", "rank",
-                   "alpha", "dropout")  # fmt: skip
+VARIANT_OPTIONS = (
+    "rho",
+    *UNLEARNING,
+    "lr",
+    "epochs",
+    "warmup",
+    "batch_size",
+    "max_grad_norm",
+    "rank",
+    "alpha",
+    "dropout",
+)
 
 
 def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
@@ -429,8 +446,9 @@ def data_parallel(model: Transformer) -> nn.Module:
     return net
 
 
-def step_gradient(net: nn.Module, corpus: Corpus, signs: Array, examples: Array, lam: float,
-                  options: "Options") -> tuple[Tensor, tuple[int, int]]:
+def step_gradient(
+    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, lam: float, options: "Options"
+) -> tuple[Tensor, tuple[int, int]]:
     """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
 
     signs (C,) say what to do with each token, examples are the whole step's; a rank runs its share. Returns
@@ -511,8 +529,15 @@ def new_adapter(model: Transformer, options: "Options", seed: int) -> tuple[list
     return parameters, torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
 
 
-def train(model: Transformer, corpus: Corpus, signs: Array, folder: Path, options: "Options", seed: int,
-          held_out: Corpus | None = None) -> None:
+def train(
+    model: Transformer,
+    corpus: Corpus,
+    signs: Array,
+    folder: Path,
+    options: "Options",
+    seed: int,
+    held_out: Corpus | None = None,
+) -> None:
     """Train an adapter that lowers the loss of tokens of sign +1 and raises that of -1; signs (C,) int8.
 
     It stays on the model. The reference and every method are this loop with other signs. A finished adapter
@@ -590,8 +615,9 @@ def step_figures(totals: list[float], counts: tuple[int, int], lam: float) -> di
     return {"loss": loss, "L_P": l_p, "L_N": l_n, "lambda": lam if n_negative else None}
 
 
-def watch_gradients(net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: "Options",
-                    seed: int, step: int) -> dict[str, float | None]:
+def watch_gradients(
+    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: "Options", seed: int, step: int
+) -> dict[str, float | None]:
     """Every --watch-gradients steps: norms and cosine of the gradients of mean_P loss and -mean_N loss.
 
     ratio is that of the norms. Two more passes, with the step's masks; step_gradient clears their .grad.
@@ -676,8 +702,10 @@ class Options:
     max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
     template: str = option("tulu", "of conversations; model: the checkpoint's own", ("tulu", "model"))
     skip_bad_rows: bool = option(False, "train without the rows that cannot be used")
-    methods: list[str] = option(lambda: ["base", "reference", "full", "ignoring", "forgetting"],
-                                "rows of the table; a variant: forgetting:rho=0.5")  # fmt: skip
+    methods: list[str] = option(
+        lambda: ["base", "reference", "full", "ignoring", "forgetting"],
+        "rows of the table; a variant: forgetting:rho=0.5",
+    )
     seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
     rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")
     forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", "[0, 1]")
@@ -764,8 +792,12 @@ def value_types() -> dict[str, tuple[type, bool]]:
 def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
     """The command line as Options; `defaults` stand in for some of theirs. Raises ValueError."""
     usage = "python forgetting.py --model M --data rows.jsonl --out RUN ... (--help lists the flags)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     types = value_types()
     for field in dataclasses.fields(Options):
         kind, several = types[field.name]
@@ -830,8 +862,9 @@ def reference_options(options: "Options", n_reference: int) -> "Options":
     return dataclasses.replace(options, lr=options.reference_lr, epochs=epochs)
 
 
-def load_base(options: "Options", checkpoint: Path, documents: list[Documents],
-              *corpora: Corpus) -> Transformer:
+def load_base(
+    options: "Options", checkpoint: Path, documents: list[Documents], *corpora: Corpus
+) -> Transformer:
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
     config = read_config(checkpoint)
     check_room(documents, config.max_position_embeddings)
@@ -853,10 +886,28 @@ def load_base(options: "Options", checkpoint: Path, documents: list[Documents],
 
 # options that may change when a run is continued; model and rows are compared by their fingerprints instead
 MAY_CHANGE = (
-    "model", "data", "reference_data", "n_reference", "n_train", "max_length", "skip_bad_rows", "out",
-    "methods", "seeds", "tasks", "data_dir", "limit", "eval_data", "eval_every", "skip_train_losses",
-    "device", "micro_tokens", "save_every", "checkpoint_activations", "compile",
-)  # fmt: skip
+    "model",
+    "data",
+    "reference_data",
+    "n_reference",
+    "n_train",
+    "max_length",
+    "skip_bad_rows",
+    "out",
+    "methods",
+    "seeds",
+    "tasks",
+    "data_dir",
+    "limit",
+    "eval_data",
+    "eval_every",
+    "skip_train_losses",
+    "device",
+    "micro_tokens",
+    "save_every",
+    "checkpoint_activations",
+    "compile",
+)
 
 
 @contextmanager

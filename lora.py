@@ -138,9 +138,15 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def add_lora(model: nn.Module, r: int = 64, alpha: float = 16, dropout: float = 0.1,
-             targets: tuple[str, ...] = DEFAULT_TARGETS, rslora: bool = False,
-             generator: torch.Generator | None = None) -> None:
+def add_lora(
+    model: nn.Module,
+    r: int = 64,
+    alpha: float = 16,
+    dropout: float = 0.1,
+    targets: tuple[str, ...] = DEFAULT_TARGETS,
+    rslora: bool = False,
+    generator: torch.Generator | None = None,
+) -> None:
     """Replace, in place, every linear layer whose name ends in one of `targets`, and freeze all else.
 
     A ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, drawn on the CPU from `generator` so that a seed means the same
@@ -290,10 +296,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
     text = json.dumps(config, indent=2) + "\n"
     parameters = {name: parameter.detach().float() for name, parameter in lora_parameters(model).items()}
     tensors = {KEY_PREFIX + name: parameter.cpu().contiguous() for name, parameter in parameters.items()}
-    _write_whole({
-        folder / "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
-        folder / "adapter_model.safetensors": partial(save_file, tensors, metadata={"format": "pt"}),
-    })  # fmt: skip
+    _write_whole(
+        {
+            folder / "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
+            folder / "adapter_model.safetensors": partial(save_file, tensors, metadata={"format": "pt"}),
+        }
+    )
 
 
 def read_adapter_config(path: Path) -> dict:

@@ -96,8 +96,9 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def make_layout(cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None,
-                first_row: int = 0) -> Layout:
+def make_layout(
+    cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0
+) -> Layout:
     """Lay out a pack with boundaries cu_seqlens (B+1,), best kept on the CPU: reading a GPU's makes it wait.
 
     past[b] are the cache rows of what sequence b has already run; the pack's own begin at first_row.
@@ -137,6 +138,7 @@ def attend(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
 def flash_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
     """attend() by torch's kernel for sequences of unequal lengths, in 16 bits on CUDA."""
     from torch.nn.attention import varlen  # here, as it takes two seconds to load and a CPU never needs it
+
     q, k = q.to(v.dtype), k.to(v.dtype)
     reach = (-1 if window is None else window - 1, 0)  # tokens seen to the left (-1: all) and to the right
     if layout.longest[0] == 1 and window is None:
@@ -444,8 +446,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True, backend=backend)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None,
-                past: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None, past: list[Tensor] | None = None
+    ) -> Tensor:
         """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences end to end.
 
         cu_seqlens (B+1,) int32 holds their boundaries. With a cache the new tokens continue the cached ones:
@@ -495,8 +498,9 @@ def float32_product(x: Tensor, weight: Tensor, out: Tensor, rounded: bool) -> No
         setting.fp32_precision = before
 
 
-def head_chunks(hidden: Tensor, head_weight: Tensor, targets: Tensor,
-                chunk: int = 512) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def head_chunks(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Log-probabilities and losses of `chunk` rows at a time, so that no (n, V) tensor ever exists.
 
     hidden (n, D), head_weight (V, D), targets (n,) int64. Yields (rows, log-probabilities (chunk, V), loss
@@ -567,34 +571,80 @@ class WeightedTokenLoss(torch.autograd.Function):
 # The fields that are read, by model_type, with what transformers fills in where config.json lacks one.
 SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))  # no default
 LLAMA = SIZES | {
-    "intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "rope_theta": 1e4, "rope_scaling": {}, "rope_parameters": {}, "original_max_position_embeddings": None,
-}  # fmt: skip
+    "intermediate_size": 11008,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 1e4,
+    "rope_scaling": {},
+    "rope_parameters": {},
+    "original_max_position_embeddings": None,
+}
 BIASES = {"attention_bias": False, "mlp_bias": False}
 WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": None}
-QWEN = LLAMA | WINDOWS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_window_layers": 28,
-                          "max_position_embeddings": 32768}  # fmt: skip
+QWEN = (
+    LLAMA
+    | WINDOWS
+    | {
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
+        "max_position_embeddings": 32768,
+    }
+)
 FIELDS = {
     "llama": LLAMA | BIASES,
-    "mistral": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
-                        "max_position_embeddings": 131072},
+    "mistral": LLAMA
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
     "qwen2": QWEN,
     "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
-    "smollm3": LLAMA | WINDOWS | BIASES | {
-        "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
-        "rope_theta": 2e6, "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
-    "gpt_neo": SIZES | {
-        "intermediate_size": None, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-        "attention_types": None, "attention_layers": None, "window_size": 256,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
-}  # fmt: skip
+    "smollm3": LLAMA
+    | WINDOWS
+    | BIASES
+    | {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+        "sliding_window": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    "gpt_neo": SIZES
+    | {
+        "intermediate_size": None,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "attention_types": None,
+        "attention_layers": None,
+        "window_size": 256,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    },
+}
 LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
-NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "rope_scaling", "rope_parameters",
-            "original_max_position_embeddings", *LISTS)  # fmt: skip
+NULLABLE = (
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    *LISTS,
+)
 # names of fields that change the computation in other models and leave no tensor that would be missed here
-FOREIGN = re.compile("multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
-                     "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights")
+FOREIGN = re.compile(
+    "multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
+    "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights"
+)
 
 
 def parse_config(raw: dict) -> Config:
@@ -788,8 +838,17 @@ def read_config(folder: str | os.PathLike) -> Config:
 
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
 CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
-TEXT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
-              "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
+TEXT_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
 
 def checkpoint_folder(path_or_repo: str) -> Path:
     """The local folder of a checkpoint; a Hub id, with an optional @revision, is fetched first.
@@ -851,8 +910,9 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def load_model(path_or_repo: str | os.PathLike, device: str = "cpu",
-               dtype: torch.dtype = torch.float32) -> Transformer:
+def load_model(
+    path_or_repo: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
     """Load a checkpoint, tensor by tensor from memory-mapped safetensors, frozen and in eval mode.
 
     Raises ValueError naming the tensor for missing, unexpected, mis-shaped or non-finite weights.

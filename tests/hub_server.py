@@ -28,7 +28,9 @@ class Repo:
 
     def commit(self, revision: str) -> str | None:
         """The full hash of a revision: main, a tag, or a hash."""
-        hashes = {name: hashlib.sha1(repr(files).encode()).hexdigest() for name, files in self.revisions().items()}
+        hashes = {
+            name: hashlib.sha1(repr(files).encode()).hexdigest() for name, files in self.revisions().items()
+        }
         return hashes.get(revision, revision if revision in hashes.values() else None)
 
     def revisions(self) -> dict[str, dict[str, bytes]]:
@@ -46,11 +48,21 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repos: dict[str, Repo], pages: dict[str, bytes], tokens: tuple[str, ...], cut: set[str],
-                 whole: set[str] = frozenset()):  # fmt: skip
+    def __init__(
+        self,
+        repos: dict[str, Repo],
+        pages: dict[str, bytes],
+        tokens: tuple[str, ...],
+        cut: set[str],
+        whole: set[str] = frozenset(),
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.pages, self.tokens, self.cut, self.whole = repos, pages, tokens, set(cut), whole
-        self.known = (*tokens, "hf_stranger", "hf_narrow")  # valid: one that may read what is public, one not even that
+        self.known = (
+            *tokens,
+            "hf_stranger",
+            "hf_narrow",
+        )  # valid: one that may read what is public, one not even that
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
@@ -113,8 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             answer = [tree_entry(file, content) for file, content in repo.at(commit).items()]
         else:
-            answer = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in repo.at(commit)],
-                      "private": repo.private, "gated": "manual" if repo.gated else False}  # fmt: skip
+            answer = {
+                "id": name,
+                "sha": commit,
+                "siblings": [{"rfilename": file} for file in repo.at(commit)],
+                "private": repo.private,
+                "gated": "manual" if repo.gated else False,
+            }
         self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def resolve(self, dataset: bool, name: str, revision: str, file: str) -> None:
@@ -130,7 +147,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(file, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
         digest = hashlib.sha256(content).hexdigest()
         linked = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        self.answer(302, b"", linked | {"Location": f"http://localhost:{self.server.server_port}/cdn/{digest}"})
+        self.answer(
+            302, b"", linked | {"Location": f"http://localhost:{self.server.server_port}/cdn/{digest}"}
+        )
 
     def blob(self, digest: str) -> None:
         for repo in self.server.repos.values():
@@ -147,11 +166,19 @@ class Handler(BaseHTTPRequestHandler):
         ranged = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         cut = self.command == "GET" and file in self.server.cut
         self.server.cut -= {file} if cut else set()
-        self.answer(206 if start else 200, content[start:], headers | ranged | {"Accept-Ranges": "bytes"}, cut)
+        self.answer(
+            206 if start else 200, content[start:], headers | ranged | {"Accept-Ranges": "bytes"}, cut
+        )
 
-    def refuse(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
+    def refuse(
+        self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None
+    ) -> None:
         named = {"X-Error-Code": code} if code else {}
-        self.answer(status, json.dumps({"error": message}).encode(), (headers or {}) | named | {"X-Error-Message": message})
+        self.answer(
+            status,
+            json.dumps({"error": message}).encode(),
+            (headers or {}) | named | {"X-Error-Message": message},
+        )
 
     def answer(self, status: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
         self.send_response(status)

@@ -11,12 +11,27 @@ import tiny
 CONVERSATIONS = {
     "one turn": [("user", "What is 12 plus 30?"), ("assistant", "It is 42.")],
     "system": [("system", " Be brief. "), ("user", "Who jumps?"), ("assistant", "  The fox, “so”.\n")],
-    "two turns": [("user", " Tell me \n"), ("assistant", "The river\n\nis long. "), ("user", "And <b>why</b>?"), ("assistant", "é 🦊")],
-    "system, two turns": [("system", "Short."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+    "two turns": [
+        ("user", " Tell me \n"),
+        ("assistant", "The river\n\nis long. "),
+        ("user", "And <b>why</b>?"),
+        ("assistant", "é 🦊"),
+    ],
+    "system, two turns": [
+        ("system", "Short."),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ],
     "a question at the end": [("user", "a"), ("assistant", "b"), ("user", "c")],
-}  # fmt: skip
+}
 TWO_LISTS = {
-    "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}, {"role": "user", "content": "a"}],
+    "prompt": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "r"},
+        {"role": "user", "content": "a"},
+    ],
     "completion": [{"role": "assistant", "content": "b"}],
 }
 CHATML = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -33,13 +48,15 @@ TEMPLATES = {  # family: (template, eos)
     "qwen2.5": (
         "{%- if tools %}\n    {{- tools | tojson }}\n{%- elif messages[0]['role'] != 'system' %}\n"
         "    {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}\n{%- endif %}\n{%- for message in messages %}\n"
-        "    {%- if message.role in ('user', 'system') or not message.tool_calls %}\n        " + CHATML.replace("{{", "{{-")
+        "    {%- if message.role in ('user', 'system') or not message.tool_calls %}\n        "
+        + CHATML.replace("{{", "{{-")
         + "\n    {%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
         "<|im_end|>",
     ),
     "smollm2": (
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + CHATML
+        "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+        + CHATML
         + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
         "<|im_end|>",
     ),
@@ -76,20 +93,42 @@ TEMPLATES = {  # family: (template, eos)
         "{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}",
         "</s>",
     ),
-}  # fmt: skip
+}
 # Qwen3's kind: the thoughts of every turn but the last are taken out, so that earlier turns change
 REWRITING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' and loop.last %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ message.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "</s>",
-          "<start_of_turn>", "<end_of_turn>")  # fmt: skip
+TOKENS = (
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "[INST]",
+    "[/INST]",
+    "</s>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+)
 HARD_TEXTS = [
-    "", " ", "  two  spaces ", "\n\n\tdef f(x):\n    return x  \n", "It's 12+30=42, isn't it?", "naïve café “quotes” — 🦊👩‍🚀",
-    "e\u0301 \u00a0\u2028\u0085\x0c\r\n", "<|endoftext|>", "a<|endoftext|> b", "<|im_start|>user\nTell me<|im_end|>\n",
-    " <|im_end|>", "<|pad|>x<|pad|>", "<s>The dog.</s>", "Ünïcödé 中文 العربية", "<|begin_of_text|>The quick<|end_of_text|>",
-]  # fmt: skip
+    "",
+    " ",
+    "  two  spaces ",
+    "\n\n\tdef f(x):\n    return x  \n",
+    "It's 12+30=42, isn't it?",
+    "naïve café “quotes” — 🦊👩‍🚀",
+    "e\u0301 \u00a0\u2028\u0085\x0c\r\n",
+    "<|endoftext|>",
+    "a<|endoftext|> b",
+    "<|im_start|>user\nTell me<|im_end|>\n",
+    " <|im_end|>",
+    "<|pad|>x<|pad|>",
+    "<s>The dog.</s>",
+    "Ünïcödé 中文 العربية",
+    "<|begin_of_text|>The quick<|end_of_text|>",
+]
 
 
 def messages_of(name: str) -> list[dict]:
@@ -116,7 +155,12 @@ def template_folder(folder: Path, name: str) -> Path:
     tiny.save_tokenizer(folder, "llama3")
     first = tiny.make_tokenizer("llama3").get_vocab_size()
     added = {str(first + i): token(text) for i, text in enumerate(TOKENS)}
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": eos, "pad_token": "</s>"}
+    named = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": eos,
+        "pad_token": "</s>",
+    }
     write(folder, tokenizer_config=named | {"added_tokens_decoder": added}, config={"model_type": "llama"})
     (folder / "chat_template.jinja").write_text(template)
     return folder
@@ -132,50 +176,98 @@ def pair(folder: Path) -> None:
     """GPT-Neo's own files."""
     gpt_neo_pair(folder)
     end = "<|endoftext|>"
-    write(folder, special_tokens_map={"bos_token": end, "eos_token": end, "unk_token": end},
-          tokenizer_config={"add_prefix_space": False, "model_max_length": 2048, "special_tokens_map_file": None},
-          config={"model_type": "gpt_neo", "bos_token_id": 0, "eos_token_id": 0})  # fmt: skip
+    write(
+        folder,
+        special_tokens_map={"bos_token": end, "eos_token": end, "unk_token": end},
+        tokenizer_config={
+            "add_prefix_space": False,
+            "model_max_length": 2048,
+            "special_tokens_map_file": None,
+        },
+        config={"model_type": "gpt_neo", "bos_token_id": 0, "eos_token_id": 0},
+    )
 
 
 def pair_alone(folder: Path) -> None:
     """The two files and nothing that names a token."""
     gpt_neo_pair(folder)
-    write(folder, tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, config={"model_type": "gpt_neo"})
+    write(
+        folder,
+        tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+        config={"model_type": "gpt_neo"},
+    )
 
 
 def pair_with_tokens(folder: Path) -> None:
     """Tokens added later, as older versions of transformers write them; a bos is asked for."""
     pair(folder)
     first = tiny.make_tokenizer("gpt_neo").get_vocab_size()
-    write(folder, added_tokens={"<|im_start|>": first, "<|im_end|>": first + 1, "<|pad|>": first + 2},
-          tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True},
-          special_tokens_map={"bos_token": token("<|endoftext|>"), "eos_token": "<|im_end|>", "pad_token": "<|pad|>"})  # fmt: skip
+    write(
+        folder,
+        added_tokens={"<|im_start|>": first, "<|im_end|>": first + 1, "<|pad|>": first + 2},
+        tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True},
+        special_tokens_map={
+            "bos_token": token("<|endoftext|>"),
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|pad|>",
+        },
+    )
 
 
 def decoder(folder: Path) -> None:
     """added_tokens_decoder lists what tokenizer.json lacks; special_tokens_map.json then has no say about the eos."""
     tiny.save_tokenizer(folder, "llama3")
     first = tiny.make_tokenizer("llama3").get_vocab_size()
-    added = {str(first + 1): token("<|im_end|>"), str(first): token("<|im_start|>"), str(first + 2): token("<|pad|>", False)}
-    write(folder, config={"model_type": "llama"}, special_tokens_map={"eos_token": "<|end_of_text|>"},
-          tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>",
-                            "added_tokens_decoder": added})  # fmt: skip
+    added = {
+        str(first + 1): token("<|im_end|>"),
+        str(first): token("<|im_start|>"),
+        str(first + 2): token("<|pad|>", False),
+    }
+    write(
+        folder,
+        config={"model_type": "llama"},
+        special_tokens_map={"eos_token": "<|end_of_text|>"},
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|im_end|>",
+            "added_tokens_decoder": added,
+        },
+    )
 
 
 def special_map(folder: Path) -> None:
     """No added_tokens_decoder: special_tokens_map.json overrules tokenizer_config.json and brings tokens of its own."""
     tiny.save_tokenizer(folder, "qwen2")
-    write(folder, config={"model_type": "qwen2"},
-          special_tokens_map={"eos_token": token("<|im_end|>"), "additional_special_tokens": ["<|im_start|>", "<|end_of_text|>"]},
-          tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"})
+    write(
+        folder,
+        config={"model_type": "qwen2"},
+        special_tokens_map={
+            "eos_token": token("<|im_end|>"),
+            "additional_special_tokens": ["<|im_start|>", "<|end_of_text|>"],
+        },
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|pad|>",
+        },
+    )
 
 
 def bos_by_both(folder: Path) -> None:
     """tokenizer.json puts a bos, tokenizer_config.json says that there is none: the first has the say."""
     tiny.save_tokenizer(folder, "llama3")
-    write(folder, config={"model_type": "llama"},
-          tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
-                            "eos_token": "<|end_of_text|>", "add_bos_token": False, "image_token": "<|im_start|>"})  # fmt: skip
+    write(
+        folder,
+        config={"model_type": "llama"},
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|end_of_text|>",
+            "add_bos_token": False,
+            "image_token": "<|im_start|>",
+        },
+    )
 
 
 TOKENIZERS = {f.__name__: f for f in (pair, pair_alone, pair_with_tokens, decoder, special_map, bos_by_both)}

@@ -41,7 +41,9 @@ class FakeRunner:
                 self.trained.append(adapter)
                 write_text(rows, adapter)
             percent = 50 + len(method) + seed % 10
-            results[method] = {seed: {"tasks": {"demo_qa": {"exact_match": percent / 100, "exact_match_stderr": 0.0}}}}
+            results[method] = {
+                seed: {"tasks": {"demo_qa": {"exact_match": percent / 100, "exact_match_stderr": 0.0}}}
+            }
         return results
 
 
@@ -69,7 +71,11 @@ def test_a_second_call_trains_nothing(runner, monkeypatch, tmp_path):
     first, drawing = table.read_text(), table.with_suffix(".svg").read_text()
     assert len(runner.trained) == 50
     call(monkeypatch, "controls", "--out", tmp_path / "out")
-    assert len(runner.trained) == 50 and table.read_text() == first and table.with_suffix(".svg").read_text() == drawing
+    assert (
+        len(runner.trained) == 50
+        and table.read_text() == first
+        and table.with_suffix(".svg").read_text() == drawing
+    )
 
 
 def test_ablations_share_what_is_trained(runner, monkeypatch, tmp_path):
@@ -99,7 +105,9 @@ def test_the_committed_results_are_of_the_default_command(name):
     table = ablations.ROOT / "tests" / "ablations" / f"{name}.md"
     head, _, title, *_ = table.read_text().splitlines()
     options = ablations.forgetting.Options(seeds=ablations.SEEDS, out=ablations.OUT)
-    assert re.sub(r"[\d.]+ minutes [^;]*; ", "", head) == ablations.head_of(name, options), "minutes were counted once"
+    assert re.sub(r"[\d.]+ minutes [^;]*; ", "", head) == ablations.head_of(name, options), (
+        "minutes were counted once"
+    )
     assert title == f"# {ablations.ABLATIONS[name].title}"
     check_drawing(table.with_suffix(".svg"), head)
 
@@ -127,7 +135,9 @@ def test_few_seeds_have_no_interval(count, words):
     bars = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^/]*stroke-width', drawing)
     assert len(bars) == 1 and bars[0][0] == bars[0][1]
     options = ablations.forgetting.Options(seeds=list(range(count)))
-    assert words in ablations.head_of("level", options) and "bootstrap" not in ablations.head_of("level", options)
+    assert words in ablations.head_of("level", options) and "bootstrap" not in ablations.head_of(
+        "level", options
+    )
 
 
 def test_five_seeds_have_one():
@@ -180,7 +190,9 @@ def test_other_references(tmp_path):
         assert rows_of(f"reference-clean-{size}") == clean[:size]
     for share, again in {0: 0, 25: 150, 50: 300}.items():
         rows = rows_of(f"reference-twice-{share}")
-        assert [(question.removesuffix(" "), answer) for question, answer in rows] == train[:again] + noisy[again:]
+        assert [(question.removesuffix(" "), answer) for question, answer in rows] == train[:again] + noisy[
+            again:
+        ]
         assert not set(rows) & set(train)
     panels = {panel for ablation in ablations.ABLATIONS.values() for panel in ablation.panels}
     assert all((tmp_path / f"reference-{panel}.jsonl").is_file() for panel in panels)
@@ -190,7 +202,9 @@ def test_other_references(tmp_path):
 def test_no_label_runs_into_the_next_or_into_the_drawing(name):
     """In a monospaced font of 12 pixels a letter is 7.2 wide, and dots begin at 330 less their radius."""
     root = ElementTree.fromstring((ablations.ROOT / "tests" / "ablations" / f"{name}.svg").read_text())
-    texts = [(text.get("x"), 7.2 * len(text.text)) for text in root[3:] if text.tag.endswith("text")]  # less the title
+    texts = [
+        (text.get("x"), 7.2 * len(text.text)) for text in root[3:] if text.tag.endswith("text")
+    ]  # less the title
     variants, panels = ([width for x, width in texts if x == column] for column in ("10", "240"))
     assert variants and len(variants) == len(panels)
     assert 10 + max(variants) < 236 and 240 + max(panels) < 322

@@ -52,7 +52,9 @@ def good(count: int = 9) -> str:
     return lines(*ROWS[:count])
 
 
-def rows_case(name: str, content: bytes | str, *message: str, file: str = "bad.jsonl", more: str = "") -> Case:
+def rows_case(
+    name: str, content: bytes | str, *message: str, file: str = "bad.jsonl", more: str = ""
+) -> Case:
     """A mistake in the training rows."""
     return Case(name, f"{TRAIN} --data {{here}}/{file} {more}", message, {file: content})
 
@@ -74,7 +76,12 @@ def model_case(name: str, spoil: Callable[[Path], None], *message: str, command:
 
 def run_case(name: str, flags: str, spoil: Callable[[Path], None], *message: str) -> Case:
     """A mistake about a run folder that holds a finished run."""
-    return Case(name, f"{TRAIN.replace('{out}', '{here}/run')} {flags}", message, before=lambda here: spoil(here / "run"))
+    return Case(
+        name,
+        f"{TRAIN.replace('{out}', '{here}/run')} {flags}",
+        message,
+        before=lambda here: spoil(here / "run"),
+    )
 
 
 def adapter_case(name: str, spoil: Callable[[Path], None], *message: str) -> Case:
@@ -135,9 +142,10 @@ def nothing(folder: Path) -> None:
 def small_vocabulary(folder: Path) -> None:
     """A model whose embedding has fewer rows than its tokenizer has tokens."""
     change("config.json", vocab_size=16)(folder)
-    tensors("model.safetensors", lambda t: t | {"model.embed_tokens.weight": t["model.embed_tokens.weight"][:16].clone()})(
-        folder
-    )
+    tensors(
+        "model.safetensors",
+        lambda t: t | {"model.embed_tokens.weight": t["model.embed_tokens.weight"][:16].clone()},
+    )(folder)
 
 
 def other_adapter(folder: Path) -> None:
@@ -171,32 +179,85 @@ CASES = [
     rows_case("line 1734 is not JSON", good(1) * 1733 + "{oops\n", "bad.jsonl:1734: not valid JSON"),
     rows_case("not UTF-8", good().encode() + b'{"prompt": "\xff"}', "bad.jsonl: not UTF-8 (byte "),
     rows_case("UTF-16", good().encode("utf-16"), "bad.jsonl: not UTF-8 (byte 0)"),
-    rows_case("half a character", good() + '{"prompt": "a", "completion": "\\ud83d"}', "bad.jsonl:10: \\ud83d alone is half"),
+    rows_case(
+        "half a character",
+        good() + '{"prompt": "a", "completion": "\\ud83d"}',
+        "bad.jsonl:10: \\ud83d alone is half",
+    ),
     rows_case("nested without end", "[" * 100_000, "bad.jsonl:1: not valid JSON"),
     rows_case("a row that is a list", good() + "[1]", "bad.jsonl:10: a row must be an object, not list"),
-    rows_case("JSON that is no list", '{"prompt": "a"}', "bad.json: a list of rows is expected, or an object", "not dict", file="bad.json"),
+    rows_case(
+        "JSON that is no list",
+        '{"prompt": "a"}',
+        "bad.json: a list of rows is expected, or an object",
+        "not dict",
+        file="bad.json",
+    ),
     rows_case("JSON cut off", "[" + good(1), "bad.json: not valid JSON", file="bad.json"),
-    rows_case("an unknown layout", good() + lines({"question": "a", "answer": "b"}),
-              "bad.jsonl:10: unknown layout, fields found: answer, question; known: messages; conversations; prompt + completion"),
+    rows_case(
+        "an unknown layout",
+        good() + lines({"question": "a", "answer": "b"}),
+        "bad.jsonl:10: unknown layout, fields found: answer, question; known: messages; conversations; prompt + completion",
+    ),
     rows_case("no fields at all", lines({}), "bad.jsonl:1: unknown layout, fields found: none"),
-    rows_case("a number for a text", good() + lines({"prompt": "a", "completion": 5}), "bad.jsonl:10: completion must be a string, not int"),
-    rows_case("a list for the input", lines({"instruction": "a", "input": ["b"], "output": "c"}), "bad.jsonl:1: input must be a string, not list"),
-    rows_case("an empty response", good() + lines({"prompt": "a", "completion": ""}), "bad.jsonl:10: completion is empty"),
-    rows_case("messages that are a text", lines({"messages": "hi"}), "bad.jsonl:1: messages must be a list of messages, not str"),
-    rows_case("an unknown role", lines({"messages": [{"role": "bot", "content": "x"}]}), "role 'bot'", "user, assistant"),
-    rows_case("roles in a wrong order", lines({"messages": [{"role": r, "content": "x"} for r in ("assistant", "user")]}),
-              "bad.jsonl:1: user and assistant must take turns, starting with user, not assistant, user"),
-    rows_case("content in parts that are no text", lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
-              "bad.jsonl:1: a part of a content must be of type text, not image"),
-    rows_case("a field that cannot be rendered", good() + lines({"prompt": "a", "completion": "b", "tools": [1]}),
-              "bad.jsonl:10: tools cannot be rendered"),
+    rows_case(
+        "a number for a text",
+        good() + lines({"prompt": "a", "completion": 5}),
+        "bad.jsonl:10: completion must be a string, not int",
+    ),
+    rows_case(
+        "a list for the input",
+        lines({"instruction": "a", "input": ["b"], "output": "c"}),
+        "bad.jsonl:1: input must be a string, not list",
+    ),
+    rows_case(
+        "an empty response",
+        good() + lines({"prompt": "a", "completion": ""}),
+        "bad.jsonl:10: completion is empty",
+    ),
+    rows_case(
+        "messages that are a text",
+        lines({"messages": "hi"}),
+        "bad.jsonl:1: messages must be a list of messages, not str",
+    ),
+    rows_case(
+        "an unknown role",
+        lines({"messages": [{"role": "bot", "content": "x"}]}),
+        "role 'bot'",
+        "user, assistant",
+    ),
+    rows_case(
+        "roles in a wrong order",
+        lines({"messages": [{"role": r, "content": "x"} for r in ("assistant", "user")]}),
+        "bad.jsonl:1: user and assistant must take turns, starting with user, not assistant, user",
+    ),
+    rows_case(
+        "content in parts that are no text",
+        lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+        "bad.jsonl:1: a part of a content must be of type text, not image",
+    ),
+    rows_case(
+        "a field that cannot be rendered",
+        good() + lines({"prompt": "a", "completion": "b", "tools": [1]}),
+        "bad.jsonl:10: tools cannot be rendered",
+    ),
     flag_case("--template model", "demo_model: it has no chat template, which --template model needs"),
-    rows_case("no content", lines({"messages": [{"role": "user"}]}), "must be a string, or a list of text parts, not NoneType"),
-    rows_case("nothing said", lines({"messages": [{"role": "user", "content": "x"}]}), "bad.jsonl:1: no assistant message"),
+    rows_case(
+        "no content",
+        lines({"messages": [{"role": "user"}]}),
+        "must be a string, or a list of text parts, not NoneType",
+    ),
+    rows_case(
+        "nothing said",
+        lines({"messages": [{"role": "user", "content": "x"}]}),
+        "bad.jsonl:1: no assistant message",
+    ),
     flag_case("--max-length 1", "all 5 rows were dropped: no response token within --max-length 1"),
     # how many of them
     flag_case("--n-reference 30", "--n-reference 30: from 1 to 29 are there", "the other set taken out"),
-    flag_case("--n-reference 10 --n-train 21", "--n-train 21: from 1 to 20 are there", "the other set taken out"),
+    flag_case(
+        "--n-reference 10 --n-train 21", "--n-train 21: from 1 to 20 are there", "the other set taken out"
+    ),
     flag_case("--n-train 0", "--n-train 0 is not in [1, inf)"),
     flag_case("--n-reference 5 --n-train 26", "--n-train 26: from 1 to 25 are there"),
     flag_case("--data {rows}:31", "rows.jsonl: 31 rows asked for, 1 to 30 are there"),
@@ -225,10 +286,18 @@ CASES = [
     flag_case("--seeds", "argument --seeds: expected at least one argument"),
     flag_case("--methods forgetting:rho=2", "--methods forgetting:rho=2: --rho 2.0 is not in (0, 1]"),
     flag_case("--methods forgetting:rank=0.5", "--methods forgetting:rank=0.5: '0.5' is not a value of rank"),
-    flag_case("--methods forgetting:lambda_schedule=cosine", "--lambda-schedule cosine is not one of linear, constant"),
-    flag_case("--methods forgetting:lambda_schedule=balanced", "balanced: --lambda-schedule balanced needs --watch-gradients"),
+    flag_case(
+        "--methods forgetting:lambda_schedule=cosine",
+        "--lambda-schedule cosine is not one of linear, constant",
+    ),
+    flag_case(
+        "--methods forgetting:lambda_schedule=balanced",
+        "balanced: --lambda-schedule balanced needs --watch-gradients",
+    ),
     flag_case("--methods full:rho=0.5", "--methods full:rho=0.5: full does not read rho"),
-    flag_case("--methods forgetting:rho=", "'rho=' is not option=value; options: rho, forget_rate, lambda_schedule"),
+    flag_case(
+        "--methods forgetting:rho=", "'rho=' is not option=value; options: rho, forget_rate, lambda_schedule"
+    ),
     flag_case("--methods forgetting:rh=0.5", "'rh=0.5' is not option=value; options: rho, forget_rate"),
     flag_case("--methods forgetting:dtype=float16", "'dtype=float16' is not option=value; options: rho"),
     flag_case("--methods forgetting:t_max=0", "--t-max 0.0 is below --t-min 1e-05"),
@@ -237,64 +306,163 @@ CASES = [
     flag_case("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
     flag_case("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from"),
     flag_case("--dtype float16", "argument --dtype: invalid choice: 'float16' (choose from"),
-    flag_case("--targets wq", "LoRA target wq names no linear layer of the model; it has down_proj, gate_proj"),
+    flag_case(
+        "--targets wq", "LoRA target wq names no linear layer of the model; it has down_proj, gate_proj"
+    ),
     flag_case("--device tpu", "--device tpu is not supported: cpu or cuda"),
     flag_case("--device cuda", "--device cuda: torch sees no CUDA device here"),
     flag_case("--device cpu:x", "--device cpu:x is not supported: cpu or cuda"),
     flag_case("--tasks bool", "unknown task bool; known: truthfulqa_mc1"),
-    flag_case("--tasks boolq --data-dir {here}/nowhere", "--data-dir", "nowhere has no boolq.jsonl, the rows of boolq",
-              "(python tests/tools/get_data.py boolq --out", "nowhere fetches it)"),
+    flag_case(
+        "--tasks boolq --data-dir {here}/nowhere",
+        "--data-dir",
+        "nowhere has no boolq.jsonl, the rows of boolq",
+        "(python tests/tools/get_data.py boolq --out",
+        "nowhere fetches it)",
+    ),
     flag_case("--tasks mc", "--data-dir runs/data has no mc.jsonl, the rows of mc\n"),
     flag_case("--data flan_v2", "flan_v2: no such file (public sets: python tests/tools/get_data.py --help)"),
     flag_case("--eval-every 3", "--eval-every needs --eval-data"),
-    Case("a model without data", "forgetting.py --model {model} --out {out}",
-         ("--model and --data are needed (./run.sh alone runs a demo",)),
-    Case("an out that is a file", TRAIN.replace("{out}", "{rows}"), ("--out", "rows.jsonl is a file: a folder is needed")),
+    Case(
+        "a model without data",
+        "forgetting.py --model {model} --out {out}",
+        ("--model and --data are needed (./run.sh alone runs a demo",),
+    ),
+    Case(
+        "an out that is a file",
+        TRAIN.replace("{out}", "{rows}"),
+        ("--out", "rows.jsonl is a file: a folder is needed"),
+    ),
     # the model
     flag_case("--model {here}/nowhere", "nowhere: no such folder, and not a Hub id of the form owner/name"),
     flag_case("--model owner/name", "owner/name", "HF_HUB_OFFLINE"),
     model_case("no weights", remove(WEIGHTS), "neither model.safetensors nor model.safetensors.index.json"),
-    model_case("no config", remove("config.json"), "no config.json in it, so it is not a Hugging Face checkpoint folder"),
+    model_case(
+        "no config",
+        remove("config.json"),
+        "no config.json in it, so it is not a Hugging Face checkpoint folder",
+    ),
     model_case("no tokenizer", remove("tokenizer.json"), "no tokenizer.json in it"),
     model_case("a config cut off", cut("config.json", 90), "copy/config.json: not valid JSON"),
-    model_case("a config that is a list", write("config.json", "[]"), "config.json: an object is expected, not list"),
-    model_case("an unknown architecture", change("config.json", architectures=["BertModel"]),
-               "config.json: architecture BertModel is not supported; supported: LlamaForCausalLM"),
-    model_case("a missing size", change("config.json", hidden_size=None), "config.json: hidden_size = None is not a whole"),
-    model_case("a size that is a text", change("config.json", vocab_size="1k"),
-               "config.json: vocab_size = '1k' is not a whole"),
-    model_case("no heads", change("config.json", num_attention_heads=0), "config.json: num_attention_heads = 0 is not"),
-    model_case("a tokenizer that is none", write("tokenizer.json", "{}"), "copy/tokenizer.json: not a tokenizer file"),
-    model_case("a tokenizer config cut off", cut("tokenizer_config.json", 9), "tokenizer_config.json: not valid JSON"),
-    model_case("an eos that is a number", change("tokenizer_config.json", eos_token=3), "eos_token 3 is not a text"),
-    model_case("ids past the embedding", small_vocabulary, "copy: its tokenizer gives id", "the model's vocab_size is 16"),
-    model_case("weights cut off", cut(WEIGHTS, 100_000), "copy/model.safetensors: not a whole safetensors file"),
-    model_case("weights of no bytes", cut(WEIGHTS, 0), "copy/model.safetensors: not a whole safetensors file"),
-    model_case("a header without end", header(WEIGHTS, b'{"', b'{{'), "model.safetensors: not a whole safetensors file"),
-    model_case("a tensor renamed", header(WEIGHTS, b"model.norm.weight", b"model.nose.weight"),
-               "model.safetensors: tensor model.nose.weight is unexpected"),
-    model_case("a tensor of another shape", tensors(WEIGHTS, resized),
-               "tensor model.norm.weight has shape (8,), expected (160,)"),
-    model_case("a tensor missing", tensors(WEIGHTS, lambda t: {k: t[k] for k in t if "norm" not in k}), "tensors missing"),
-    model_case("a weight that is not finite", tensors(WEIGHTS, spoiled(float("nan"))), "holds values that are not finite"),
-    model_case("whole numbers for weights", tensors(WEIGHTS, lambda t: {k: v.char() for k, v in t.items()}),
-               "is torch.int8; read are"),
+    model_case(
+        "a config that is a list", write("config.json", "[]"), "config.json: an object is expected, not list"
+    ),
+    model_case(
+        "an unknown architecture",
+        change("config.json", architectures=["BertModel"]),
+        "config.json: architecture BertModel is not supported; supported: LlamaForCausalLM",
+    ),
+    model_case(
+        "a missing size",
+        change("config.json", hidden_size=None),
+        "config.json: hidden_size = None is not a whole",
+    ),
+    model_case(
+        "a size that is a text",
+        change("config.json", vocab_size="1k"),
+        "config.json: vocab_size = '1k' is not a whole",
+    ),
+    model_case(
+        "no heads",
+        change("config.json", num_attention_heads=0),
+        "config.json: num_attention_heads = 0 is not",
+    ),
+    model_case(
+        "a tokenizer that is none", write("tokenizer.json", "{}"), "copy/tokenizer.json: not a tokenizer file"
+    ),
+    model_case(
+        "a tokenizer config cut off", cut("tokenizer_config.json", 9), "tokenizer_config.json: not valid JSON"
+    ),
+    model_case(
+        "an eos that is a number", change("tokenizer_config.json", eos_token=3), "eos_token 3 is not a text"
+    ),
+    model_case(
+        "ids past the embedding",
+        small_vocabulary,
+        "copy: its tokenizer gives id",
+        "the model's vocab_size is 16",
+    ),
+    model_case(
+        "weights cut off", cut(WEIGHTS, 100_000), "copy/model.safetensors: not a whole safetensors file"
+    ),
+    model_case(
+        "weights of no bytes", cut(WEIGHTS, 0), "copy/model.safetensors: not a whole safetensors file"
+    ),
+    model_case(
+        "a header without end",
+        header(WEIGHTS, b'{"', b"{{"),
+        "model.safetensors: not a whole safetensors file",
+    ),
+    model_case(
+        "a tensor renamed",
+        header(WEIGHTS, b"model.norm.weight", b"model.nose.weight"),
+        "model.safetensors: tensor model.nose.weight is unexpected",
+    ),
+    model_case(
+        "a tensor of another shape",
+        tensors(WEIGHTS, resized),
+        "tensor model.norm.weight has shape (8,), expected (160,)",
+    ),
+    model_case(
+        "a tensor missing",
+        tensors(WEIGHTS, lambda t: {k: t[k] for k in t if "norm" not in k}),
+        "tensors missing",
+    ),
+    model_case(
+        "a weight that is not finite",
+        tensors(WEIGHTS, spoiled(float("nan"))),
+        "holds values that are not finite",
+    ),
+    model_case(
+        "whole numbers for weights",
+        tensors(WEIGHTS, lambda t: {k: v.char() for k, v in t.items()}),
+        "is torch.int8; read are",
+    ),
     model_case("an index without map", index_alone("{}"), "index.json: no weight_map in it"),
-    model_case("an index out of the folder", index_alone('{"weight_map": {"a": "../b"}}'),
-               "index.json: a points to '../b', which is not a file of this folder"),
-    model_case("an index that names an absent file", index_alone('{"weight_map": {"a": "b"}}'), "index.json: b is named there"),
+    model_case(
+        "an index out of the folder",
+        index_alone('{"weight_map": {"a": "../b"}}'),
+        "index.json: a points to '../b', which is not a file of this folder",
+    ),
+    model_case(
+        "an index that names an absent file",
+        index_alone('{"weight_map": {"a": "b"}}'),
+        "index.json: b is named there",
+    ),
     # a run folder
     run_case("a run on other data", "--n-train 8", nothing, "was made with other training data (there"),
-    run_case("a run with another rate", "--lr 0.5", nothing, "run was made with other lr (there 0.0001, now 0.5); reference_lr",
-             "use another --out"),
-    run_case("another rank", "--rank 3", nothing, "was made with other rank (there 2, now 3): use another --out"),
-    run_case("a wrong target, where a run is", "--targets wq", nothing, "LoRA target wq names no linear layer"),
-    run_case("scores cut off", "", cut("scores.safetensors", 50), "run/scores.safetensors: not a whole file of scores"),
+    run_case(
+        "a run with another rate",
+        "--lr 0.5",
+        nothing,
+        "run was made with other lr (there 0.0001, now 0.5); reference_lr",
+        "use another --out",
+    ),
+    run_case(
+        "another rank", "--rank 3", nothing, "was made with other rank (there 2, now 3): use another --out"
+    ),
+    run_case(
+        "a wrong target, where a run is", "--targets wq", nothing, "LoRA target wq names no linear layer"
+    ),
+    run_case(
+        "scores cut off",
+        "",
+        cut("scores.safetensors", 50),
+        "run/scores.safetensors: not a whole file of scores",
+    ),
     run_case("a config that is not JSON", "", cut("config.json", 20), "run/config.json: not valid JSON"),
-    Case("a folder of others", TRAIN.replace("{out}", "{here}"), ("holds files that are not of a run: use another --out",),
-         {"reference/mine.txt": "precious"}),
-    Case("a config of others", TRAIN.replace("{out}", "{here}"), ("its config.json is not of a run: use another --out",),
-         {"config.json": '{"architectures": []}'}),
+    Case(
+        "a folder of others",
+        TRAIN.replace("{out}", "{here}"),
+        ("holds files that are not of a run: use another --out",),
+        {"reference/mine.txt": "precious"},
+    ),
+    Case(
+        "a config of others",
+        TRAIN.replace("{out}", "{here}"),
+        ("its config.json is not of a run: use another --out",),
+        {"config.json": '{"architectures": []}'},
+    ),
     # eval.py
     Case("no model", "eval.py --tasks mc", ("the following arguments are required: --model",)),
     Case("no task", "eval.py --model {model} --tasks", ("argument --tasks: expected at least one argument",)),
@@ -305,47 +473,132 @@ CASES = [
     Case("neither tasks nor a prompt", "eval.py --model {model}", ("either --tasks or --prompt is needed",)),
     Case("two adapters for tasks", f"{EVAL} --adapter a b", ("--tasks take one --adapter at a time, not 2",)),
     Case("an absent GPU", f"{EVAL} --device cuda", ("--device cuda: torch sees no CUDA device here",)),
-    Case("missing rows", f"{EVAL} --tasks mc boolq", ("has no boolq.jsonl, the rows of boolq (python tests",)),
-    Case("a row that lacks a field", f"{EVAL} --tasks boolq", ("boolq.jsonl:2: no field 'label'",),
-         {"boolq.jsonl": lines(BOOLQ, {"question": "is it", "passage": "red"})}),
-    Case("a label out of range", f"{EVAL} --tasks boolq", ("boolq.jsonl:1: 2 choices, the right one is number 7",),
-         {"boolq.jsonl": lines(BOOLQ | {"label": 7})}),
-    Case("an answer among no choice", f"{EVAL} --tasks mc",
-         ("mc.jsonl:1: answer 'green' is none of the choices, nor a place among them",),
-         {"mc.jsonl": lines(QUESTION | {"answer": "green"})}),
-    Case("an answer past the choices", f"{EVAL} --tasks mc", ("mc.jsonl:1: 2 choices, the right one is number 2",),
-         {"mc.jsonl": lines(QUESTION | {"answer": 2})}),
-    Case("choices that are a text", f"{EVAL} --tasks mc", ("mc.jsonl:1: choices must be a list of texts, not str",),
-         {"mc.jsonl": lines(QUESTION | {"choices": "red blue"})}),
-    Case("a prompt that is a number", f"{EVAL} --tasks qa", ("qa.jsonl:2: a prompt must be a text, not int",),
-         {"qa.jsonl": lines({"prompt": "1 + 1 =", "answer": "2"}, {"prompt": 5, "answer": "2"})}),
-    Case("no right answer", f"{EVAL} --tasks qa", ("qa.jsonl:1: ",), {"qa.jsonl": lines({"prompt": "1 + 1 =", "answer": []})}),
-    Case("an id that is a number", f"{EVAL} --tasks tydiqa", ("tydiqa.jsonl: a row, or what belongs beside the rows, is",),
-         {"tydiqa.jsonl": lines({"id": 5}), "tydiqa_1shot.jsonl": lines({"id": 5}),
-          "tydiqa_templates.json": '{"with_context": {}}'}),
-    Case("what belongs beside the rows", f"{EVAL} --tasks truthfulqa", ("truthfulqa.jsonl: ", "truthfulqa_prompt.txt"),
-         {"truthfulqa.jsonl": lines({"question": "?"})}),
-    Case("an answer of no token", f"{EVAL} --tasks asdiv", ("asdiv.jsonl:1: continuation '' adds no token",),
-         {"asdiv.jsonl": lines({"body": "One.", "question": "How many?", "answer": ""})}),
-    model_case("ids past the embedding in a task", small_vocabulary, "copy: its tokenizer gives id",
-               "vocab_size is 16", command=EVAL),
-    model_case("weights cut off, in eval.py", cut(WEIGHTS, 5), "copy/model.safetensors: not a whole safetensors", command=EVAL),
+    Case(
+        "missing rows", f"{EVAL} --tasks mc boolq", ("has no boolq.jsonl, the rows of boolq (python tests",)
+    ),
+    Case(
+        "a row that lacks a field",
+        f"{EVAL} --tasks boolq",
+        ("boolq.jsonl:2: no field 'label'",),
+        {"boolq.jsonl": lines(BOOLQ, {"question": "is it", "passage": "red"})},
+    ),
+    Case(
+        "a label out of range",
+        f"{EVAL} --tasks boolq",
+        ("boolq.jsonl:1: 2 choices, the right one is number 7",),
+        {"boolq.jsonl": lines(BOOLQ | {"label": 7})},
+    ),
+    Case(
+        "an answer among no choice",
+        f"{EVAL} --tasks mc",
+        ("mc.jsonl:1: answer 'green' is none of the choices, nor a place among them",),
+        {"mc.jsonl": lines(QUESTION | {"answer": "green"})},
+    ),
+    Case(
+        "an answer past the choices",
+        f"{EVAL} --tasks mc",
+        ("mc.jsonl:1: 2 choices, the right one is number 2",),
+        {"mc.jsonl": lines(QUESTION | {"answer": 2})},
+    ),
+    Case(
+        "choices that are a text",
+        f"{EVAL} --tasks mc",
+        ("mc.jsonl:1: choices must be a list of texts, not str",),
+        {"mc.jsonl": lines(QUESTION | {"choices": "red blue"})},
+    ),
+    Case(
+        "a prompt that is a number",
+        f"{EVAL} --tasks qa",
+        ("qa.jsonl:2: a prompt must be a text, not int",),
+        {"qa.jsonl": lines({"prompt": "1 + 1 =", "answer": "2"}, {"prompt": 5, "answer": "2"})},
+    ),
+    Case(
+        "no right answer",
+        f"{EVAL} --tasks qa",
+        ("qa.jsonl:1: ",),
+        {"qa.jsonl": lines({"prompt": "1 + 1 =", "answer": []})},
+    ),
+    Case(
+        "an id that is a number",
+        f"{EVAL} --tasks tydiqa",
+        ("tydiqa.jsonl: a row, or what belongs beside the rows, is",),
+        {
+            "tydiqa.jsonl": lines({"id": 5}),
+            "tydiqa_1shot.jsonl": lines({"id": 5}),
+            "tydiqa_templates.json": '{"with_context": {}}',
+        },
+    ),
+    Case(
+        "what belongs beside the rows",
+        f"{EVAL} --tasks truthfulqa",
+        ("truthfulqa.jsonl: ", "truthfulqa_prompt.txt"),
+        {"truthfulqa.jsonl": lines({"question": "?"})},
+    ),
+    Case(
+        "an answer of no token",
+        f"{EVAL} --tasks asdiv",
+        ("asdiv.jsonl:1: continuation '' adds no token",),
+        {"asdiv.jsonl": lines({"body": "One.", "question": "How many?", "answer": ""})},
+    ),
+    model_case(
+        "ids past the embedding in a task",
+        small_vocabulary,
+        "copy: its tokenizer gives id",
+        "vocab_size is 16",
+        command=EVAL,
+    ),
+    model_case(
+        "weights cut off, in eval.py",
+        cut(WEIGHTS, 5),
+        "copy/model.safetensors: not a whole safetensors",
+        command=EVAL,
+    ),
     # adapters
-    Case("no adapter there", f"{EVAL} --adapter {{here}}/nowhere", ("nowhere: no adapter_config.json in it",)),
+    Case(
+        "no adapter there", f"{EVAL} --adapter {{here}}/nowhere", ("nowhere: no adapter_config.json in it",)
+    ),
     adapter_case("an adapter without config", remove("adapter_config.json"), "no adapter_config.json in it"),
     adapter_case("an adapter without weights", remove(ADAPTER), "no adapter_model.safetensors in it"),
-    adapter_case("an adapter's config cut off", cut("adapter_config.json", 30), "adapter_config.json: not valid JSON"),
-    adapter_case("an adapter's config of a list", write("adapter_config.json", "[1]"), "adapter_config.json: ", "object"),
+    adapter_case(
+        "an adapter's config cut off", cut("adapter_config.json", 30), "adapter_config.json: not valid JSON"
+    ),
+    adapter_case(
+        "an adapter's config of a list",
+        write("adapter_config.json", "[1]"),
+        "adapter_config.json: ",
+        "object",
+    ),
     adapter_case("an adapter cut off", cut(ADAPTER, 3000), f"{ADAPTER}: not a whole safetensors file"),
-    adapter_case("an adapter of another model", other_adapter, "seed-0: does not fit this model: LoRA target c_fc"),
-    adapter_case("an adapter of another rank", change("adapter_config.json", r=4), "does not fit this model", "has shape"),
-    adapter_case("half a rank", change("adapter_config.json", r=0.5), "adapter_config.json: r = 0.5 is not a number above 0"),
-    adapter_case("an alpha that is a text", change("adapter_config.json", lora_alpha="16"),
-                 "lora_alpha = '16' is not a number"),
-    adapter_case("another kind of adapter", change("adapter_config.json", peft_type="IA3"),
-                 "peft_type = 'IA3' is not supported"),
-    adapter_case("an adapter that is not finite", tensors(ADAPTER, spoiled(float("inf"))), "holds values that are not finite"),
-]  # fmt: skip
+    adapter_case(
+        "an adapter of another model", other_adapter, "seed-0: does not fit this model: LoRA target c_fc"
+    ),
+    adapter_case(
+        "an adapter of another rank",
+        change("adapter_config.json", r=4),
+        "does not fit this model",
+        "has shape",
+    ),
+    adapter_case(
+        "half a rank",
+        change("adapter_config.json", r=0.5),
+        "adapter_config.json: r = 0.5 is not a number above 0",
+    ),
+    adapter_case(
+        "an alpha that is a text",
+        change("adapter_config.json", lora_alpha="16"),
+        "lora_alpha = '16' is not a number",
+    ),
+    adapter_case(
+        "another kind of adapter",
+        change("adapter_config.json", peft_type="IA3"),
+        "peft_type = 'IA3' is not supported",
+    ),
+    adapter_case(
+        "an adapter that is not finite",
+        tensors(ADAPTER, spoiled(float("inf"))),
+        "holds values that are not finite",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +657,9 @@ def test_the_table_is_long_enough_and_its_names_differ():
 def test_no_traceback_from_a_process(finished, demo_model, tmp_path):
     case = next(case for case in CASES if case.name == "line 1734 is not JSON")
     script, *arguments = prepared(case, finished, tmp_path, demo_model)
-    done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and case.message[0] in done.stderr
 
 

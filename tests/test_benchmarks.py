@@ -14,11 +14,31 @@ from data import Tokenizer
 import eval as evaluation
 import get_data
 from eval import IFEVAL as CHECKERS
-from eval import SUBTASKS, TASKS, Answer, encode_pair, evaluate, expand_tasks, f1_score, follows, headlines, ifeval_score
+from eval import (
+    SUBTASKS,
+    TASKS,
+    Answer,
+    encode_pair,
+    evaluate,
+    expand_tasks,
+    f1_score,
+    follows,
+    headlines,
+    ifeval_score,
+)
 from eval import prepare, requests_of, summarise, task_rows, words_of
 from model import load_model
 
-NAMES = ("arc_challenge", "arithmetic", "asdiv", "boolq", "lambada", "logiqa", "truthfulqa_mc1", "truthfulqa_mc2")
+NAMES = (
+    "arc_challenge",
+    "arithmetic",
+    "asdiv",
+    "boolq",
+    "lambada",
+    "logiqa",
+    "truthfulqa_mc1",
+    "truthfulqa_mc2",
+)
 
 
 def compare_with_golden(golden: dict, model, tokenizer, data_dir) -> None:
@@ -32,8 +52,13 @@ def compare_with_golden(golden: dict, model, tokenizer, data_dir) -> None:
     for name in names:
         rows = task_rows(name, Path(data_dir))[:per_task]
         for row, document in zip(rows, [d for d in ours if d["task"] == name]):
-            sample = wanted[name, row["_doc"]] if (name, row["_doc"]) in wanted else wanted[name, rows.index(row)]
-            pairs = [encode_pair(tokenizer, r.context, r.continuation) for r in requests_of(TASKS[name], row, tokenizer)]
+            sample = (
+                wanted[name, row["_doc"]] if (name, row["_doc"]) in wanted else wanted[name, rows.index(row)]
+            )
+            pairs = [
+                encode_pair(tokenizer, r.context, r.continuation)
+                for r in requests_of(TASKS[name], row, tokenizer)
+            ]
             assert [len(ids) for _, ids in pairs] == sample["continuation_tokens"]
             assert {len(ids) for ids, _ in pairs} == {sample["context_tokens"]}
             assert document["loglikelihoods"] == pytest.approx(sample["loglikelihoods"], rel=1e-3)
@@ -52,7 +77,9 @@ def test_tiny_llama2_goldens(shared, name):
     if not path.is_file():
         pytest.skip(f"no {path.name} among the goldens")
     folder = shared / "data" / "checkpoints" / "tiny_llama2"
-    compare_with_golden(json.loads(path.read_text()), load_model(folder), Tokenizer(folder), shared / "data" / "benchmarks")
+    compare_with_golden(
+        json.loads(path.read_text()), load_model(folder), Tokenizer(folder), shared / "data" / "benchmarks"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +99,10 @@ def test_smollm2_goldens(shared, smollm2, name):
 def test_ifeval_scoring_is_lm_evals(shared):
     """Canned replies, every checker that needs no package: strict and loose, instruction by instruction."""
     golden = json.loads((shared / "data" / "goldens" / "ifeval_checks.json").read_text())
-    rows = [json.loads(line) for line in (shared / "data" / "benchmarks" / "ifeval.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared / "data" / "benchmarks" / "ifeval.jsonl").read_text().splitlines()
+    ]
     seen: dict = {}
     for sample in golden["samples"]:
         row, reply = rows[sample["row"]], sample["reply"]
@@ -124,7 +154,9 @@ def test_requests_are_lm_evals(tmp_path, batch_tokens):
     model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
     names = list(GOLDENS["requests"])
     tokenizer = Tokenizer(tmp_path / "m")
-    results, samples = evaluate(model, tokenizer, prepare(names, tokenizer, write(tmp_path, ROWS)), batch_tokens)
+    results, samples = evaluate(
+        model, tokenizer, prepare(names, tokenizer, write(tmp_path, ROWS)), batch_tokens
+    )
     for name in names:
         golden = GOLDENS["requests"][name]
         documents = [sample for sample in samples if sample["task"] == name]
@@ -141,8 +173,13 @@ def test_requests_are_lm_evals(tmp_path, batch_tokens):
 def test_ifeval_verdicts_are_lm_evals():
     replies = [(ids, arguments, reply) for ids, arguments, said in IFEVAL for reply in said]
     for (ids, arguments, reply), (strict, loose) in zip(replies, GOLDENS["ifeval"], strict=True):
-        metrics = ifeval_score({"instruction_id_list": ids, "kwargs": arguments}, [Answer(text=reply)])["metrics"]
-        assert (metrics["inst_level_strict_acc"], metrics["inst_level_loose_acc"]) == (strict, loose), (ids, reply)
+        metrics = ifeval_score({"instruction_id_list": ids, "kwargs": arguments}, [Answer(text=reply)])[
+            "metrics"
+        ]
+        assert (metrics["inst_level_strict_acc"], metrics["inst_level_loose_acc"]) == (strict, loose), (
+            ids,
+            reply,
+        )
 
 
 def test_prompts_to_the_byte(tmp_path):
@@ -163,7 +200,9 @@ def test_prompts_to_the_byte(tmp_path):
     assert asked("arc_challenge")[2] == ("Question: Which thing is long?\nAnswer:", " 42")
     assert asked("truthfulqa_mc1")[0][0] == TRUTHFULQA_PROMPT + "\n\nQ: Why is the river so long?\nA:"
     assert asked("lambada") == [("The quick brown fox jumps over the lazy", " dog")]
-    assert asked("asdiv") == [("There are two dogs and three foxes.\nQuestion:How many are there?\nAnswer:", "5")]
+    assert asked("asdiv") == [
+        ("There are two dogs and three foxes.\nQuestion:How many are there?\nAnswer:", "5")
+    ]
     assert asked("arithmetic_2da") == [("Question: What is 12 plus 30?\nAnswer:", " 42")]
 
 
@@ -171,9 +210,13 @@ def test_scores_by_hand():
     row = {"choices": {"text": ["ab", "abcdef"], "label": ["A", "B"]}, "answerKey": "B", "question": "?"}
     scored = TASKS["arc_challenge"].score(row, [Answer(-2.0), Answer(-3.0)])
     assert scored["prediction"] == 0 and scored["metrics"] == {"acc": 0.0, "acc_norm": 1.0}
-    assert TASKS["arc_challenge"].score(row, [Answer(-3.0), Answer(-3.0)])["prediction"] == 0  # the first wins a tie
+    assert (
+        TASKS["arc_challenge"].score(row, [Answer(-3.0), Answer(-3.0)])["prediction"] == 0
+    )  # the first wins a tie
     row = {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 1]}}
-    scored = TASKS["truthfulqa_mc2"].score(row, [Answer(math.log(0.2)), Answer(math.log(0.1)), Answer(math.log(0.1))])
+    scored = TASKS["truthfulqa_mc2"].score(
+        row, [Answer(math.log(0.2)), Answer(math.log(0.1)), Answer(math.log(0.1))]
+    )
     assert scored["metrics"]["acc"] == pytest.approx(0.75)
     assert summarise([{"perplexity": -1.0}, {"perplexity": -3.0}])["perplexity"] == pytest.approx(math.exp(2))
     assert f1_score("The cat", "cat") == 1 and words_of("An (odd) a-b!") == ["odd", "ab"]
@@ -188,20 +231,31 @@ def test_a_collapsed_model_still_gets_figures():
 
 
 def test_arithmetic_counts_once_in_an_average():
-    results = {name: {"acc": 1.0, "acc_stderr": 0.0, "n": 1} for name in SUBTASKS} | {"boolq": {"acc": 0.0, "acc_stderr": 0.0}}
+    results = {name: {"acc": 1.0, "acc_stderr": 0.0, "n": 1} for name in SUBTASKS} | {
+        "boolq": {"acc": 0.0, "acc_stderr": 0.0}
+    }
     assert headlines(results) == {"boolq": 0.0, "arithmetic": 100.0}
 
 
 def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypatch):
-    monkeypatch.setattr(evaluation, "can_check", lambda name: not name.startswith("language:"))  # as without langdetect
+    monkeypatch.setattr(
+        evaluation, "can_check", lambda name: not name.startswith("language:")
+    )  # as without langdetect
     names = ["punctuation:no_comma", "startend:quotation"]
     documents = [
         ifeval_score({"instruction_id_list": names, "kwargs": [{}, {}]}, [Answer(text='"so it is"')]),
-        ifeval_score({"instruction_id_list": names[:1], "kwargs": [{"relation": None}]}, [Answer(text="a, b\nc")]),
-        ifeval_score({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}, [Answer(text="x")]),
+        ifeval_score(
+            {"instruction_id_list": names[:1], "kwargs": [{"relation": None}]}, [Answer(text="a, b\nc")]
+        ),
+        ifeval_score(
+            {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]},
+            [Answer(text="x")],
+        ),
     ]
     summary = summarise([document["metrics"] for document in documents])
-    assert summary["inst_level_strict_acc"] == pytest.approx(2 / 3) and summary["prompt_level_strict_acc"] == 0.5
+    assert (
+        summary["inst_level_strict_acc"] == pytest.approx(2 / 3) and summary["prompt_level_strict_acc"] == 0.5
+    )
     assert summary["inst_level_loose_acc"] == 1.0  # without the first line there is no comma
     assert documents[2]["not_scored"] == ["language:response_language"]
     assert headlines({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}}) == {}  # nothing could be scored
@@ -211,9 +265,13 @@ def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypat
 def test_groups_are_averaged_not_documents():
     found = summarise([{"f1": 1.0}, {"f1": 0.0}, {"f1": 0.0}, {"f1": 0.0}], ["a", "b", "b", "b"])
     assert found["f1"] == 0.5 and found["f1_stderr"] == 0
-    found = summarise([{"f1": 1.0}, {"f1": 0.0}, {"f1": 1.0}, {"f1": 0.0}, {"f1": 0.0}], ["a", "a", "b", "b", "b"])
+    found = summarise(
+        [{"f1": 1.0}, {"f1": 0.0}, {"f1": 1.0}, {"f1": 0.0}, {"f1": 0.0}], ["a", "a", "b", "b", "b"]
+    )
     parts = (1 / 2) ** 2, (1 / 3) ** 2  # squared standard errors: of 1, 0 and of 1, 0, 0
-    assert found["f1"] == pytest.approx((1 / 2 + 1 / 3) / 2) and found["f1_stderr"] == pytest.approx(sum(parts) ** 0.5 / 2)
+    assert found["f1"] == pytest.approx((1 / 2 + 1 / 3) / 2) and found["f1_stderr"] == pytest.approx(
+        sum(parts) ** 0.5 / 2
+    )
 
 
 def test_tydiqa_prompt_and_the_cut_passage(tmp_path):
@@ -238,9 +296,27 @@ def test_tydiqa_prompt_and_the_cut_passage(tmp_path):
 
 # ------------------------------------------------------------------------------- from the originals' formats to our rows
 
-TYDIQA_FILE = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [
-    {"id": f"{language}-{i}-0", "question": f"q{i}", "answers": [{"text": "a", "answer_start": 0}]}
-    for language in ("swahili", "arabic") for i in range(102)]}]}]}  # fmt: skip
+TYDIQA_FILE = {
+    "data": [
+        {
+            "title": "T",
+            "paragraphs": [
+                {
+                    "context": "c",
+                    "qas": [
+                        {
+                            "id": f"{language}-{i}-0",
+                            "question": f"q{i}",
+                            "answers": [{"text": "a", "answer_start": 0}],
+                        }
+                        for language in ("swahili", "arabic")
+                        for i in range(102)
+                    ],
+                }
+            ],
+        }
+    ]
+}
 ORIGINALS = {  # converter: (original texts, the rows they become)
     "convert_boolq": (
         ['{"question": "is it", "title": "Fox", "answer": true, "passage": "So it is."}\n'],
@@ -248,21 +324,45 @@ ORIGINALS = {  # converter: (original texts, the rows they become)
     ),
     "convert_logiqa": (
         ["\nb\nOne.Two. \nWhy so?\nA.No.\nB. Yes\nC.x\nD.y\n\na\nThree\nWho?\nA.1\nB.2\nC.3\nD.4\n"],
-        [{"label": "b", "context": "One. Two.", "question": "Why so?", "options": ["No.", "Yes", "x", "y"]},
-         {"label": "a", "context": "Three", "question": "Who?", "options": ["1", "2", "3", "4"]}],
+        [
+            {
+                "label": "b",
+                "context": "One. Two.",
+                "question": "Why so?",
+                "options": ["No.", "Yes", "x", "y"],
+            },
+            {"label": "a", "context": "Three", "question": "Who?", "options": ["1", "2", "3", "4"]},
+        ],
     ),
     "convert_asdiv": (
-        ["<M><ProblemSet><Problem><Body>Two dogs.</Body><Question>How many? </Question><Solution-Type>Sum</Solution-Type>"
-         "<Answer>2 (dogs)</Answer><Formula>2=2</Formula></Problem></ProblemSet></M>"],
-        [{"body": "Two dogs.", "question": "How many? ", "solution_type": "Sum", "answer": "2 (dogs)", "formula": "2=2"}],
+        [
+            "<M><ProblemSet><Problem><Body>Two dogs.</Body><Question>How many? </Question><Solution-Type>Sum</Solution-Type>"
+            "<Answer>2 (dogs)</Answer><Formula>2=2</Formula></Problem></ProblemSet></M>"
+        ],
+        [
+            {
+                "body": "Two dogs.",
+                "question": "How many? ",
+                "solution_type": "Sum",
+                "answer": "2 (dogs)",
+                "formula": "2=2",
+            }
+        ],
     ),
     "convert_truthfulqa": (
         ['[{"question": "q", "mc1_targets": {"b": 1, "a": 0}, "mc2_targets": {"x": 0, "w": 1}}]'],
-        [{"question": "q", "mc1_targets": {"choices": ["b", "a"], "labels": [1, 0]},
-          "mc2_targets": {"choices": ["x", "w"], "labels": [0, 1]}}],
+        [
+            {
+                "question": "q",
+                "mc1_targets": {"choices": ["b", "a"], "labels": [1, 0]},
+                "mc2_targets": {"choices": ["x", "w"], "labels": [0, 1]},
+            }
+        ],
     ),
     "convert_truthfulqa_prompt": (
-        ["doc_to_text: \"\\\n  {% set prompt_qa = '\\\n  Q: Who?\\n\\\n  A: It.\\n\\n\\\n  Q: Why?\\n\\\n  A: So.\\\n  '%}\\\n  {{x}}\""],
+        [
+            "doc_to_text: \"\\\n  {% set prompt_qa = '\\\n  Q: Who?\\n\\\n  A: It.\\n\\n\\\n  Q: Why?\\n\\\n  A: So.\\\n  '%}\\\n  {{x}}\""
+        ],
         "Q: Who?\nA: It.\n\nQ: Why?\nA: So.",
     ),
     "convert_ifeval": (
@@ -274,17 +374,21 @@ ORIGINALS = {  # converter: (original texts, the rows they become)
         [{"id": "x"}, {"id": "y"}],
     ),
     "convert_tydiqa_templates": (
-        ['import vllm\nencoding_templates_with_context = {"english": ("I", "P:", "Q:", "A:")}\nraise SystemExit'],
+        [
+            'import vllm\nencoding_templates_with_context = {"english": ("I", "P:", "Q:", "A:")}\nraise SystemExit'
+        ],
         '{"with_context": {"english": {"instruction": "I", "passage": "P:", "question": "Q:", "answer": "A:"}}}',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("converter", ORIGINALS)
 def test_converters(converter):
     originals, rows = ORIGINALS[converter]
     found = getattr(get_data, converter)(*originals)
-    assert (json.loads(found) == json.loads(rows)) if converter == "convert_tydiqa_templates" else found == rows
+    assert (
+        (json.loads(found) == json.loads(rows)) if converter == "convert_tydiqa_templates" else found == rows
+    )
 
 
 def test_the_tydiqa_draw():
@@ -307,9 +411,14 @@ def test_fetching_checks_caches_and_says_what_failed(tmp_path, monkeypatch):
     """Through a stand-in for the network: one fetch, a check of what came, and one line when it is not there."""
     monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path))
     fetched = []
-    monkeypatch.setattr(get_data, "fetch_text", lambda source: fetched.append(source) or ORIGINALS["convert_arc"][0][0])
+    monkeypatch.setattr(
+        get_data, "fetch_text", lambda source: fetched.append(source) or ORIGINALS["convert_arc"][0][0]
+    )
     folder = get_data.fetch_benchmarks(["arc_challenge.jsonl"])
-    assert json.loads((folder / "arc_challenge.jsonl").read_text().split("\n")[0]) == {"id": "x"} and len(fetched) == 12
+    assert (
+        json.loads((folder / "arc_challenge.jsonl").read_text().split("\n")[0]) == {"id": "x"}
+        and len(fetched) == 12
+    )
     get_data.fetch_benchmarks(["arc_challenge.jsonl"])
     assert len(fetched) == 12 and [path.name for path in folder.iterdir()] == ["arc_challenge.jsonl"]
     monkeypatch.setattr(get_data, "fetch_text", lambda source: ORIGINALS["convert_boolq"][0][0])
@@ -318,7 +427,8 @@ def test_fetching_checks_caches_and_says_what_failed(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(get_data.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="https://nowhere.invalid/x: could not be fetched .HF_HUB_OFFLINE is set.; put the rows"
+        ValueError,
+        match="https://nowhere.invalid/x: could not be fetched .HF_HUB_OFFLINE is set.; put the rows",
     ):
         get_data.fetch_text("https://nowhere.invalid/x")
 
@@ -331,11 +441,23 @@ def test_every_task_has_a_public_home_or_is_a_users():
 @pytest.mark.parametrize(
     "name, row, message",
     [
-        ("arc_challenge", {"question": "?", "choices": {"text": [], "label": []}, "answerKey": "A"}, "'A' is not in list"),
-        ("arc_challenge", {"question": "?", "choices": {"text": ["x"], "label": ["A"]}}, "no field 'answerKey'"),
+        (
+            "arc_challenge",
+            {"question": "?", "choices": {"text": [], "label": []}, "answerKey": "A"},
+            "'A' is not in list",
+        ),
+        (
+            "arc_challenge",
+            {"question": "?", "choices": {"text": ["x"], "label": ["A"]}},
+            "no field 'answerKey'",
+        ),
         ("logiqa", {"label": "e", "context": "", "question": "", "options": ["x"]}, "substring not found"),
         ("boolq", {"question": "?", "passage": "x", "label": 2}, "2 choices, the right one is number 2"),
-        ("truthfulqa_mc2", {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": []}}, "no choices"),
+        (
+            "truthfulqa_mc2",
+            {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": []}},
+            "no choices",
+        ),
         (
             "truthfulqa_mc2",
             {"question": "?", "mc1_targets": {"choices": []}, "mc2_targets": {"choices": ["x"]}},
@@ -343,15 +465,44 @@ def test_every_task_has_a_public_home_or_is_a_users():
         ),
         ("qa", {"prompt": "x"}, "no field 'answer'"),
         ("ifeval", {"prompt": "x"}, "no field 'instruction_id_list'"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "unknown instruction id 'no:such'"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{}]}, ".* argument: 'keywords'"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", 5]}]},
-         "first argument must be string or compiled pattern"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]},
-         "missing .*, unterminated subpattern"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"] * 2, "kwargs": [{}]}, "2 instruction ids, but 1 kw"),
-        ("ifeval", {"prompt": "x", "instruction_id_list": ["length_constraints:number_words"],
-                    "kwargs": [{"num_words": 5, "relation": "atleast"}]}, "relation 'atleast' is not one of less than, at least"),
+        (
+            "ifeval",
+            {"prompt": "x", "instruction_id_list": ["no:such"], "kwargs": [{}]},
+            "unknown instruction id 'no:such'",
+        ),
+        (
+            "ifeval",
+            {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{}]},
+            ".* argument: 'keywords'",
+        ),
+        (
+            "ifeval",
+            {
+                "prompt": "x",
+                "instruction_id_list": ["keywords:existence"],
+                "kwargs": [{"keywords": ["a", 5]}],
+            },
+            "first argument must be string or compiled pattern",
+        ),
+        (
+            "ifeval",
+            {"prompt": "x", "instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]},
+            "missing .*, unterminated subpattern",
+        ),
+        (
+            "ifeval",
+            {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"] * 2, "kwargs": [{}]},
+            "2 instruction ids, but 1 kw",
+        ),
+        (
+            "ifeval",
+            {
+                "prompt": "x",
+                "instruction_id_list": ["length_constraints:number_words"],
+                "kwargs": [{"num_words": 5, "relation": "atleast"}],
+            },
+            "relation 'atleast' is not one of less than, at least",
+        ),
         ("asdiv", {"body": "x", "question": "?", "answer": 5}, "'int' object has no attribute 'split'"),
     ],
 )
@@ -363,7 +514,11 @@ def test_malformed_rows_are_named(tmp_path, name, row, message):
 
 
 def test_groups_of_tasks():
-    assert expand_tasks(["truthfulqa", "boolq", "truthfulqa_mc1"]) == ["truthfulqa_mc1", "truthfulqa_mc2", "boolq"]
+    assert expand_tasks(["truthfulqa", "boolq", "truthfulqa_mc1"]) == [
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+        "boolq",
+    ]
     assert expand_tasks(["arithmetic"]) == SUBTASKS and len(SUBTASKS) == 10
     assert len(expand_tasks(["paper"])) == 5 and "ifeval" in expand_tasks(["paper-appendix"])
     with pytest.raises(ValueError, match="unknown task boolque"):

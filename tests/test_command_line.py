@@ -23,12 +23,30 @@ from data import write_rows
 from forgetting import METHODS, Options, locked, method_of, parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = [{"instruction": f"Tell me {i} of {i * i}", "output": " ".join(tiny.TEXT.split()[i : i + 3 + i % 7])} for i in range(40)]
+ROWS = [
+    {"instruction": f"Tell me {i} of {i * i}", "output": " ".join(tiny.TEXT.split()[i : i + 3 + i % 7])}
+    for i in range(40)
+]
 QUESTION = {"prompt": "Tell me: it is", "choices": ["the dog", "a fox"], "answer": "a fox"}
-FAST = ["--n-reference", "12", "--n-train", "24", "--batch-size", "6", "--rank", "4", "--lr", "1e-2", "--dropout", "0"]
+FAST = [
+    "--n-reference",
+    "12",
+    "--n-train",
+    "24",
+    "--batch-size",
+    "6",
+    "--rank",
+    "4",
+    "--lr",
+    "1e-2",
+    "--dropout",
+    "0",
+]
 
 
-def run(*arguments, ranks: int = 0, script: str = "forgetting.py", code: int = 0) -> subprocess.CompletedProcess:
+def run(
+    *arguments, ranks: int = 0, script: str = "forgetting.py", code: int = 0
+) -> subprocess.CompletedProcess:
     """A command line in a process of its own; one thread, so that processes can share two cores."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
@@ -49,7 +67,9 @@ def setting(tmp_path_factory) -> Path:
     write_rows(ROWS + ROWS[:5], folder / "rows.jsonl")
     other = {"prompt": "What is 12 plus 30?", "choices": ["It is", "42 things"], "answer": 1}
     write_rows([QUESTION, other], folder / "mc.jsonl")
-    write_rows([{"prompt": f"{i} plus 30 is", "answer": ["42", "the"]} for i in (12, 1, 144)], folder / "qa.jsonl")
+    write_rows(
+        [{"prompt": f"{i} plus 30 is", "answer": ["42", "the"]} for i in (12, 1, 144)], folder / "qa.jsonl"
+    )
     return folder
 
 
@@ -57,8 +77,26 @@ def setting(tmp_path_factory) -> Path:
 def finished(setting) -> Path:
     """One whole run of every method."""
     out = setting / "run"
-    done = run("--model", setting / "model", "--data", setting / "rows.jsonl", "--out", out, *FAST, "--methods", "base",
-               "reference", *METHODS, "--seeds", 0, 1, "--tasks", "mc", "--data-dir", setting)  # fmt: skip
+    done = run(
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        out,
+        *FAST,
+        "--methods",
+        "base",
+        "reference",
+        *METHODS,
+        "--seeds",
+        0,
+        1,
+        "--tasks",
+        "mc",
+        "--data-dir",
+        setting,
+    )
     assert "| forgetting-sequence | 2 " in done.stdout and "D_train 24 examples" in done.stdout
     assert done.stdout.splitlines()[-1] == f"every token with its Q: python tests/tools/look.py {out}"
     return out
@@ -68,9 +106,22 @@ def finished(setting) -> Path:
 def test_all_stages_on_every_architecture(setting, tmp_path, kind):
     """The paper's models in small, with the default targets; llama3 is the one the other tests use."""
     tiny.make_checkpoint(tmp_path / "m", kind, dialect=5, shards=2, dtype=torch.bfloat16)
-    options = Options(model=str(tmp_path / "m"), data=[str(setting / "rows.jsonl")], out=str(tmp_path / "run"), n_reference=12,
-                      n_train=24, batch_size=6, rank=4, lr=1e-2, epochs=3, lambda_schedule="constant", rho=0.7,
-                      methods=["base", "ignoring", "forgetting"], tasks=["mc"], data_dir=str(setting))  # fmt: skip
+    options = Options(
+        model=str(tmp_path / "m"),
+        data=[str(setting / "rows.jsonl")],
+        out=str(tmp_path / "run"),
+        n_reference=12,
+        n_train=24,
+        batch_size=6,
+        rank=4,
+        lr=1e-2,
+        epochs=3,
+        lambda_schedule="constant",
+        rho=0.7,
+        methods=["base", "ignoring", "forgetting"],
+        tasks=["mc"],
+        data_dir=str(setting),
+    )
     results = {name: seeds[0] for name, seeds in forgetting.run(options).items()}
     assert results["forgetting"]["L_P"] < results["base"]["L_P"]
     assert results["forgetting"]["L_N"] > results["ignoring"]["L_N"] + 0.1
@@ -79,25 +130,52 @@ def test_all_stages_on_every_architecture(setting, tmp_path, kind):
 def test_a_run_folder_is_complete(finished):
     scores = load_file(finished / "scores.safetensors")
     assert {name: t.dtype for name, t in scores.items()} == {
-        "base_loss": torch.float32, "ref_loss": torch.float32, "offsets": torch.int64, "tokens": torch.int32,
-        "sources": torch.uint8}  # fmt: skip
+        "base_loss": torch.float32,
+        "ref_loss": torch.float32,
+        "offsets": torch.int64,
+        "tokens": torch.int32,
+        "sources": torch.uint8,
+    }
     sources = bytes(scores["sources"].tolist()).decode().split("\n")
     assert len(sources) == 24 and all(re.search(r"rows\.jsonl:\d+$", source) for source in sources)
-    assert scores["base_loss"].shape == scores["ref_loss"].shape == (scores["offsets"][-1],) and len(scores["offsets"]) == 25
-    lines = [json.loads(line) for line in (finished / "forgetting/seed-1/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["lambda"] == pytest.approx((0.25 - 1e-5) / 2)
+    assert (
+        scores["base_loss"].shape == scores["ref_loss"].shape == (scores["offsets"][-1],)
+        and len(scores["offsets"]) == 25
+    )
+    lines = [
+        json.loads(line) for line in (finished / "forgetting/seed-1/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["lambda"] == pytest.approx(
+        (0.25 - 1e-5) / 2
+    )
     assert set(lines[0]) == {"step", "loss", "L_P", "L_N", "lambda", "lr", "grad_norm", "tokens/s"}
     files = (str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
     written = {re.sub(r"seed-[01]", "seed-S", file) for file in files}
     trained = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl")
-    expected = {"config.json", "results.json", "results.md", "scores.safetensors", *(f"reference/{name}" for name in trained)}
-    expected |= {f"{model}/{name}" for model in ("base", "reference") for name in ("results.json", "samples.jsonl")}
-    expected |= {f"{method}/seed-S/{name}" for method in METHODS for name in (*trained, "results.json", "samples.jsonl")}
+    expected = {
+        "config.json",
+        "results.json",
+        "results.md",
+        "scores.safetensors",
+        *(f"reference/{name}" for name in trained),
+    }
+    expected |= {
+        f"{model}/{name}" for model in ("base", "reference") for name in ("results.json", "samples.jsonl")
+    }
+    expected |= {
+        f"{method}/seed-S/{name}"
+        for method in METHODS
+        for name in (*trained, "results.json", "samples.jsonl")
+    }
     assert written == expected, "and no checkpoint, no temporary file"
     config = json.loads((finished / "config.json").read_text())
     assert config["rho"] is None and config["lr"] == 1e-2 and "torch" in config["versions"]
     table = (finished / "results.md").read_text()
-    assert re.search(r"\| ignoring-sequence +\| 2 ", table) and "| mc acc " in table and "mean +- sample standard" in table
+    assert (
+        re.search(r"\| ignoring-sequence +\| 2 ", table)
+        and "| mc acc " in table
+        and "mean +- sample standard" in table
+    )
 
 
 def test_reference_and_training_sets_are_disjoint_and_unique(finished, setting):
@@ -114,17 +192,52 @@ def test_reference_and_training_sets_are_disjoint_and_unique(finished, setting):
 
 def test_the_same_command_again_finds_everything(finished, setting, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished,
-                      *FAST, "--methods", "full", "forgetting", "--seeds", 0, 1, "--tasks", "mc", "--data-dir", setting)  # fmt: skip
-    assert said.count("found ") == 6 and {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+    said = in_process(
+        monkeypatch,
+        capsys,
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        finished,
+        *FAST,
+        "--methods",
+        "full",
+        "forgetting",
+        "--seeds",
+        0,
+        1,
+        "--tasks",
+        "mc",
+        "--data-dir",
+        setting,
+    )
+    assert (
+        said.count("found ") == 6
+        and {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+    )
 
 
 def test_other_inputs_are_refused_and_nothing_is_changed(finished, setting, monkeypatch, capsys):
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", finished, *FAST, "--methods", "full"]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        finished,
+        *FAST,
+        "--methods",
+        "full",
+    ]
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for more, message in (
         (["--t-max", 0.5], "was made with other t_max (there 0.25, now 0.5): use another --out"),
-        (["--epochs", 2, "--rank", 5], "was made with other rank (there 4, now 5); epochs (there 1, now 2): use another --out"),
+        (
+            ["--epochs", 2, "--rank", 5],
+            "was made with other rank (there 4, now 5); epochs (there 1, now 2): use another --out",
+        ),
         (["--n-train", 23], "was made with other training data (there"),
         (["--n-reference", 11], "was made with other reference data (there"),
     ):
@@ -134,12 +247,27 @@ def test_other_inputs_are_refused_and_nothing_is_changed(finished, setting, monk
 
 def test_two_ranks_make_the_adapter_of_one_process(setting, monkeypatch, capsys):
     """torchrun with gloo: scores, partition and training agree with a single process (dropout 0)."""
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "forgetting",
-              "--micro-tokens", 100, "--tasks", "mc", "--data-dir", setting]  # fmt: skip
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--methods",
+        "forgetting",
+        "--micro-tokens",
+        100,
+        "--tasks",
+        "mc",
+        "--data-dir",
+        setting,
+    ]
     one, two = setting / "one", setting / "two"
     in_process(monkeypatch, capsys, *common, "--out", one)
     done = run(*common, "--out", two, ranks=2)
-    assert done.stdout.count("| forgetting |") == done.stdout.count("every token with its Q: ") == 1  # rank 0 alone prints
+    assert (
+        done.stdout.count("| forgetting |") == done.stdout.count("every token with its Q: ") == 1
+    )  # rank 0 alone prints
     scores = [load_file(out / "scores.safetensors") for out in (one, two)]
     assert all(torch.allclose(scores[0][k], scores[1][k], atol=1e-4, equal_nan=True) for k in scores[0])
     for folder in ("reference", "forgetting/seed-0"):
@@ -151,16 +279,36 @@ def test_two_ranks_make_the_adapter_of_one_process(setting, monkeypatch, capsys)
 
 def test_three_ranks_make_the_adapter_of_one_process(setting, monkeypatch, capsys):
     """A last step of one example leaves two ranks without any."""
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "full", "--n-train", 25]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--methods",
+        "full",
+        "--n-train",
+        25,
+    ]
     in_process(monkeypatch, capsys, *common, "--out", setting / "alone")
     run(*common, "--out", setting / "three", ranks=3)
     for folder in ("reference", "full/seed-0"):
-        adapters = [load_file(setting / out / folder / "adapter_model.safetensors") for out in ("alone", "three")]
+        adapters = [
+            load_file(setting / out / folder / "adapter_model.safetensors") for out in ("alone", "three")
+        ]
         assert all((adapters[0][name] - adapters[1][name]).abs().max() < 1e-5 for name in adapters[0])
 
 
 def test_variants_share_the_reference_and_have_rows_of_their_own(setting, tmp_path, monkeypatch, capsys):
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", *FAST]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path / "run",
+        *FAST,
+    ]
     names = ["forgetting", "forgetting:rho=0.5", "forgetting:t_max=1.0,lambda_schedule=constant", "full"]
     out = in_process(monkeypatch, capsys, *common, "--methods", *names)
     assert all(f"| {name} " in out for name in names)
@@ -179,15 +327,35 @@ def test_eval_command_line(finished, setting, tmp_path, monkeypatch, capsys):
               "--batch-tokens", 20]  # fmt: skip  # a document a pass: both ranks have some
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, common), "--samples", str(tmp_path / "one.jsonl")])
     evaluation.main()
-    both = run(*common, "--samples", tmp_path / "two.jsonl", "--output", tmp_path / "two.json", script="eval.py", ranks=2)
+    both = run(
+        *common,
+        "--samples",
+        tmp_path / "two.jsonl",
+        "--output",
+        tmp_path / "two.json",
+        script="eval.py",
+        ranks=2,
+    )
     assert both.stdout == capsys.readouterr().out  # rank 0 alone prints
-    one, two = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
     assert [sample["task"] for sample in one] == ["mc"] * 2 + ["qa"] * 3
     for alone, shared in zip(one, two, strict=True):
-        assert shared.pop("loglikelihoods", []) == pytest.approx(alone.pop("loglikelihoods", []), rel=1e-5) and shared == alone
+        assert (
+            shared.pop("loglikelihoods", []) == pytest.approx(alone.pop("loglikelihoods", []), rel=1e-5)
+            and shared == alone
+        )
     results = json.loads((tmp_path / "two.json").read_text())
-    assert results["mc"]["n"] == 2 and results["qa"]["model"] == str(setting / "model") and results["qa"]["f1_stderr"] >= 0
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, common), "--limit", "1", "--output", str(tmp_path / "r.json")])
+    assert (
+        results["mc"]["n"] == 2
+        and results["qa"]["model"] == str(setting / "model")
+        and results["qa"]["f1_stderr"] >= 0
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["eval.py", *map(str, common), "--limit", "1", "--output", str(tmp_path / "r.json")]
+    )
     evaluation.main()
     assert "only the first 1 documents of each task" in capsys.readouterr().out
     assert [result["n"] for result in json.loads((tmp_path / "r.json").read_text()).values()] == [1, 1]
@@ -212,7 +380,9 @@ def test_the_bar_of_an_evaluation_counts_all_ranks(setting, monkeypatch, world):
     model, tokenizer = load_model(setting / "model"), Tokenizer(setting / "model")
     pairs = [([5, 6, 7, i], [8, 9]) for i in range(20, 44)]
     evaluation.loglikelihoods(model, pairs, batch_tokens=10)
-    monkeypatch.setattr(evaluation, "join_over_ranks", lambda written: {i: written.get(i, []) for i in range(24)})
+    monkeypatch.setattr(
+        evaluation, "join_over_ranks", lambda written: {i: written.get(i, []) for i in range(24)}
+    )
     evaluation.generate(model, tokenizer, [context for context, _ in pairs], 2, batch_tokens=12)
     assert [(bar.n, bar.total) for bar in bars] == [(24, 24)] * 2
 
@@ -234,24 +404,58 @@ def in_process(monkeypatch, capsys, *arguments, code: int = 0) -> str:
 def test_a_run_without_out_leaves_the_demos_folder_alone(setting, tmp_path, monkeypatch, capsys):
     """`runs/demo` was once the default of every run, because the world option's default is "popular"."""
     monkeypatch.chdir(tmp_path)
-    in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "base")
+    in_process(
+        monkeypatch,
+        capsys,
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--methods",
+        "base",
+    )
     assert (tmp_path / "runs/latest/results.md").is_file() and not (tmp_path / "runs/demo").exists()
 
 
-@pytest.mark.parametrize("name", ["reference/precious.txt", "results.json", "base/results.json", "reference/inputs.json"])
+@pytest.mark.parametrize(
+    "name", ["reference/precious.txt", "results.json", "base/results.json", "reference/inputs.json"]
+)
 def test_folders_of_others_are_not_touched(setting, tmp_path, monkeypatch, capsys, name):
     """A project with a folder named reference/ lost it when its root was given as --out; so were results.json."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "full"]
-    assert "holds files that are not of a run: use another --out" in in_process(monkeypatch, capsys, *common, code=2)
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path,
+        *FAST,
+        "--methods",
+        "full",
+    ]
+    assert "holds files that are not of a run: use another --out" in in_process(
+        monkeypatch, capsys, *common, code=2
+    )
     assert (tmp_path / name).read_text() == "mine"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
 def test_a_mistyped_first_command_does_not_block_its_folder(setting, tmp_path, monkeypatch, capsys):
     """Only inputs.json was there, and the corrected command was refused as another run."""
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "base"]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path,
+        *FAST,
+        "--methods",
+        "base",
+    ]
     assert "names no linear layer" in in_process(monkeypatch, capsys, *common, "--targets", "qproj", code=2)
     assert "| base" in in_process(monkeypatch, capsys, *common, "--targets", "q_proj")
 
@@ -259,8 +463,21 @@ def test_a_mistyped_first_command_does_not_block_its_folder(setting, tmp_path, m
 def test_changed_rows_of_a_task_are_evaluated_again(setting, tmp_path, monkeypatch, capsys):
     """Results were kept by the name of the data folder, so edited rows gave the old figures."""
     write_rows([QUESTION], tmp_path / "mc.jsonl")
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", *FAST,
-              "--methods", "base", "--tasks", "mc", "--data-dir", tmp_path]  # fmt: skip
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path / "run",
+        *FAST,
+        "--methods",
+        "base",
+        "--tasks",
+        "mc",
+        "--data-dir",
+        tmp_path,
+    ]
     in_process(monkeypatch, capsys, *common)
     write_rows([QUESTION, QUESTION | {"answer": "the dog"}], tmp_path / "mc.jsonl")
     in_process(monkeypatch, capsys, *common)
@@ -269,10 +486,21 @@ def test_changed_rows_of_a_task_are_evaluated_again(setting, tmp_path, monkeypat
 
 
 def test_what_is_wrong_with_tasks_is_found_before_training(setting, tmp_path, monkeypatch, capsys):
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path / "run", *FAST]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path / "run",
+        *FAST,
+    ]
     write_rows([{"body": "x", "question": "?", "answer": 5}], tmp_path / "asdiv.jsonl")
     for more, message in (
-        (["--tasks", "boolq", "--data-dir", tmp_path / "nowhere"], "nowhere has no boolq.jsonl, the rows of boolq"),
+        (
+            ["--tasks", "boolq", "--data-dir", tmp_path / "nowhere"],
+            "nowhere has no boolq.jsonl, the rows of boolq",
+        ),
         (["--tasks", "asdiv", "--data-dir", tmp_path], "asdiv.jsonl:1: 'int' object has no attribute"),
         (["--limit", "0"], "--limit 0 is not in [1, inf)"),
         (["--seeds", "-1"], "--seeds -1 is not in [0, 2147483647]"),
@@ -303,14 +531,27 @@ def test_scores_in_another_precision_than_the_training(setting, tmp_path, monkey
     for name in ("base_loss", "ref_loss"):
         apart = (exact[name] - rounded[name])[exact[name].isfinite()].abs()
         assert 0 < apart.mean() < 0.1 and apart.max() < 0.5
-    adapters = [(tmp_path / dtype / "full/seed-0/adapter_model.safetensors").read_bytes() for dtype in ("float32", "bfloat16")]
+    adapters = [
+        (tmp_path / dtype / "full/seed-0/adapter_model.safetensors").read_bytes()
+        for dtype in ("float32", "bfloat16")
+    ]
     assert adapters[0] == adapters[1], "full does not look at the scores, and trains in --dtype"
     message = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "bfloat16", code=2)
     assert "other score_dtype (there 'bfloat16', now 'float32')" in message
 
 
 def test_a_truncated_score_file_is_one_line(setting, tmp_path, monkeypatch, capsys):
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--out", tmp_path, *FAST, "--methods", "base"]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path,
+        *FAST,
+        "--methods",
+        "base",
+    ]
     in_process(monkeypatch, capsys, *common)
     path = tmp_path / "scores.safetensors"
     path.write_bytes(path.read_bytes()[:50])
@@ -319,25 +560,61 @@ def test_a_truncated_score_file_is_one_line(setting, tmp_path, monkeypatch, caps
 
 def test_a_single_step_of_rate_0_is_warned_about(setting, tmp_path, monkeypatch, capsys):
     """With a handful of rows all of training was the first step of warm-up, and nothing was learned in silence."""
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--n-reference", 4, "--n-train", 4, "--rank", 4]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--n-reference",
+        4,
+        "--n-train",
+        4,
+        "--rank",
+        4,
+    ]
     out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--methods", "full")
     assert out.count("warning: a single step has rate 0 and teaches nothing: --warmup 0") == 1
     assert "the reference takes 8 epochs" in out
-    out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b", "--methods", "full", "--warmup", 0)
+    out = in_process(
+        monkeypatch, capsys, *common, "--out", tmp_path / "b", "--methods", "full", "--warmup", 0
+    )
     assert "a single step" not in out
 
 
 def test_the_demo_runs_both_panels(demo_model, tmp_path):
     """One seed of the embedded default; the mechanics are asserted, not which method wins."""
-    done = run("--out", tmp_path, "--seeds", 5, "--methods", "base", "full", "ignoring", "forgetting", "--rank", 8,
-               "--n-train", 300, "--n-reference", 240, "--limit", 60, script="tests/tools/demo.py")  # fmt: skip
+    done = run(
+        "--out",
+        tmp_path,
+        "--seeds",
+        5,
+        "--methods",
+        "base",
+        "full",
+        "ignoring",
+        "forgetting",
+        "--rank",
+        8,
+        "--n-train",
+        300,
+        "--n-reference",
+        240,
+        "--limit",
+        60,
+        script="tests/tools/demo.py",
+    )
     clean, same = done.stdout.split("## Reference trained on rows as noisy")
     for panel in (clean, same):
         for method in ("base", "full", "ignoring", "forgetting", "oracle"):
             assert f"| {method} " in panel
         assert "AUC wrong" in panel and "demo_qa popular" in panel
-    tables = [text[text.rindex("| method ") :].splitlines() for text in (clean, same)]  # after the plans of the runs
-    rows = [[cell.strip() for cell in next(line for line in lines if line.startswith("| full ")).split("|")] for lines in tables]
+    tables = [
+        text[text.rindex("| method ") :].splitlines() for text in (clean, same)
+    ]  # after the plans of the runs
+    rows = [
+        [cell.strip() for cell in next(line for line in lines if line.startswith("| full ")).split("|")]
+        for lines in tables
+    ]
     assert rows[0][:7] == rows[1][:7] and rows[0][3], "trained once, shown twice"
     results = json.loads((tmp_path / "results.json").read_text())
     panel = next(iter(results.values()))
@@ -348,42 +625,104 @@ def test_the_demo_runs_both_panels(demo_model, tmp_path):
 
 def test_a_reference_that_learned_nothing_ends_the_run(setting, tmp_path, monkeypatch, capsys):
     """Found at d954c0b: one step of rate 0, every Q 0, N empty: `forgetting` was `full` byte for byte, with exit 0."""
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--rank", 4, "--out", tmp_path, "--methods", "forgetting"]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--rank",
+        4,
+        "--out",
+        tmp_path,
+        "--methods",
+        "forgetting",
+    ]
     said = in_process(monkeypatch, capsys, *common, "--reference-epochs", 1, "--n-reference", 6, code=2)
-    assert "the reference learned nothing: Q is 0 for every token" in said and not (tmp_path / "forgetting").exists()
+    assert (
+        "the reference learned nothing: Q is 0 for every token" in said
+        and not (tmp_path / "forgetting").exists()
+    )
 
 
 def test_a_small_pool_works_with_the_defaults(setting, tmp_path, monkeypatch, capsys):
     """40 rows: D_ref is 6 rows; it is gone through until the reference has taken 8 steps, and Q is described."""
-    said = in_process(monkeypatch, capsys, "--model", setting / "model", "--data", setting / "rows.jsonl", "--rank", 4,
-                      "--out", tmp_path, "--methods", "full", "forgetting", "--lr", "1e-2", "--epochs", 3)  # fmt: skip
+    said = in_process(
+        monkeypatch,
+        capsys,
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--rank",
+        4,
+        "--out",
+        tmp_path,
+        "--methods",
+        "full",
+        "forgetting",
+        "--lr",
+        "1e-2",
+        "--epochs",
+        3,
+    )
     assert "D_ref has 6 examples: the reference takes 8 epochs" in said
     assert len((tmp_path / "reference" / "metrics.jsonl").read_text().splitlines()) == 8
     assert re.search(r"Q of \d+ response tokens: mean .* 5 / 50 / 95 % at", said) and "under theta'" in said
     assert re.search(r"threshold [-\d.]+: \d+ tokens in P, \d+ in N\n", said)
-    full, forgetting = (load_file(tmp_path / name / "seed-0" / "adapter_model.safetensors") for name in ("full", "forgetting"))
+    full, forgetting = (
+        load_file(tmp_path / name / "seed-0" / "adapter_model.safetensors") for name in ("full", "forgetting")
+    )
     assert any(not torch.equal(full[name], forgetting[name]) for name in full)
 
 
 def test_held_out_rows_have_a_column(setting, tmp_path, monkeypatch, capsys):
     held = [{"instruction": f"Tell me {i}", "output": "the quick brown fox"} for i in range(100, 104)]
     write_rows(held, tmp_path / "held.jsonl")
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "base", "reference", "full"]
-    said = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--eval-data", tmp_path / "held.jsonl")
-    figures = [json.loads((tmp_path / "a" / name / "results.json").read_text()) for name in ("base", "reference", "full/seed-0")]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--methods",
+        "base",
+        "reference",
+        "full",
+    ]
+    said = in_process(
+        monkeypatch, capsys, *common, "--out", tmp_path / "a", "--eval-data", tmp_path / "held.jsonl"
+    )
+    figures = [
+        json.loads((tmp_path / "a" / name / "results.json").read_text())
+        for name in ("base", "reference", "full/seed-0")
+    ]
     assert "held-out perplexity" in said and len({figure["held-out"] for figure in figures}) == 3
     from data import Tokenizer, build_corpus, read_rows
     from model import load_model
 
-    model, corpus = load_model(setting / "model"), build_corpus(read_rows([str(tmp_path / "held.jsonl")]), Tokenizer(setting / "model"))
+    model, corpus = (
+        load_model(setting / "model"),
+        build_corpus(read_rows([str(tmp_path / "held.jsonl")]), Tokenizer(setting / "model")),
+    )
     losses = []
     for tokens, judged in zip(corpus.split(), np.split(corpus.response, corpus.offsets[1:-1])):
         with torch.no_grad():
             ids = torch.from_numpy(tokens).long()
             logits = model.lm_head(model(ids, torch.tensor([0, len(ids)], dtype=torch.int32)))
-        losses += torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[torch.from_numpy(judged[1:])].tolist()
+        losses += torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[
+            torch.from_numpy(judged[1:])
+        ].tolist()
     assert figures[0]["held-out"] == pytest.approx(np.mean(losses), abs=1e-4)
-    said = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b", "--eval-data", f"{setting / 'rows.jsonl'}:5", code=2)
+    said = in_process(
+        monkeypatch,
+        capsys,
+        *common,
+        "--out",
+        tmp_path / "b",
+        "--eval-data",
+        f"{setting / 'rows.jsonl'}:5",
+        code=2,
+    )
     assert "of its 5 rows are in D_ref or D_train" in said
 
 
@@ -396,16 +735,30 @@ def test_the_table_keeps_what_is_finished(setting, tmp_path, monkeypatch, capsys
     assert "not in the table" not in table
     expected = (("full", 2), ("ignoring", 1), ("base", 1))
     assert all(re.search(rf"\| {method} +\| {seeds} +\|", table) for method, seeds in expected)
-    said = in_process(monkeypatch, capsys, *common, "--methods", "reference", "--tasks", "mc", "--data-dir", setting)
+    said = in_process(
+        monkeypatch, capsys, *common, "--methods", "reference", "--tasks", "mc", "--data-dir", setting
+    )
     table = said[said.rindex("\n| method") :]
-    assert re.search(r"\| reference +\| 1 ", table) and table.count("\n| ") == 3, "a head, a rule and one row: the others know no mc"
+    assert re.search(r"\| reference +\| 1 ", table) and table.count("\n| ") == 3, (
+        "a head, a rule and one row: the others know no mc"
+    )
     for other in ("base", "full/seed-0", "full/seed-1", "ignoring/seed-0"):
         assert f"not in the table: {other}: measured on other tasks or held-out rows" in said
 
 
 def test_two_runs_in_one_folder(setting, tmp_path, monkeypatch, capsys):
     """The second is told so, and touches nothing; the lock goes with the block."""
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path / "run", "--methods", "base"]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--out",
+        tmp_path / "run",
+        "--methods",
+        "base",
+    ]
     with locked(tmp_path / "run"):
         assert "is in use by another run" in in_process(monkeypatch, capsys, *common, code=2)
         assert not list((tmp_path / "run").iterdir())
@@ -418,7 +771,15 @@ def test_an_interrupted_training_says_how_it_goes_on(setting, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", stop)
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path / "run"]
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--out",
+        tmp_path / "run",
+    ]
     monkeypatch.setattr(sys, "argv", ["forgetting.py", *map(str, common)])
     with pytest.raises(SystemExit) as stopped:
         forgetting.main()
@@ -429,7 +790,11 @@ def test_an_interrupted_training_says_how_it_goes_on(setting, tmp_path, monkeypa
 
 def test_prompts_are_answered_side_by_side(setting, finished, monkeypatch, capsys):
     adapters = [str(finished / name / "seed-0") for name in ("full", "forgetting")]
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(setting / "model"), "--prompt", "Tell me 3", "--adapter", *adapters])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["eval.py", "--model", str(setting / "model"), "--prompt", "Tell me 3", "--adapter", *adapters],
+    )
     evaluation.main()
     said = capsys.readouterr().out
     assert said.startswith("> Tell me 3\n[base] ") and said.count("/seed-0] ") == 2
@@ -441,7 +806,8 @@ def test_prompts_are_answered_side_by_side(setting, finished, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "name, unread", [("full:rho=0.5", "rho"), ("ignoring:t_max=1", "t_max"), ("full-P:forget_rate=0.1", "forget_rate")]
+    "name, unread",
+    [("full:rho=0.5", "rho"), ("ignoring:t_max=1", "t_max"), ("full-P:forget_rate=0.1", "forget_rate")],
 )
 def test_a_variant_by_an_option_its_method_does_not_read_is_refused(name, unread):
     """It was trained under its own name, and was the plain method."""
@@ -451,7 +817,17 @@ def test_a_variant_by_an_option_its_method_does_not_read_is_refused(name, unread
 
 @pytest.mark.parametrize("name", ["m.gguf", "M.GGUF"])
 def test_gguf_is_named(setting, tmp_path, monkeypatch, capsys, name):
-    said = in_process(monkeypatch, capsys, "--model", name, "--data", setting / "rows.jsonl", "--out", tmp_path / "run", code=2)
+    said = in_process(
+        monkeypatch,
+        capsys,
+        "--model",
+        name,
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path / "run",
+        code=2,
+    )
     assert f"{name}: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
 
 
@@ -480,8 +856,19 @@ def test_held_out_loss_while_training(setting, tmp_path, monkeypatch, capsys):
     """Every --eval-every steps a line of metrics.jsonl has it; the last is that of the table, and the training is the same."""
     held = [{"instruction": f"Tell me {i}", "output": "the quick brown fox"} for i in range(100, 104)]
     write_rows(held, tmp_path / "held.jsonl")
-    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--methods", "full", "--dropout", 0.1,
-              "--eval-data", tmp_path / "held.jsonl"]  # fmt: skip
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        *FAST,
+        "--methods",
+        "full",
+        "--dropout",
+        0.1,
+        "--eval-data",
+        tmp_path / "held.jsonl",
+    ]
     in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--eval-every", 2)
     in_process(monkeypatch, capsys, *common, "--out", tmp_path / "b")
     lines = [json.loads(line) for line in (tmp_path / "a/full/seed-0/metrics.jsonl").read_text().splitlines()]
@@ -499,18 +886,35 @@ def test_importing_does_not_load_the_compiler():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-RANGES = [("rank", 0, "[1, inf)"), ("lr", 0.0, "(0, inf)"), ("reference_lr", 0.0, "(0, inf)"),
-          ("reference_epochs", 0, "[1, inf)"), ("micro_tokens", 0, "[1, inf)"), ("n_reference", 0, "[1, inf)"),
-          ("n_train", 0, "[1, inf)"), ("limit", 0, "[1, inf)"), ("rho", 0.0, "(0, 1]"), ("rho", 1.0001, "(0, 1]"), ("forget_rate", -0.1, "[0, 1]"), ("dropout", 1.0, "[0, 1)"),
-          ("t_max", math.inf, "[0, inf)"), ("t_min", math.nan, "[0, inf)"), ("ceiling", -1.0, "[0, inf)"),
-          ("alpha", 0.0, "(0, inf)"), ("batch_size", -1, "[1, inf)"), ("save_every", 0, "[1, inf)"),
-          ("eval_every", -1, "[0, inf)")]  # fmt: skip
+RANGES = [
+    ("rank", 0, "[1, inf)"),
+    ("lr", 0.0, "(0, inf)"),
+    ("reference_lr", 0.0, "(0, inf)"),
+    ("reference_epochs", 0, "[1, inf)"),
+    ("micro_tokens", 0, "[1, inf)"),
+    ("n_reference", 0, "[1, inf)"),
+    ("n_train", 0, "[1, inf)"),
+    ("limit", 0, "[1, inf)"),
+    ("rho", 0.0, "(0, 1]"),
+    ("rho", 1.0001, "(0, 1]"),
+    ("forget_rate", -0.1, "[0, 1]"),
+    ("dropout", 1.0, "[0, 1)"),
+    ("t_max", math.inf, "[0, inf)"),
+    ("t_min", math.nan, "[0, inf)"),
+    ("ceiling", -1.0, "[0, inf)"),
+    ("alpha", 0.0, "(0, inf)"),
+    ("batch_size", -1, "[1, inf)"),
+    ("save_every", 0, "[1, inf)"),
+    ("eval_every", -1, "[0, inf)"),
+]
 
 
 @pytest.mark.parametrize("name, value, allowed", RANGES)
 def test_ranges_are_checked_in_python_too(name, value, allowed):
     """Options(rank=0) passed, and an explicit reference_lr of 0 was --lr: each is refused before defaults are filled in."""
-    with pytest.raises(ValueError, match=re.escape(f"--{name.replace('_', '-')} {value} is not in {allowed}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"--{name.replace('_', '-')} {value} is not in {allowed}")
+    ):
         Options(**{name: value})
 
 
@@ -532,7 +936,9 @@ def test_other_options_that_cannot_be_meant():
 
 def test_a_zero_that_is_allowed_is_meant():
     """0 is not "not given" for a share unlearned, a ceiling, or a variant of them."""
-    options = Options(forget_rate=0.0, ceiling=0.0, t_min=0.0, t_max=0.0, warmup=0.0, dropout=0.0, max_grad_norm=0.0)
+    options = Options(
+        forget_rate=0.0, ceiling=0.0, t_min=0.0, t_max=0.0, warmup=0.0, dropout=0.0, max_grad_norm=0.0
+    )
     assert (options.forget_rate, options.ceiling, options.t_max, options.warmup) == (0.0, 0.0, 0.0, 0.0)
     assert method_of("forgetting-clipped", options)[1].ceiling == 0.0
     assert method_of("forgetting:ceiling=0", Options())[1].ceiling == 0.0
@@ -553,7 +959,12 @@ def test_help_and_the_papers_defaults(capsys):
     options = parse_options(["--model", "m", "--data", "d"])
     assert (options.rank, options.alpha, options.dropout, options.lr) == (64, 16.0, 0.1, 1e-4)
     assert (options.batch_size, options.epochs, options.max_length, options.warmup) == (24, 1, 2048, 0.03)
-    assert (options.t_min, options.t_max, options.max_grad_norm, len(options.targets)) == (1e-5, 0.25, 0.0, 10)
+    assert (options.t_min, options.t_max, options.max_grad_norm, len(options.targets)) == (
+        1e-5,
+        0.25,
+        0.0,
+        10,
+    )
     options = parse_options(["--lr", "1"], seeds=[0, 1, 2], lr=2.0)
     assert options.lr == options.reference_lr == 1 and options.seeds == [0, 1, 2]
 
@@ -566,7 +977,11 @@ def test_help_and_the_papers_defaults(capsys):
         ("test -k model", 0, "python -m pytest -q {root}/tests -k model"),
         ("--model m --data d", 0, "python {root}/forgetting.py --model m --data d"),
         ("--model m --data d", 1, "python {root}/forgetting.py --model m --data d"),
-        ("--model m --data d", 4, "torchrun --standalone --nproc_per_node=4 {root}/forgetting.py --model m --data d"),
+        (
+            "--model m --data d",
+            4,
+            "torchrun --standalone --nproc_per_node=4 {root}/forgetting.py --model m --data d",
+        ),
     ],
 )
 def test_what_run_sh_starts(tmp_path, words, gpus, command):
@@ -576,9 +991,13 @@ def test_what_run_sh_starts(tmp_path, words, gpus, command):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else echo {name} "$@"; fi\n')
         path.chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / ".forgetting-requirements")  # nothing is to be installed
+    shutil.copy(
+        ROOT / "requirements.txt", tmp_path / ".forgetting-requirements"
+    )  # nothing is to be installed
     changed = {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run([ROOT / "run.sh", *words.split()], capture_output=True, text=True, env=os.environ | changed)
+    done = subprocess.run(
+        [ROOT / "run.sh", *words.split()], capture_output=True, text=True, env=os.environ | changed
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, command.format(root=ROOT) + "\n", "")
 
 
@@ -589,7 +1008,11 @@ def test_prompts_take_the_template_of_the_run(tmp_path):
     for name, template in (("a", "model"), ("b", "tulu")):
         (tmp_path / name / "full/seed-0").mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(json.dumps({"template": template}))
-    adapters = [str(tmp_path / "a/full/seed-0"), str(tmp_path / "a/reference"), str(tmp_path / "b/full/seed-0")]
+    adapters = [
+        str(tmp_path / "a/full/seed-0"),
+        str(tmp_path / "a/reference"),
+        str(tmp_path / "b/full/seed-0"),
+    ]
     assert template_of(adapters[:2]) == "model" and template_of(adapters[2:]) == "tulu" == template_of([])
     with pytest.raises(ValueError, match="different templates: give --template"):
         template_of(adapters)

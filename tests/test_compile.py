@@ -19,7 +19,9 @@ def attention(q, k, v, cu, scale):
     return torch.cat(outputs)
 
 
-@torch.library.custom_op("forgetting_tests::varlen", mutates_args=())  # one opaque call for the compiler, as the kernel is
+@torch.library.custom_op(
+    "forgetting_tests::varlen", mutates_args=()
+)  # one opaque call for the compiler, as the kernel is
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, scale: float) -> torch.Tensor:
     return attention(q, k, v, cu, scale)
 

@@ -23,15 +23,38 @@ import forgetting
 from data import whole_file, write_rows
 from look import forgetting_hurts
 
-COMMAND = ["--n-reference", "12", "--n-train", "28", "--batch-size", "4", "--rank", "4", "--lr", "1e-2", "--epochs", "4",
-           "--reference-epochs", "6", "--save-every", "1", "--methods", "base", "reference", "ignoring", "forgetting"]  # fmt: skip
+COMMAND = [
+    "--n-reference",
+    "12",
+    "--n-train",
+    "28",
+    "--batch-size",
+    "4",
+    "--rank",
+    "4",
+    "--lr",
+    "1e-2",
+    "--epochs",
+    "4",
+    "--reference-epochs",
+    "6",
+    "--save-every",
+    "1",
+    "--methods",
+    "base",
+    "reference",
+    "ignoring",
+    "forgetting",
+]
 
 
 def start(folder: Path, out: Path, *more, **options) -> subprocess.Popen:
     """The pipeline on a tiny model, every stage of it, with a checkpoint after every step and dropout on."""
     command = [sys.executable, str(ROOT / "forgetting.py"), "--model", str(folder / "model")]
     command += ["--data", str(folder / "rows.jsonl"), "--out", str(out), *COMMAND, *map(str, more)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), **options
+    )
 
 
 def artifacts(out: Path) -> dict[str, bytes]:
@@ -59,10 +82,15 @@ def test_a_killed_run_ends_in_the_same_bytes(undisturbed):
     kills, runs, rng = int(os.environ.get("FORGETTING_KILLS", 4)), 0, random.Random(0)
     delays, out = [], folder / "killed-0"
     while len(delays) < kills:
-        process, delay = start(folder, out), rng.uniform(0.3 * seconds, 0.9 * seconds)  # before 0.3 torch is still loading
+        process, delay = (
+            start(folder, out),
+            rng.uniform(0.3 * seconds, 0.9 * seconds),
+        )  # before 0.3 torch is still loading
         try:
             assert process.wait(timeout=delay) == 0, process.stderr.read()
-            assert artifacts(out) == expected  # it was done before the kill: the next kills go into a new folder
+            assert (
+                artifacts(out) == expected
+            )  # it was done before the kill: the next kills go into a new folder
             runs, out = runs + 1, folder / f"killed-{runs + 1}"
         except subprocess.TimeoutExpired:
             process.kill()
@@ -106,7 +134,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing(undisturbed):
     out = folder / "full-disk"
     process = start(folder, out, preexec_fn=quota(largest // 2))
     message = process.communicate()[1].strip().splitlines()[-1]
-    assert process.returncode == 2 and "could not be written" in message and str(out) in message and "large" in message
+    assert (
+        process.returncode == 2
+        and "could not be written" in message
+        and str(out) in message
+        and "large" in message
+    )
     assert not list(out.rglob("*.tmp"))
     again = start(folder, out)
     assert again.wait() == 0 and artifacts(out) == expected
@@ -116,13 +149,21 @@ def test_a_read_only_place_is_one_line(undisturbed):
     """/sys takes no folder, not even root's."""
     process = start(undisturbed[0], Path("/sys/run"))
     lines = [line for line in process.communicate()[1].splitlines() if line.startswith("forgetting.py")]
-    assert process.returncode == 2 and len(lines) == 1 and "/sys/run" in lines[0] and "could not be written" in lines[0]
+    assert (
+        process.returncode == 2
+        and len(lines) == 1
+        and "/sys/run" in lines[0]
+        and "could not be written" in lines[0]
+    )
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="x.txt: could not be written, what was there before still is"), whole_file(path) as file:
+    with (
+        pytest.raises(OSError, match="x.txt: could not be written, what was there before still is"),
+        whole_file(path) as file,
+    ):
         file.write_text("ne")
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
@@ -142,14 +183,26 @@ def test_one_failing_rank_ends_all(tmp_path):
         "wait_for_all()\n"
     )
     began = time.perf_counter()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
-    assert done.returncode != 0 and "rank 1 has had enough" in done.stderr and time.perf_counter() - began < 60
+    assert (
+        done.returncode != 0 and "rank 1 has had enough" in done.stderr and time.perf_counter() - began < 60
+    )
 
 
 def test_the_warning_about_lambda():
     line = lambda p, n: {"L_P": p, "L_N": n}
-    rising, falling = [line(2 + i / 50, 2 + i / 10) for i in range(40)], [line(2 - i / 50, 2 + i / 10) for i in range(40)]
+    rising, falling = (
+        [line(2 + i / 50, 2 + i / 10) for i in range(40)],
+        [line(2 - i / 50, 2 + i / 10) for i in range(40)],
+    )
     assert forgetting_hurts(rising) and not forgetting_hurts(falling)
     assert not forgetting_hurts(rising[:15]), "too few steps to tell"
     assert not forgetting_hurts([line(2 + i, None) for i in range(40)]), "nothing is unlearned"
@@ -160,8 +213,9 @@ def test_the_warning_about_lambda():
 def test_lambda_too_high_is_found(tmp_path):
     """An absurd forgetting strength on a tiny model; look.py says so."""
     model, corpus, signs = setting(tmp_path / "m")
-    options = forgetting.Options(model="m", rank=4, batch_size=4, t_max=20.0, lambda_schedule="constant", warmup=0.0,
-                                 lr=1e-2, epochs=8)  # fmt: skip
+    options = forgetting.Options(
+        model="m", rank=4, batch_size=4, t_max=20.0, lambda_schedule="constant", warmup=0.0, lr=1e-2, epochs=8
+    )
     forgetting.train(model, corpus, signs, tmp_path / "run", options, seed=0)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 48 and all(np.isfinite(line["loss"]) for line in lines)

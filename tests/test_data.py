@@ -16,19 +16,31 @@ from publish import chat_template
 
 STYLES = tuple(tiny.SPECIAL)
 ROWS = {  # layout: (row, its responses in order)
-    "messages": ({"messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is 12 plus 30?"},
-        {"role": "assistant", "content": "It is 42.\n\nThank you!"},
-        {"role": "user", "content": "And why?"},
-        {"role": "assistant", "content": " Because: “so” 🦊"}]}, ["It is 42.\n\nThank you!", " Because: “so” 🦊"]),
+    "messages": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "What is 12 plus 30?"},
+                {"role": "assistant", "content": "It is 42.\n\nThank you!"},
+                {"role": "user", "content": "And why?"},
+                {"role": "assistant", "content": " Because: “so” 🦊"},
+            ]
+        },
+        ["It is 42.\n\nThank you!", " Because: “so” 🦊"],
+    ),
     "prompt + completion": ({"prompt": "The quick brown", "completion": "fox jumps"}, ["fox jumps"]),
-    "prompt + response": ({"prompt": "### Response:\n", "response": "The river is long."}, ["The river is long."]),
+    "prompt + response": (
+        {"prompt": "### Response:\n", "response": "The river is long."},
+        ["The river is long."],
+    ),
     "instruction + input": ({"instruction": "Name it.", "input": "the dog", "output": "lazy 7"}, ["lazy 7"]),
     "instruction alone": ({"instruction": "Name it.", "input": "", "output": "naïve café"}, ["naïve café"]),
-    "instruction + context": ({"instruction": "Who?", "context": "a fox", "response": "The fox"}, ["The fox"]),
+    "instruction + context": (
+        {"instruction": "Who?", "context": "a fox", "response": "The fox"},
+        ["The fox"],
+    ),
     "inputs + targets": ({"inputs": "Tell me: ", "targets": "42"}, ["42"]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=STYLES)
@@ -73,7 +85,10 @@ def test_whitespace_tokens_are_response_tokens(tmp_path):
     raw.save(str(tmp_path / "tokenizer.json"))
     tokenizer, response = Tokenizer(tmp_path), "def f(x):\n    return x 🙂 é   \n"
     corpus = build_corpus([{"instruction": "Write", "output": response}], tokenizer)
-    assert tokenizer.decode(corpus.tokens[corpus.response].tolist(), skip_special=False) == response + tokenizer.eos
+    assert (
+        tokenizer.decode(corpus.tokens[corpus.response].tolist(), skip_special=False)
+        == response + tokenizer.eos
+    )
 
 
 def test_an_eos_that_the_tokenizer_adds_is_taken_off(tmp_path):
@@ -81,7 +96,9 @@ def test_an_eos_that_the_tokenizer_adds_is_taken_off(tmp_path):
     tiny.save_tokenizer(tmp_path, "llama2")
     raw = tiny.make_tokenizer("llama2")
     pair = [("<s>", raw.token_to_id("<s>")), ("</s>", raw.token_to_id("</s>"))]
-    raw.post_processor = tiny.processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=pair)
+    raw.post_processor = tiny.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=pair
+    )
     raw.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path)
     (prompt, _), (row, _) = tokenizer.encode(["Tell me", "Tell me</s>"])
@@ -165,14 +182,23 @@ def test_the_forms_that_files_have(tmp_path):
     """A list, lines (in .json, too), an object with the list under `data`; gzipped; capital letters; a table."""
     rows = [{"prompt": str(i), "completion": "x"} for i in range(3)]
     lines = tiny.jsonl(rows)
-    files = {"list.JSON": json.dumps(rows), "lines.json": lines, "data.json": json.dumps({"version": "1", "data": rows}),
-             "lines.JSONL": lines, "lines.jsonl.gz": lines, "list.json.gz": json.dumps(rows)}  # fmt: skip
+    files = {
+        "list.JSON": json.dumps(rows),
+        "lines.json": lines,
+        "data.json": json.dumps({"version": "1", "data": rows}),
+        "lines.JSONL": lines,
+        "lines.jsonl.gz": lines,
+        "list.json.gz": json.dumps(rows),
+    }
     for name, text in files.items():
         content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
         (tmp_path / name).write_bytes(content)
         assert [row["prompt"] for row in read_rows([str(tmp_path / name)])] == ["0", "1", "2"], name
     (tmp_path / "two.json").write_text(json.dumps({"data": rows, "more": rows}))
-    with pytest.raises(ValueError, match="two.json: a list of rows is expected, or an object with one under `data` alone, not dict"):
+    with pytest.raises(
+        ValueError,
+        match="two.json: a list of rows is expected, or an object with one under `data` alone, not dict",
+    ):
         read_rows([str(tmp_path / "two.json")])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:30])
     with pytest.raises(ValueError, match="cut.jsonl.gz: not a whole gzip file"):
@@ -185,7 +211,9 @@ def test_a_table_is_read_where_pyarrow_is(tmp_path, monkeypatch):
 
     rows = [{"messages": messages("a", "b")}, {"messages": messages("c", "d")}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert [row["messages"] for row in read_rows([f"{tmp_path}/rows.parquet:2"])] == [row["messages"] for row in rows]
+    assert [row["messages"] for row in read_rows([f"{tmp_path}/rows.parquet:2"])] == [
+        row["messages"] for row in rows
+    ]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="bad.parquet: not a whole parquet file"):
         read_rows([str(tmp_path / "bad.parquet")])
@@ -219,42 +247,84 @@ def test_bad_files_are_named(tmp_path, text, message):
         ({"prompt": "a", "completion": None, "instruction": None, "output": None}, "completion is empty"),
         ({"prompt": None, "response": "b"}, "unknown layout, fields found: response"),
         ({"instruction": "a", "input": 0, "output": "b"}, "input must be a string, not int"),
-        ({"instruction": "a", "input": "x", "context": "y", "output": "b"}, "input and context are both there"),
+        (
+            {"instruction": "a", "input": "x", "context": "y", "output": "b"},
+            "input and context are both there",
+        ),
         ({"messages": "x"}, "must be a list"),
-        ({"messages": [{"role": "user", "content": None}]}, "must be a string, or a list of text parts, not NoneType"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "must be a string, or a list of text parts, not NoneType",
+        ),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not allowed"),
-        ({"messages": [{"content": "x"}]}, "a message must be an object with role and content, or from and value"),
+        (
+            {"messages": [{"content": "x"}]},
+            "a message must be an object with role and content, or from and value",
+        ),
         ({"messages": ["x"]}, "a message must be an object with role and content, or from and value"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "take turns, starting with user"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message with text"),
         ({"messages": messages("a", "b", weight=0)}, "no assistant message is to be learned"),
         ({"messages": messages("a", "b", weight=0.5)}, "weight can only be 0, 1, false or true, not 0.5"),
-        ({"instruction": "a", "output": "b", "weight": 0}, "its weight says that the row is not to be learned"),
+        (
+            {"instruction": "a", "output": "b", "weight": 0},
+            "its weight says that the row is not to be learned",
+        ),
         # what cannot be rendered, by the name of the field
-        ({"messages": messages("a", "b"), "tools": [{"type": "function"}]}, r"tools cannot be rendered \(tool use\)"),
+        (
+            {"messages": messages("a", "b"), "tools": [{"type": "function"}]},
+            r"tools cannot be rendered \(tool use\)",
+        ),
         ({"messages": messages("a", "b"), "functions": [{"name": "f"}]}, "functions cannot be rendered"),
         ({"messages": messages("a", "b"), "tool_choice": "auto"}, "tool_choice cannot be rendered"),
-        ({"messages": messages("a", "b", tool_calls=[{"id": "1"}])}, "a message's tool_calls cannot be rendered"),
-        ({"messages": messages("a", "b", function_call={"name": "f"})}, "a message's function_call cannot be rendered"),
-        ({"messages": messages("a", "b", reasoning_content="so")}, "a message's reasoning_content cannot be rendered"),
+        (
+            {"messages": messages("a", "b", tool_calls=[{"id": "1"}])},
+            "a message's tool_calls cannot be rendered",
+        ),
+        (
+            {"messages": messages("a", "b", function_call={"name": "f"})},
+            "a message's function_call cannot be rendered",
+        ),
+        (
+            {"messages": messages("a", "b", reasoning_content="so")},
+            "a message's reasoning_content cannot be rendered",
+        ),
         ({"messages": messages("a", "b", thinking="so")}, "a message's thinking cannot be rendered"),
         ({"messages": messages("a", "b", name="Ann")}, "a speaker's name cannot be rendered"),
         ({"messages": messages("a", "b") + [{"role": "tool", "content": "x"}]}, "role 'tool' is not allowed"),
         ({"messages": messages("a", "b"), "images": ["a.png"]}, r"images cannot be rendered \(media\)"),
         ({"instruction": "a", "output": "b", "audio": {"path": "a.wav"}}, "audio cannot be rendered"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be of type text, not image_url"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "must be of type text, not image_url",
+        ),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "must be of type text, not str"),
-        ({"prompt": "a", "completion": "b", "label": False}, "label False marks a bad answer: leave such rows out"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"chosen cannot be rendered \(one of two answers: keep the better"),
+        (
+            {"prompt": "a", "completion": "b", "label": False},
+            "label False marks a bad answer: leave such rows out",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            r"chosen cannot be rendered \(one of two answers: keep the better",
+        ),
         ({"messages": messages("a", "b"), "rejected": "c"}, "rejected cannot be rendered"),
-        ({"instruction": "a", "output": "b", "rejected_response": "c"}, "rejected_response cannot be rendered"),
+        (
+            {"instruction": "a", "output": "b", "rejected_response": "c"},
+            "rejected_response cannot be rendered",
+        ),
         # text that another layout would use
         ({"messages": messages("a", "b"), "prompt": "x"}, "prompt has no place in this layout"),
         ({"messages": messages("a", "b"), "context": "x"}, "context has no place in this layout"),
         ({"instruction": "a", "output": "b", "response": "c"}, "response has no place in this layout"),
         ({"instruction": "a", "output": "b", "question": "c"}, "question has no place in this layout"),
-        ({"messages": [{"role": "system", "content": "s"}, *messages("a", "b")], "system": "t"}, "must take turns"),
-        ({"instruction": "a", "output": "b", "history": "x"}, "history must be a list of messages, or of pairs"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *messages("a", "b")], "system": "t"},
+            "must take turns",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": "x"},
+            "history must be a list of messages, or of pairs",
+        ),
     ],
 )
 def test_bad_rows_are_named(row, message):
@@ -274,35 +344,91 @@ WITH_SYSTEM = {"messages": [{"role": "system", "content": "s"}, *messages("a", "
         ({"inputs": "a", "input": "x", "targets": "b"}, {"instruction": "a\n\nx", "output": "b"}),
         ({"prompt": "a", "input": "x", "completion": "b"}, {"prompt": "a\n\nx", "response": "b"}),
         ({"prompt": "a", "context": "x", "response": "b"}, {"prompt": "a\n\nx", "response": "b"}),
-        ({"instruction": "a", "input": "x", "context": "x", "output": "b"}, {"instruction": "a\n\nx", "output": "b"}),
+        (
+            {"instruction": "a", "input": "x", "context": "x", "output": "b"},
+            {"instruction": "a\n\nx", "output": "b"},
+        ),
         ({"instruction": "", "input": "a", "output": "b"}, {"instruction": "a", "output": "b"}),
         ({"instruction": "a", "output": "b", "system": "s"}, WITH_SYSTEM),
         ({"conversations": messages("a", "b"), "system": "s"}, WITH_SYSTEM),
         ({"messages": messages("a", "b"), "system_message": "s"}, WITH_SYSTEM),
-        ({"prompt": "a", "response": "b", "system_prompt": "s"}, WITH_SYSTEM),  # a system turn: no raw text any more
-        ({"instruction": "a", "output": "b", "history": [["q", "r"]]}, EARLIER),  # LLaMA-Factory learns these, too
+        (
+            {"prompt": "a", "response": "b", "system_prompt": "s"},
+            WITH_SYSTEM,
+        ),  # a system turn: no raw text any more
+        (
+            {"instruction": "a", "output": "b", "history": [["q", "r"]]},
+            EARLIER,
+        ),  # LLaMA-Factory learns these, too
         ({"prompt": "a", "completion": "b", "history": messages("q", "r")}, EARLIER),
-        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"messages": messages("a", "b")}),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
-                       {"role": "assistant", "content": [{"type": "text", "value": "b"}, {"type": "text", "text": "c"}]}]},
-         {"messages": messages("a", "bc")}),
+        (
+            {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"messages": messages("a", "b")},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "text", "value": "b"}, {"type": "text", "text": "c"}],
+                    },
+                ]
+            },
+            {"messages": messages("a", "bc")},
+        ),
         # null, "", [] and {} are absent: a concatenated set has the columns of all
-        ({"messages": None, "prompt": "a", "completion": "b", "instruction": "", "output": None, "tools": [], "chosen": {}},
-         {"prompt": "a", "completion": "b"}),
-        ({"messages": messages("a", "b", tool_calls=[], reasoning_content=None, name=""), "prompt": None},
-         {"messages": messages("a", "b")}),
+        (
+            {
+                "messages": None,
+                "prompt": "a",
+                "completion": "b",
+                "instruction": "",
+                "output": None,
+                "tools": [],
+                "chosen": {},
+            },
+            {"prompt": "a", "completion": "b"},
+        ),
+        (
+            {"messages": messages("a", "b", tool_calls=[], reasoning_content=None, name=""), "prompt": None},
+            {"messages": messages("a", "b")},
+        ),
         # copies, descriptions and yeses
-        ({"messages": messages("a", "b"), "prompt": "a", "prompt_id": "7", "image_id": 3, "has_image": False},
-         {"messages": messages("a", "b")}),
-        ({"prompt": "a", "completion": "b", "label": True, "weight": 1.0}, {"prompt": "a", "completion": "b"}),
+        (
+            {
+                "messages": messages("a", "b"),
+                "prompt": "a",
+                "prompt_id": "7",
+                "image_id": 3,
+                "has_image": False,
+            },
+            {"messages": messages("a", "b")},
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": True, "weight": 1.0},
+            {"prompt": "a", "completion": "b"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_row_says_is_used(row, same):
     assert render(row, "$") == render(same, "$")
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": False}, {"loss_mask": 0},
-                                  {"loss_weight": 0}, {"train_on_turn": False}, {"loss": False}, {"masked": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"trainable": False},
+        {"loss_mask": 0},
+        {"loss_weight": 0},
+        {"train_on_turn": False},
+        {"loss": False},
+        {"masked": True},
+    ],
+)
 def test_a_turn_that_says_so_is_not_learned(flag):
     """OpenAI's and Mistral's weight, axolotl's train, ms-swift's loss, torchtune's masked."""
     pieces = render({"messages": messages("q", "r", "a", "b", **flag)}, "$")
@@ -319,15 +445,30 @@ def test_of_trls_two_lists_the_completion_is_learned():
 
 def test_fields_that_nobody_knows_are_said_once(tokenizer):
     rows = [{"instruction": "a", "output": f"{i}", "mood": "x", "id": i, "category": "y"} for i in range(3)]
-    rows.append({"messages": [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b", "tone": "z"}]})
+    rows.append(
+        {
+            "messages": [
+                {"role": "user", "content": "a", "weight": 1},
+                {"role": "assistant", "content": "b", "tone": "z"},
+            ]
+        }
+    )
     _, notes = render_rows([rows], tokenizer)
-    assert notes == ["fields not used: a message's tone, a message's weight, where it is not the assistant's, mood"]
+    assert notes == [
+        "fields not used: a message's tone, a message's weight, where it is not the assistant's, mood"
+    ]
 
 
 def test_rows_in_two_voices_are_said(tokenizer):
-    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a", "response": "b"}] + [{"messages": messages("a", "b")}] * 2
+    rows = (
+        [{"prompt": "a", "completion": "b"}] * 2
+        + [{"prompt": "a", "response": "b"}]
+        + [{"messages": messages("a", "b")}] * 2
+    )
     _, notes = render_rows([rows], tokenizer)
-    assert notes == ["3 of 5 rows are raw text without turn markers (prompt + completion and prompt + response)"]
+    assert notes == [
+        "3 of 5 rows are raw text without turn markers (prompt + completion and prompt + response)"
+    ]
     assert render_rows([rows[:3]], tokenizer)[1] == render_rows([rows[3:]], tokenizer)[1] == []
 
 
@@ -344,7 +485,9 @@ def test_all_bad_rows_are_said_at_once(tokenizer, tmp_path):
     assert lines[0] == "13 of 15 rows cannot be used:" and len(lines) == 13
     assert lines[1].strip() == f"{tmp_path}/a.jsonl:2: completion is empty"
     assert lines[11].strip() == "and 3 more"
-    assert lines[12].startswith("  in all: 8 x tools cannot be rendered (tool use): write it into the text, or take the field out; ")
+    assert lines[12].startswith(
+        "  in all: 8 x tools cannot be rendered (tool use): write it into the text, or take the field out; "
+    )
     assert lines[12].endswith("; 3 x completion is empty; 1 x not valid JSON; 1 x a row must be an object")
     (first, second), notes = render_rows(groups, tokenizer, skip_bad=True)
     assert [row.row["prompt"] for row in first + second] == ["a", "a"]
@@ -357,7 +500,15 @@ def test_all_bad_rows_are_said_at_once(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["instruction_raschka", "alpaca_gpt4_demo", "dolly_fixture", "dolly_hhrlhf", "messages_oasst", "messages_parts_demo", "t0_flan_like"],
+    [
+        "instruction_raschka",
+        "alpaca_gpt4_demo",
+        "dolly_fixture",
+        "dolly_hhrlhf",
+        "messages_oasst",
+        "messages_parts_demo",
+        "t0_flan_like",
+    ],
 )
 def test_real_rows(shared, tmp_path, name):
     """Every response token decodes back, on real instruction data in its native layouts."""
@@ -374,7 +525,11 @@ def test_real_rows(shared, tmp_path, name):
 
 def test_sharegpt_rows_are_read(tokenizer):
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
     assert render({"conversations": turns}, "</s>") == render({"messages": messages}, "</s>")
     with pytest.raises(ValueError, match="role 'function_call' is not allowed: system, user, assistant"):
         render({"conversations": [turns[1], {"from": "function_call", "value": "x"}]}, "</s>")
@@ -382,13 +537,20 @@ def test_sharegpt_rows_are_read(tokenizer):
 
 @pytest.mark.parametrize(
     "name, command",
-    [("rows.csv", r"python -c .*pandas.read_csv\('.*rows.csv'\)"), ("rows.parquet", "pip install pyarrow"), ("rows.arrow", ".*datasets"),
-     ("rows.jsonl.zst", "unzstd .*rows.jsonl.zst"), ("rows.txt", "mv .*rows.txt rows.jsonl, if it holds a JSON object a line")],
-)  # fmt: skip
+    [
+        ("rows.csv", r"python -c .*pandas.read_csv\('.*rows.csv'\)"),
+        ("rows.parquet", "pip install pyarrow"),
+        ("rows.arrow", ".*datasets"),
+        ("rows.jsonl.zst", "unzstd .*rows.jsonl.zst"),
+        ("rows.txt", "mv .*rows.txt rows.jsonl, if it holds a JSON object a line"),
+    ],
+)
 def test_files_of_other_formats_are_named_with_their_converter(tmp_path, monkeypatch, name, command):
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     (tmp_path / name).write_bytes(b"PAR1\xff")
-    with pytest.raises(ValueError, match=rf"{name}: \.\w+ is not read, only .jsonl, .json, .parquet: {command}"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: \.\w+ is not read, only .jsonl, .json, .parquet: {command}"
+    ):
         read_rows([str(tmp_path / name)])
 
 
@@ -419,8 +581,14 @@ def test_the_first_token_is_never_judged(tokenizer):
 def test_public_rows_without_a_response_are_those_that_render_says(capsys):
     """Found at fe070b7: rows in `conversations` ended in an AttributeError, null columns in a KeyError."""
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    rows = [{"conversations": turns}, {"conversations": [turns[0], {"from": "gpt", "value": ""}]}, {"conversations": turns[:1]},
-            {"messages": None, "inputs": "a", "targets": "b"}, {"inputs": "a", "targets": None}, {"a": "unknown layouts stay"}]
+    rows = [
+        {"conversations": turns},
+        {"conversations": [turns[0], {"from": "gpt", "value": ""}]},
+        {"conversations": turns[:1]},
+        {"messages": None, "inputs": "a", "targets": "b"},
+        {"inputs": "a", "targets": None},
+        {"a": "unknown layouts stay"},
+    ]
     kept = get_data.convert_rows(tiny.jsonl(rows))
     assert kept == [rows[0], rows[3], rows[5]]
     assert "3 of 6 public rows have no response" in capsys.readouterr().out
@@ -428,18 +596,30 @@ def test_public_rows_without_a_response_are_those_that_render_says(capsys):
 
 def test_two_public_files_never_share_a_place(monkeypatch):
     monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
-    names = ["a_b/c/x.jsonl", "a/b_c/x.jsonl", "a/b/c_x.jsonl", "a/b/c/x.jsonl", "a/b/c/x.jsonl@r", "a/b/c x.jsonl", "a/b/c%20x.jsonl"]
+    names = [
+        "a_b/c/x.jsonl",
+        "a/b_c/x.jsonl",
+        "a/b/c_x.jsonl",
+        "a/b/c/x.jsonl",
+        "a/b/c/x.jsonl@r",
+        "a/b/c x.jsonl",
+        "a/b/c%20x.jsonl",
+    ]
     assert len({get_data.fetch_rows(get_data.HUB_PREFIX + name) for name in names}) == len(names)
 
 
 def test_what_a_cold_reader_found(tmp_path):
     """A string in a JSON list was parsed as a line; a gzip of a changed byte, and a count in other digits, were tracebacks."""
-    (tmp_path / "x.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}, json.dumps({"prompt": "c", "completion": "d"})]))
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"prompt": "a", "completion": "b"}, json.dumps({"prompt": "c", "completion": "d"})])
+    )
     with pytest.raises(ValueError, match="x.json:2: a row must be an object, not str"):
         read_rows([str(tmp_path / "x.json")])
     whole = bytearray(gzip.compress(json.dumps({"prompt": "a", "completion": "b" * 500}).encode()))
     for place in range(10, len(whole) - 8):
-        (tmp_path / "x.jsonl.gz").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        (tmp_path / "x.jsonl.gz").write_bytes(
+            whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]
+        )
         with pytest.raises(ValueError, match="x.jsonl.gz"):
             read_rows([str(tmp_path / "x.jsonl.gz")])
     with pytest.raises(ValueError, match="no such file"):
@@ -449,11 +629,15 @@ def test_what_a_cold_reader_found(tmp_path):
         render(row | {"masked": "false"}, "</s>")
     with pytest.raises(ValueError, match="system and system_message are both there"):
         render(row | {"system": "x", "system_message": "y"}, "</s>")
-    assert render(row | {"history": [["hello", ""]]}, "</s>")[3] == ("</s>", False), "an empty answer is not learned"
+    assert render(row | {"history": [["hello", ""]]}, "</s>")[3] == ("</s>", False), (
+        "an empty answer is not learned"
+    )
 
 
 def test_a_field_noise_of_another_meaning_is_said(tmp_path):
     tiny.save_tokenizer(tmp_path, "llama3")
-    rows = [{"instruction": "a", "output": "b", "noise": noise} for noise in ([[0, 1, "x"]], 0.3, [[0, "3", "k"]])]
+    rows = [
+        {"instruction": "a", "output": "b", "noise": noise} for noise in ([[0, 1, "x"]], 0.3, [[0, "3", "k"]])
+    ]
     notes = [render_rows([[row]], Tokenizer(tmp_path))[1] for row in rows]
     assert notes == [[], *[["fields not used: noise, which is not [[start, end, kind], ...]"]] * 2]

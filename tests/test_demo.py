@@ -11,10 +11,16 @@ from forgetting import Options, locked
 def test_the_demo_world_is_what_it_says():
     files = demo.demo_rows("popular", 0)
     assert files == demo.demo_rows("popular", 0) and files != demo.demo_rows("popular", 1)
-    people = {name: {w for row in files[name] for w in row["instruction"].split() if w in demo.PEOPLE}
-              for name in ("train", "reference-clean", "reference-same")}  # fmt: skip
+    people = {
+        name: {w for row in files[name] for w in row["instruction"].split() if w in demo.PEOPLE}
+        for name in ("train", "reference-clean", "reference-same")
+    }
     asked = {
-        w for row in files["demo_qa"] if row["group"].startswith("unseen") for w in row["prompt"].split() if w in demo.PEOPLE
+        w
+        for row in files["demo_qa"]
+        if row["group"].startswith("unseen")
+        for w in row["prompt"].split()
+        if w in demo.PEOPLE
     }
     assert not people["train"] & people["reference-clean"] and not people["train"] & people["reference-same"]
     assert asked and not asked & (people["train"] | people["reference-clean"] | people["reference-same"])
@@ -47,9 +53,14 @@ def test_about_30_percent_of_the_demos_response_tokens_are_noisy(demo_model, tmp
         write_rows(demo.demo_rows("popular", seed)["train"], tmp_path / "train.jsonl")
         rows = read_rows([str(tmp_path / "train.jsonl")])
         corpus = build_corpus(rows, tokenizer)
-        assert sorted(corpus.noise) == ["boilerplate", "garbled", "wrong"] and not (corpus.noisy & ~corpus.response).any()
+        assert (
+            sorted(corpus.noise) == ["boilerplate", "garbled", "wrong"]
+            and not (corpus.noisy & ~corpus.response).any()
+        )
         assert 0.26 < corpus.noisy[corpus.response].mean() < 0.34
-        assert "thank you for this great question" in tokenizer.decode(corpus.tokens[corpus.noise["boilerplate"]].tolist())
+        assert "thank you for this great question" in tokenizer.decode(
+            corpus.tokens[corpus.noise["boilerplate"]].tolist()
+        )
 
 
 def test_the_demos_tasks():
@@ -57,11 +68,15 @@ def test_the_demos_tasks():
     files = demo.demo_rows("popular", 0)
     for row in files["demo_mc"][:4]:
         context, choices, right = demo.multiple_choice(row)
-        assert context == row["prompt"] + row["head"] and context[-1].isspace(), "nothing is put between it and a choice"
+        assert context == row["prompt"] + row["head"] and context[-1].isspace(), (
+            "nothing is put between it and a choice"
+        )
         assert choices == row["choices"] and choices[right] == row["answer"]
     score = TASKS["demo_qa"].score
     unseen = next(row for row in files["demo_qa"] if row["group"] == "unseen, misconceived")
-    wrong, good = (score(unseen, [Answer(text=text)])["metrics"] for text in (unseen["popular"], unseen["answer"]))
+    wrong, good = (
+        score(unseen, [Answer(text=text)])["metrics"] for text in (unseen["popular"], unseen["answer"])
+    )
     assert wrong == {"f1": 0.0, "popular": 1.0} and good == {"f1": 1.0, "popular": 0.0}
     assert "popular" not in score(unseen | {"group": "sums"}, [Answer(text="x")])["metrics"]
 
@@ -96,7 +111,10 @@ def test_the_demo_refuses_before_it_writes(tmp_path, capsys):
         (["--methods", "nope"], "unknown method nope; known: base, reference, full"),
         (["--methods", "full:rho=0.5"], "full does not read rho"),
         (["--out", tmp_path / "theirs"], "theirs holds files that are not of a demo: use another --out"),
-        (["--out", tmp_path / "other"], "world-0/train.jsonl holds other rows than this demo's: use another --out"),
+        (
+            ["--out", tmp_path / "other"],
+            "world-0/train.jsonl holds other rows than this demo's: use another --out",
+        ),
     ):
         assert message in refusal(capsys, "--seeds", 0, "--out", tmp_path / "new", *words)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

@@ -17,7 +17,7 @@ from forgetting import (
     lambda_at,
     learning_rate_at,
     partition,
-    quality_scores,  # fmt: skip
+    quality_scores,
     seed_dropout,
     token_weights,
     weighted_token_loss,
@@ -54,8 +54,15 @@ def test_the_plain_version_of_the_docstring():
     lines = [line.strip() for line in weighted_token_loss.__doc__.splitlines()]
     plain = [line for line in lines if line.startswith(("logits = ", "losses = ", "loss = "))]
     assert len(plain) == 3
-    names = {"hidden": hidden, "head_weight": head_weight, "targets": targets, "positive": positive,
-             "negative": negative, "lam": 0.2, "F": torch.nn.functional}  # fmt: skip
+    names = {
+        "hidden": hidden,
+        "head_weight": head_weight,
+        "targets": targets,
+        "positive": positive,
+        "negative": negative,
+        "lam": 0.2,
+        "F": torch.nn.functional,
+    }
     exec("\n".join(plain), names)
     loss = weighted_token_loss(hidden, head_weight, targets, token_weights(positive, negative, 0.2))
     assert loss.item() == pytest.approx(names["loss"].item(), rel=1e-5)
@@ -73,13 +80,21 @@ def test_equation_8_value_and_gradient(lam, empty):
         negative[:] = False
     oracle_hidden = hidden.double().requires_grad_()
     oracle = naive_equation_8(oracle_hidden, head, targets, positive, negative, lam)
-    oracle_gradient = torch.autograd.grad(oracle, oracle_hidden)[0] if oracle.requires_grad else torch.zeros_like(oracle_hidden)
+    oracle_gradient = (
+        torch.autograd.grad(oracle, oracle_hidden)[0]
+        if oracle.requires_grad
+        else torch.zeros_like(oracle_hidden)
+    )
     hidden.requires_grad_()
-    loss, losses = weighted_token_loss(hidden, head, targets, token_weights(positive, negative, lam), return_losses=True)
+    loss, losses = weighted_token_loss(
+        hidden, head, targets, token_weights(positive, negative, lam), return_losses=True
+    )
     (3 * loss).backward()
     assert torch.isfinite(loss) and not losses.requires_grad and abs(loss.item() - oracle.item()) < 1e-5
     assert torch.allclose(hidden.grad.double(), 3 * oracle_gradient, atol=1e-7, rtol=1e-5)
-    assert torch.allclose(losses.double(), torch.stack(naive_losses(hidden.detach().double(), head, targets)), atol=1e-5)
+    assert torch.allclose(
+        losses.double(), torch.stack(naive_losses(hidden.detach().double(), head, targets)), atol=1e-5
+    )
 
 
 def test_clipping_stops_the_ascent_on_improbable_tokens_only():
@@ -88,7 +103,9 @@ def test_clipping_stops_the_ascent_on_improbable_tokens_only():
     losses = torch.stack(naive_losses(hidden.double(), head, targets))
     assert (negative & (losses > limit)).any() and (negative & (losses < limit)).any()
     weights = token_weights(positive, negative, 0.25)
-    oracle = (weights.double() * losses)[~(negative & (losses > limit))].sum()  # the mean stays one over all of N
+    oracle = (weights.double() * losses)[
+        ~(negative & (losses > limit))
+    ].sum()  # the mean stays one over all of N
     hidden.requires_grad_()
     loss = weighted_token_loss(hidden, head, targets, weights, ceiling=limit)
     assert METHODS["forgetting-clipped"].ceiling == limit
@@ -149,7 +166,9 @@ def test_partition_refuses_shares_out_of_range(rho, rate):
 def test_warmup_and_decay_are_those_of_transformers():
     """get_linear_schedule_with_warmup: the first step has rate 0, the last is one slope above 0."""
     rates = [learning_rate_at(step, 100, 2.0, 0.03) for step in range(100)]
-    assert rates[:4] == [0, pytest.approx(2 / 3), pytest.approx(4 / 3), 2] and rates[-1] == pytest.approx(2 / 97)
+    assert rates[:4] == [0, pytest.approx(2 / 3), pytest.approx(4 / 3), 2] and rates[-1] == pytest.approx(
+        2 / 97
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- signs
@@ -183,7 +202,10 @@ def test_signs_of_every_method(name):
 
 def test_rho_overrides_and_random_is_drawn_by_seed():
     corpus, quality = scored_corpus()
-    signs = {seed: choose_signs(METHODS["ignoring-random"], quality, corpus, Options(rho=0.7), seed) for seed in (1, 2)}
+    signs = {
+        seed: choose_signs(METHODS["ignoring-random"], quality, corpus, Options(rho=0.7), seed)
+        for seed in (1, 2)
+    }
     assert abs(signs[1][corpus.response].mean() - 0.7) < 0.02 and (signs[1] != signs[2]).any()
     assert (choose_signs(METHODS["full"], quality, corpus, Options(rho=0.7), 0)[corpus.response] == 1).all()
     signs = choose_signs(METHODS["forgetting"], quality, corpus, Options(forget_rate=0.1), 0)[corpus.response]
@@ -212,14 +234,19 @@ def test_targets_of_minus_100_count_nothing():
     loss = weighted_token_loss(hidden, head, targets, weights)
     loss.backward()
     kept = targets >= 0
-    losses = torch.nn.functional.cross_entropy(hidden.detach()[kept] @ head.T, targets[kept], reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        hidden.detach()[kept] @ head.T, targets[kept], reduction="none"
+    )
     assert loss.item() == pytest.approx(float(losses @ weights[kept]), rel=1e-5)
     assert not hidden.grad[~kept].any() and hidden.grad[kept].any(dim=1).all()
 
 
 def test_every_epoch_has_an_order_of_its_own():
     """A change that drew every epoch from the seed alone passed all tests once."""
-    epochs = [np.concatenate([examples_of(step, 50, 8, seed=3) for step in range(7 * e, 7 * e + 7)]) for e in range(3)]
+    epochs = [
+        np.concatenate([examples_of(step, 50, 8, seed=3) for step in range(7 * e, 7 * e + 7)])
+        for e in range(3)
+    ]
     assert all(sorted(epoch.tolist()) == list(range(50)) for epoch in epochs)
     assert not any((epochs[i] == epochs[j]).all() for i in range(3) for j in range(i))
     assert (epochs[0] == np.concatenate([examples_of(step, 50, 8, seed=3) for step in range(7)])).all()
@@ -284,7 +311,10 @@ def test_the_controls_are_of_forgettings_sizes():
     """full-P keeps as many tokens as forgetting, forgetting-random unlearns as many: only which ones differs."""
     corpus = position_corpus([30, 40, 50])
     quality = np.where(corpus.response, np.random.default_rng(0).standard_normal(len(corpus.tokens)), np.nan)
-    signs = {name: choose_signs(METHODS[name], quality, corpus, Options(), 0) for name in ("forgetting", "full-P", "forgetting-random")}
+    signs = {
+        name: choose_signs(METHODS[name], quality, corpus, Options(), 0)
+        for name in ("forgetting", "full-P", "forgetting-random")
+    }
     kept = {name: (int((s > 0).sum()), int((s < 0).sum())) for name, s in signs.items()}
     assert kept["full-P"] == (kept["forgetting"][0], 0) and kept["forgetting-random"] == kept["forgetting"]
     assert not np.array_equal(signs["forgetting-random"], signs["forgetting"])

@@ -25,7 +25,9 @@ def naive_loglikelihood(model, context, continuation) -> tuple[float, bool]:
     """The whole sequence in one pass, cut from the left as lm-evaluation-harness cuts it."""
     ids = (context + continuation)[-(model.config.max_position_embeddings + 1) :]
     inputs = torch.tensor(ids[:-1])
-    logits = model.lm_head(model(inputs, torch.tensor([0, len(inputs)], dtype=torch.int32)))[-len(continuation) :]
+    logits = model.lm_head(model(inputs, torch.tensor([0, len(inputs)], dtype=torch.int32)))[
+        -len(continuation) :
+    ]
     logprobs = torch.log_softmax(logits.double(), -1)
     targets = torch.tensor(continuation)
     total = logprobs[torch.arange(len(targets)), targets].sum().item()
@@ -62,7 +64,9 @@ def test_generation_equals_the_naive_loop(pair):
     model, tokenizer = pair
     prompts = [ids for ids, _ in tokenizer.encode(["Tell me", "The river", "Why is the dog so lazy?", "The"])]
     written = [naive_greedy(model, ids, 12) for ids in prompts]
-    expected = [tokenizer.decode(w[: w.index(tokenizer.eos_id)] if tokenizer.eos_id in w else w) for w in written]
+    expected = [
+        tokenizer.decode(w[: w.index(tokenizer.eos_id)] if tokenizer.eos_id in w else w) for w in written
+    ]
     for batch_tokens in (1, 40, 4096):
         assert generate(model, tokenizer, prompts, 12, batch_tokens=batch_tokens) == expected
     stop = expected[0][2:4]
@@ -83,7 +87,10 @@ def test_generation_stops_at_eos(pair):
 def test_pairs_are_split_as_lm_eval_splits_them(pair):
     _, tokenizer = pair
     whole = tokenizer.encode(["The river is long"])[0][0]
-    for context, continuation in (("The river", " is long"), ("The river ", "is long")):  # trailing space moves over
+    for context, continuation in (
+        ("The river", " is long"),
+        ("The river ", "is long"),
+    ):  # trailing space moves over
         context_ids, ids = encode_pair(tokenizer, context, continuation)
         assert context_ids == tokenizer.encode(["The river"])[0][0] and context_ids + ids == whole
     context_ids, ids = encode_pair(tokenizer, "", "long")
@@ -108,7 +115,9 @@ def test_f1_is_squads():
 
 def test_a_mean_is_over_the_documents_that_have_the_metric():
     found = summarise([{"f1": 1.0}, {"f1": 0.0, "popular": 1.0}, {"f1": 0.5}])
-    assert found["f1"] == 0.5 and found["f1_stderr"] == pytest.approx(0.5 / 3**0.5) and found["popular"] == 1.0
+    assert (
+        found["f1"] == 0.5 and found["f1_stderr"] == pytest.approx(0.5 / 3**0.5) and found["popular"] == 1.0
+    )
 
 
 def test_your_own_rows_end_to_end(pair, tmp_path):
@@ -120,25 +129,36 @@ def test_your_own_rows_end_to_end(pair, tmp_path):
     write_rows([asked, asked | {"answer": "a fox"}], tmp_path / "qa.jsonl")
     documents = prepare(["mc", "qa"], tokenizer, tmp_path)
     results, samples = evaluate(model, tokenizer, documents)
-    totals = [naive_loglikelihood(model, *encode_pair(tokenizer, "Tell me: it is ", c))[0] for c in choice["choices"]]
+    totals = [
+        naive_loglikelihood(model, *encode_pair(tokenizer, "Tell me: it is ", c))[0]
+        for c in choice["choices"]
+    ]
     for sample, right in zip(samples[:2], (1, 2)):
         assert sample["loglikelihoods"] == pytest.approx(totals, rel=1e-5) and sample["target"] == right
         assert sample["prediction"] == max(range(3), key=totals.__getitem__)
-    assert results["mc"]["acc"] == sum(s["prediction"] == s["target"] for s in samples[:2]) / 2 and results["mc"]["n"] == 2
+    assert (
+        results["mc"]["acc"] == sum(s["prediction"] == s["target"] for s in samples[:2]) / 2
+        and results["mc"]["n"] == 2
+    )
     reply = generate(model, tokenizer, [tokenizer.encode([asked["prompt"]])[0][0]], 32, stop="\n")[0].strip()
     scores = [f1_score(reply, answer) for answer in asked["answer"]]
-    assert [sample["metrics"]["f1"] for sample in samples[2:]] == [max(scores), scores[0]] and samples[2]["prediction"] == reply
+    assert [sample["metrics"]["f1"] for sample in samples[2:]] == [max(scores), scores[0]] and samples[2][
+        "prediction"
+    ] == reply
     assert evaluate(model, tokenizer, prepare(["mc"], tokenizer, tmp_path, limit=1))[0]["mc"]["n"] == 1
     with pytest.raises(ValueError, match="unknown task nope; known: truthfulqa_mc1, "):
         prepare(["nope"], tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"prompt": "x", "choices": ["a"]}, "no field 'answer'"),
-    ({"prompt": "x", "choices": ["a", "b"], "answer": "c"}, "answer 'c' is none of the choices"),
-    ({"prompt": "x", "choices": ["a", "b"], "answer": True}, "answer True is none of the choices"),
-    ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "2 choices, the right one is number 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "x", "choices": ["a"]}, "no field 'answer'"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": "c"}, "answer 'c' is none of the choices"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": True}, "answer True is none of the choices"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "2 choices, the right one is number 2"),
+    ],
+)
 def test_malformed_questions_are_named(pair, tmp_path, row, message):
     write_rows([row], tmp_path / "mc.jsonl")
     with pytest.raises(ValueError, match=f"mc.jsonl:1: {message}"):
@@ -149,7 +169,9 @@ def test_a_model_that_answers_nan_has_no_accuracy(pair, tmp_path):
     """Found at fe070b7: the argmax of NaN is place 0, so truthfulqa_mc1 gave 1.0."""
     model, tokenizer = pair
     write_rows([{"prompt": "Tell me:", "choices": ["a", "b"], "answer": 0}], tmp_path / "mc.jsonl")
-    norm = next(p for name, p in model.named_parameters() if name.endswith(("model.norm.weight", "ln_f.weight")))
+    norm = next(
+        p for name, p in model.named_parameters() if name.endswith(("model.norm.weight", "ln_f.weight"))
+    )
     before = norm.data.clone()
     norm.data[0] = torch.nan
     try:
@@ -162,7 +184,10 @@ def test_a_model_that_answers_nan_has_no_accuracy(pair, tmp_path):
 def test_empty_texts_begin_with_the_bos_or_eos(pair):
     """An empty prompt took the reply of its neighbour; an empty pair was an IndexError without its row."""
     model, tokenizer = pair
-    first, alone = generate(model, tokenizer, [[5, 9, 7], []], 4), generate(model, tokenizer, [[tokenizer.start_id]], 4)
+    first, alone = (
+        generate(model, tokenizer, [[5, 9, 7], []], 4),
+        generate(model, tokenizer, [[tokenizer.start_id]], 4),
+    )
     assert first[1] == alone[0]
     with pytest.raises(ValueError, match="context and continuation are both empty"):
         encode_pair(tokenizer, "", "")

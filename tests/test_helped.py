@@ -13,8 +13,26 @@ from test_training import ROWS, adapt, setting
 
 import forgetting
 from data import Corpus, Tokenizer, progress, write_rows
-from forgetting import Options, append_log, bootstrap, describe_plan, describe_trust, finished, lowest_rows, method_of
-from forgetting import open_log, paired_losses, read_log, read_scores, row_losses, save_arrays, train, warnings_of
+from forgetting import (
+    Options,
+    append_log,
+    bootstrap,
+    describe_plan,
+    describe_trust,
+    finished,
+    lowest_rows,
+    method_of,
+)
+from forgetting import (
+    open_log,
+    paired_losses,
+    read_log,
+    read_scores,
+    row_losses,
+    save_arrays,
+    train,
+    warnings_of,
+)
 from lora import lora_disabled, lora_parameters, remove_lora
 
 
@@ -24,9 +42,14 @@ def test_the_plan_counts_steps_and_says_where_they_teach_nothing(tmp_path):
     plans = {name: method_of(name, options) for name in options.methods}
     text = describe_plan(options, plans, corpus, corpus, seeds=2)
     tokens = 3 * len(corpus.tokens)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")][2:]
-    assert rows == [["the reference", "1", "15", "0.0001", f"{tokens:,}"], ["full", "2", "15", "0.0001", f"{2 * tokens:,}"],
-                    ["forgetting:lr=0.1", "2", "15", "0.1", f"{2 * tokens:,}"]]  # fmt: skip
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")
+    ][2:]
+    assert rows == [
+        ["the reference", "1", "15", "0.0001", f"{tokens:,}"],
+        ["full", "2", "15", "0.0001", f"{2 * tokens:,}"],
+        ["forgetting:lr=0.1", "2", "15", "0.1", f"{2 * tokens:,}"],
+    ]
     assert text.count("note:") == 1 and "15 steps at 0.0001: expect little" in text
     one = Options(batch_size=24, lr=1.0)
     assert "a single step has rate 0" in describe_plan(one, {}, corpus, corpus, 1)
@@ -42,13 +65,17 @@ def test_the_trust_gap_is_mean_q_on_trusted_rows_minus_that_on_d_train(tmp_path)
     with lora_disabled(model):
         without = row_losses(model, held_out, 1000, "x")
     tokens = [row["tokens"] for row in with_adapter]
-    assert tokens == [int(corpus.response[a:b].sum()) for a, b in zip(corpus.offsets[3:9], corpus.offsets[4:10])]
+    assert tokens == [
+        int(corpus.response[a:b].sum()) for a, b in zip(corpus.offsets[3:9], corpus.offsets[4:10])
+    ]
     trusted = np.average([a["loss"] - b["loss"] for a, b in zip(without, with_adapter)], weights=tokens)
     for on_train, warned in ((trusted - 0.25, False), (trusted + 0.125, True)):
         quality = np.where(corpus.response, on_train, np.nan).astype(np.float32)
         text = describe_trust(model, held_out, quality, options)
         assert f"trust gap {trusted - on_train:+.3f}: mean Q {trusted:.3f} on the 6 rows" in text
-        assert ("warning: the gap is not positive" in text) == warned and text.startswith("D_ref is --reference-data\n")
+        assert ("warning: the gap is not positive" in text) == warned and text.startswith(
+            "D_ref is --reference-data\n"
+        )
     text = describe_trust(model, corpus.part(0, 0), quality, Options())
     assert "D_ref was drawn from --data" in text and "no --eval-data" in text
 
@@ -61,15 +88,25 @@ def test_the_lowest_rows_come_with_their_questions(tmp_path):
         quality[span] = np.where(corpus.response[span], value, np.nan)
     lines = lowest_rows(quality, corpus, Tokenizer(tmp_path / "m"), count=2).split("\n")[1:]
     for line, example, value in zip(lines, (7, 2), ("-3.00", "-1.00"), strict=True):
-        assert f"Q {value}" in line and f"Tell me {example} of" in line and ROWS[example]["output"][:20] in line
+        assert (
+            f"Q {value}" in line and f"Tell me {example} of" in line and ROWS[example]["output"][:20] in line
+        )
 
 
 def test_ignoring_loss_keeps_what_theta_finds_easiest(tmp_path):
     """Through run(): the control asks no reference."""
     tiny.make_checkpoint(tmp_path / "m", "llama3")
     write_rows(ROWS, tmp_path / "rows.jsonl")
-    options = Options(model=str(tmp_path / "m"), data=[str(tmp_path / "rows.jsonl")], out=str(tmp_path / "run"), rank=2, lr=1e-2,
-                      methods=["ignoring-loss", "full"], dropout=0.0, batch_size=6)  # fmt: skip
+    options = Options(
+        model=str(tmp_path / "m"),
+        data=[str(tmp_path / "rows.jsonl")],
+        out=str(tmp_path / "run"),
+        rank=2,
+        lr=1e-2,
+        methods=["ignoring-loss", "full"],
+        dropout=0.0,
+        batch_size=6,
+    )
     seen = {}
     original = forgetting.train
 
@@ -82,8 +119,14 @@ def test_ignoring_loss_keeps_what_theta_finds_easiest(tmp_path):
         forgetting.run(options)
     base_loss, _, _ = read_scores(tmp_path / "run" / "scores.safetensors")
     judged = np.isfinite(base_loss)
-    assert (seen["ignoring-loss"][judged] == (base_loss[judged] <= np.quantile(base_loss[judged], 0.5, method="lower"))).all()
-    lines = [json.loads(line) for line in (tmp_path / "run/ignoring-loss/seed-0/metrics.jsonl").read_text().splitlines()]
+    assert (
+        seen["ignoring-loss"][judged]
+        == (base_loss[judged] <= np.quantile(base_loss[judged], 0.5, method="lower"))
+    ).all()
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "run/ignoring-loss/seed-0/metrics.jsonl").read_text().splitlines()
+    ]
     assert {line["lambda"] for line in lines} == {None}, "nothing is unlearned"
     assert not list((tmp_path / "run").rglob("samples.jsonl")), "there are no tasks"
 
@@ -103,7 +146,9 @@ def test_the_interval_is_that_of_the_bootstrap():
         rows = rng.integers(0, 40, 40)
         naive.append(differences[0, rows].sum() / weights[rows].sum())
     assert (low, high) == pytest.approx(tuple(np.quantile(naive, (0.025, 0.975))), abs=0.02)
-    same = bootstrap(np.stack([weights * 0.1, weights * 0.3]), weights)  # two seeds, all rows alike: seeds alone vary
+    same = bootstrap(
+        np.stack([weights * 0.1, weights * 0.3]), weights
+    )  # two seeds, all rows alike: seeds alone vary
     assert same == pytest.approx((0.2, 0.1, 0.3))
 
 
@@ -112,7 +157,9 @@ def write_run(folder, losses: dict[str, dict[int, list[float]]]) -> dict:
     results = {}
     for method, seeds in losses.items():
         for seed, values in seeds.items():
-            rows = [{"row": f"h.jsonl:{i + 1}", "loss": value, "tokens": 10} for i, value in enumerate(values)]
+            rows = [
+                {"row": f"h.jsonl:{i + 1}", "loss": value, "tokens": 10} for i, value in enumerate(values)
+            ]
             place = folder / method if method in ("base", "reference") else folder / method / f"seed-{seed}"
             figures = {"identity": {"held-out": "x"}, "tasks": {}, "held-out": float(np.mean(values))}
             write_rows(rows, place / "held-out.jsonl")
@@ -125,17 +172,41 @@ def test_a_run_says_what_can_be_told_apart(tmp_path):
     rng = np.random.default_rng(0)
     full = rng.normal(2, 0.3, 40)
     better, like = full - 0.2 + rng.normal(0, 0.1, 40), full - 0.2 + rng.normal(0, 0.1, 40)
-    results = write_run(tmp_path, {"base": {0: full + 0.5}, "reference": {0: full + 0.9}, "full": {0: full, 1: full},
-                                   "ignoring": {0: better, 1: better}, "forgetting": {1: like}})  # fmt: skip
+    results = write_run(
+        tmp_path,
+        {
+            "base": {0: full + 0.5},
+            "reference": {0: full + 0.9},
+            "full": {0: full, 1: full},
+            "ignoring": {0: better, 1: better},
+            "forgetting": {1: like},
+        },
+    )
     text = paired_losses(tmp_path, results)
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.split("\n") if "- " in line}
-    assert cells["ignoring - full"][0].startswith(f"{np.mean(better - full):+.3f} [") and cells["ignoring - full"][2] == "2"
-    assert cells["ignoring - full"][1] == f"{(better < full).sum()} of 40" and cells["forgetting - ignoring"][2] == "1"
-    for verdict in ("ignoring is better than full", "reference is worse than full", "forgetting cannot be told from ignoring"):
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.split("\n")
+        if "- " in line
+    }
+    assert (
+        cells["ignoring - full"][0].startswith(f"{np.mean(better - full):+.3f} [")
+        and cells["ignoring - full"][2] == "2"
+    )
+    assert (
+        cells["ignoring - full"][1] == f"{(better < full).sum()} of 40"
+        and cells["forgetting - ignoring"][2] == "1"
+    )
+    for verdict in (
+        "ignoring is better than full",
+        "reference is worse than full",
+        "forgetting cannot be told from ignoring",
+    ):
         assert verdict in text
-    assert warnings_of(results) == ["warning: held-out loss of reference, "
-                                    f"{results['reference'][0]['held-out']:.3f}, is above base's, "
-                                    f"{results['base'][0]['held-out']:.3f}: no training at all is better"]  # fmt: skip
+    assert warnings_of(results) == [
+        "warning: held-out loss of reference, "
+        f"{results['reference'][0]['held-out']:.3f}, is above base's, "
+        f"{results['base'][0]['held-out']:.3f}: no training at all is better"
+    ]
     assert paired_losses(tmp_path, {"full": results["full"]}) == ""
 
 
@@ -143,9 +214,16 @@ def test_all_held_out_rows_count_not_the_first_512(tmp_path):
     """At fe070b7 held-out loss was that of 512 rows, in silence."""
     model, corpus, _ = setting(tmp_path / "m")
     copies = 22
-    many = Corpus(np.tile(corpus.tokens, copies), np.tile(corpus.response, copies),
-                  np.concatenate([corpus.offsets[:-1] + i * corpus.offsets[-1] for i in range(copies)] + [[copies * corpus.offsets[-1]]]),
-                  corpus.sources * copies, 0)  # fmt: skip
+    many = Corpus(
+        np.tile(corpus.tokens, copies),
+        np.tile(corpus.response, copies),
+        np.concatenate(
+            [corpus.offsets[:-1] + i * corpus.offsets[-1] for i in range(copies)]
+            + [[copies * corpus.offsets[-1]]]
+        ),
+        corpus.sources * copies,
+        0,
+    )
     assert len(many) == 528 == len(row_losses(model, many, 4000, "x"))
 
 
@@ -158,14 +236,19 @@ def test_foreign_names_are_passed_over_and_other_measurements_named(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "results.json").write_text("{}")
     found, left_out = finished(tmp_path, {"full": {0: results["full"][0]}})
-    assert {name: sorted(seeds) for name, seeds in found.items()} == {"full": [0, 1], "base": [0]} and left_out == []
+    assert {name: sorted(seeds) for name, seeds in found.items()} == {
+        "full": [0, 1],
+        "base": [0],
+    } and left_out == []
     other = results["full"][1] | {"identity": {"held-out": "y"}}
     (tmp_path / "full/seed-1/results.json").write_text(json.dumps(other))
     found, left_out = finished(tmp_path, {"full": {0: results["full"][0]}})
-    assert sorted(found["full"]) == [0] and left_out == ["full/seed-1: measured on other tasks or held-out rows"]
+    assert sorted(found["full"]) == [0] and left_out == [
+        "full/seed-1: measured on other tasks or held-out rows"
+    ]
 
 
-@pytest.mark.parametrize("content", ["", "{\"step\": 0}\n{\"ste", None])
+@pytest.mark.parametrize("content", ["", '{"step": 0}\n{"ste', None])
 def test_a_log_that_was_cut_off_stops_nothing(tmp_path, content):
     """On a full disk half a line stood in metrics.jsonl, and the same command failed for ever."""
     if content is not None:
@@ -207,7 +290,9 @@ def test_ctrl_c_saves_between_two_steps(tmp_path, number, monkeypatch):
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         train(model, corpus, signs, tmp_path / "run", options, seed=5)
-    assert signal.getsignal(number) == before and len(read_log(tmp_path / "run/metrics.jsonl")) == 3 == len(steps)
+    assert signal.getsignal(number) == before and len(read_log(tmp_path / "run/metrics.jsonl")) == 3 == len(
+        steps
+    )
     remove_lora(model)
     train(model, corpus, signs, tmp_path / "run", options, seed=5)
     assert len(steps) == 8, "it went on after the step that was running"
@@ -218,7 +303,9 @@ def test_a_full_disk_leaves_a_log_that_is_gone_on_from(tmp_path):
     """A real one, a tmpfs of 64 kB: the write that fails leaves part of a line, and the same training goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("a small disk needs the right to mount one")
     try:
         (disk / "filler").write_bytes(bytes(50_000))

@@ -41,12 +41,21 @@ for kind, argument in json.loads(sys.argv[3]):
 """
 
 
-def ask(hub: Hub, home: Path, calls: list[tuple[str, str]], **environment: str) -> tuple[dict[tuple[str, str], Any], str]:
+def ask(
+    hub: Hub, home: Path, calls: list[tuple[str, str]], **environment: str
+) -> tuple[dict[tuple[str, str], Any], str]:
     """What the calls return, or "refused: message", each; and what was printed. "folder as T": from here on with token T."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", CHILD, str(ROOT), hub.endpoint, json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=home, env=clean | settings | environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=home, env=clean | settings | environment
+    )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return dict(zip(calls, results, strict=True)), done.stdout
@@ -60,24 +69,49 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def message(text: str, rank: int | None = None, replies: tuple = (), role: str = "assistant", deleted: bool = False) -> dict:
+def message(
+    text: str, rank: int | None = None, replies: tuple = (), role: str = "assistant", deleted: bool = False
+) -> dict:
     return {"text": text, "role": role, "rank": rank, "replies": list(replies), "deleted": deleted}
 
 
 TREES = lines(
-    {"prompt": message("Name a river.", role="prompter", replies=(
-        message("The Po.", 1),
-        message("gone", 0, deleted=True),
-        message("The Nile.", 0, (message("And a lake?", None, (message("Chad.", 2), message("Como.", None)), "prompter"),)),
-    ))},
-    {"prompt": message("Thanks?", role="prompter", replies=(message("Yes.", 0, (message("Bye", 0, (), "prompter"),)),))},
+    {
+        "prompt": message(
+            "Name a river.",
+            role="prompter",
+            replies=(
+                message("The Po.", 1),
+                message("gone", 0, deleted=True),
+                message(
+                    "The Nile.",
+                    0,
+                    (
+                        message(
+                            "And a lake?", None, (message("Chad.", 2), message("Como.", None)), "prompter"
+                        ),
+                    ),
+                ),
+            ),
+        )
+    },
+    {
+        "prompt": message(
+            "Thanks?", role="prompter", replies=(message("Yes.", 0, (message("Bye", 0, (), "prompter"),)),)
+        )
+    },
     {"prompt": message("Nobody answers.", role="prompter", replies=(message(" ", 0),))},
-)  # fmt: skip
+)
 SETS = {
     "hamishivi/tulu_mix_store": {"flan_v2_resampled_50k.jsonl": lines({"inputs": "1 + 1?", "targets": "2"})},
     "databricks/databricks-dolly-15k": {
         "databricks-dolly-15k.jsonl": lines(
-            {"instruction": "Where?", "context": "It is in Rome.", "response": "Rome", "category": "closed_qa"},
+            {
+                "instruction": "Where?",
+                "context": "It is in Rome.",
+                "response": "Rome",
+                "category": "closed_qa",
+            },
             {"instruction": "Who?", "context": "", "response": "Ann", "category": "open_qa"},
         )
     },
@@ -88,18 +122,23 @@ SETS = {
         ).encode()
     },
     "Aligh1380/forgetting-llm-dataset": {
-        "README.md": b"#", "dataset_infos.json": b"{}", "data/test.jsonl": b"",
+        "README.md": b"#",
+        "dataset_infos.json": b"{}",
+        "data/test.jsonl": b"",
         "data/train.jsonl": lines({"prompt": "a", "response": "b"}),
     },
     "someone/parquet": {"README.md": b"#", "data/train-00000.parquet": b"PAR1"},
     "someone/nothing": {"README.md": b"#"},
-}  # fmt: skip
+}
 HF_FILE = "hf://datasets/Aligh1380/forgetting-llm-dataset/data/train.jsonl"
 REFUSED = [  # the first is asked for with no token
-    ("folder as nobody", "meta-llama/other"), ("folder as hf_stranger", "meta-llama/other"),
-    ("folder as nobody", "owner/private"), ("text as nobody", "hub:owner/rows:a.jsonl"), ("folder as hf_wrong", "owner/unseen"),
+    ("folder as nobody", "meta-llama/other"),
+    ("folder as hf_stranger", "meta-llama/other"),
+    ("folder as nobody", "owner/private"),
+    ("text as nobody", "hub:owner/rows:a.jsonl"),
+    ("folder as hf_wrong", "owner/unseen"),
     ("folder as hf_narrow", "owner/unseen"),
-]  # fmt: skip
+]
 ALPACA = json.dumps([{"instruction": f"Say {i}", "input": "", "output": f"{i}"} for i in range(60)]).encode()
 
 
@@ -109,9 +148,18 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("served")
     plain = files_of(tiny.make_checkpoint(folder / "a", "llama3", shards=2, seed=0))
     tagged = files_of(tiny.make_checkpoint(folder / "b", "llama3", seed=5))
-    unwanted = {name: b"not to be fetched" for name in (
-        "pytorch_model.bin", "model-q4.gguf", "original/params.json", "original/consolidated.00.pth", "README.md",
-        "onnx/config.json", "consolidated.safetensors")}  # fmt: skip
+    unwanted = {
+        name: b"not to be fetched"
+        for name in (
+            "pytorch_model.bin",
+            "model-q4.gguf",
+            "original/params.json",
+            "original/consolidated.00.pth",
+            "README.md",
+            "onnx/config.json",
+            "consolidated.safetensors",
+        )
+    }
     pickled = {"config.json": plain["config.json"], "pytorch_model.bin": b"\x80"}
     repos = {
         "owner/name": Repo(plain | unwanted, {"v1": tagged}),
@@ -134,13 +182,25 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def session(hub, home) -> tuple[dict, str, list]:
     """What a user with a token asks for, and then others: results, what was printed, and the requests the server saw."""
-    calls = [("folder", "owner/name"), ("weight", "owner/name"), ("weight", "owner/name@v1"), ("folder", "meta-llama/gated"),
-             ("folder", "owner/name@v9"), ("folder", "owner/pickled"), ("folder", "owner/absent"),
-             *(("rows", name) for name in ("flan_v2", "dolly", "oasst1", "alpaca", "wizardlm", HF_FILE)),
-             ("rows", "nowhere"), ("again", "wizardlm"), ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
-             ("rows", "hf://datasets/someone/nothing/rows.jsonl"), ("rows", "hf://datasets/someone/absent/rows.jsonl"),
-             ("rows", "hf://datasets/someone"), ("text", "hub:OpenAssistant/oasst1:other.jsonl"), *REFUSED,
-             ("unreachable", "owner/elsewhere")]  # fmt: skip
+    calls = [
+        ("folder", "owner/name"),
+        ("weight", "owner/name"),
+        ("weight", "owner/name@v1"),
+        ("folder", "meta-llama/gated"),
+        ("folder", "owner/name@v9"),
+        ("folder", "owner/pickled"),
+        ("folder", "owner/absent"),
+        *(("rows", name) for name in ("flan_v2", "dolly", "oasst1", "alpaca", "wizardlm", HF_FILE)),
+        ("rows", "nowhere"),
+        ("again", "wizardlm"),
+        ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
+        ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
+        ("rows", "hf://datasets/someone/absent/rows.jsonl"),
+        ("rows", "hf://datasets/someone"),
+        ("text", "hub:OpenAssistant/oasst1:other.jsonl"),
+        *REFUSED,
+        ("unreachable", "owner/elsewhere"),
+    ]
     results, printed = ask(hub, home, calls, HF_TOKEN="hf_good")
     return results, printed, list(hub.requests)
 
@@ -160,17 +220,26 @@ def test_only_what_is_needed_is_fetched(session, hub, home):
     folder = Path(session[0]["folder", "owner/name"])
     assert folder.is_relative_to(home)
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert found == ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-                     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+    assert found == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert not any(
-        part in path for _, path, _ in session[2] for part in (".bin", ".gguf", "original", "onnx", "README", "consolidated")
+        part in path
+        for _, path, _ in session[2]
+        for part in (".bin", ".gguf", "original", "onnx", "README", "consolidated")
     )
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_cdn(session):
     paths = {"/api/models/owner/name", "/owner/name/resolve", "/datasets/databricks", "/cdn"}
     sent = {
-        start: {headers.get("authorization") for _, path, headers in session[2] if path.startswith(start)} for start in paths
+        start: {headers.get("authorization") for _, path, headers in session[2] if path.startswith(start)}
+        for start in paths
     }
     assert sent == {start: {"Bearer hf_good"} for start in paths} | {"/cdn": {None}}
 
@@ -182,7 +251,11 @@ def test_a_token_opens_a_gated_repository(session):
 def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
     """The first GET of a shard breaks off half-way; the client asks for the rest, and the weights are whole (above)."""
     assert not hub.cut
-    ranges = [(path.split("/")[1], int(headers["range"][6:-1])) for _, path, headers in session[2] if "range" in headers]
+    ranges = [
+        (path.split("/")[1], int(headers["range"][6:-1]))
+        for _, path, headers in session[2]
+        if "range" in headers
+    ]
     (place, start), (other, alpaca) = ranges
     assert place == "cdn" and start > 1000 and other == "alpaca_data.json" and alpaca == len(ALPACA) // 2
 
@@ -190,17 +263,49 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
 @pytest.mark.parametrize(
     "kind, name, expected",
     [
-        ("folder", "owner/name@v9", "owner/name@v9: not a local folder, and the Hub said: 404 Client Error. Revision Not"),
+        (
+            "folder",
+            "owner/name@v9",
+            "owner/name@v9: not a local folder, and the Hub said: 404 Client Error. Revision Not",
+        ),
         ("folder", "owner/pickled", "owner/pickled: no safetensors in this repository (a pickle"),
-        ("folder", "owner/absent", "404 Client Error. Repository Not Found for url: {0}/api/models/owner/absent"),
-        ("rows", "nowhere", "nowhere: not a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner"),
-        ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet", "only JSON and JSONL are read; convert it: hf"),
-        ("rows", "hf://datasets/someone/nothing/rows.jsonl", "404 Client Error. Entry Not Found for url: {0}/datasets/someone"),
-        ("rows", "hf://datasets/someone/absent/rows.jsonl", "404 Client Error. Repository Not Found for url: {0}/datasets/"),
-        ("rows", "hf://datasets/someone", "hf://datasets/someone: not a public set: flan_v2, dolly, oasst1, alpaca"),
-        ("text", "hub:OpenAssistant/oasst1:other.jsonl", "fetched (404 Client Error. Entry Not Found for url: {0}/datasets"),
+        (
+            "folder",
+            "owner/absent",
+            "404 Client Error. Repository Not Found for url: {0}/api/models/owner/absent",
+        ),
+        (
+            "rows",
+            "nowhere",
+            "nowhere: not a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner",
+        ),
+        (
+            "rows",
+            "hf://datasets/someone/parquet/data/train-00000.parquet",
+            "only JSON and JSONL are read; convert it: hf",
+        ),
+        (
+            "rows",
+            "hf://datasets/someone/nothing/rows.jsonl",
+            "404 Client Error. Entry Not Found for url: {0}/datasets/someone",
+        ),
+        (
+            "rows",
+            "hf://datasets/someone/absent/rows.jsonl",
+            "404 Client Error. Repository Not Found for url: {0}/datasets/",
+        ),
+        (
+            "rows",
+            "hf://datasets/someone",
+            "hf://datasets/someone: not a public set: flan_v2, dolly, oasst1, alpaca",
+        ),
+        (
+            "text",
+            "hub:OpenAssistant/oasst1:other.jsonl",
+            "fetched (404 Client Error. Entry Not Found for url: {0}/datasets",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_there_is_named(session, hub, kind, name, expected):
     result = session[0][kind, name]
     assert result.startswith("refused: ") and expected.format(hub.endpoint) in result and "\n" not in result
@@ -211,10 +316,17 @@ def without_source(rows: list[dict]) -> list[dict]:
 
 
 def test_recipes_in_the_layouts_of_their_homes(session):
-    read = {name: result for (kind, name), result in session[0].items() if kind == "rows" and isinstance(result, list)}
+    read = {
+        name: result
+        for (kind, name), result in session[0].items()
+        if kind == "rows" and isinstance(result, list)
+    }
     rows = {name: without_source(result) for name, result in read.items()}
     assert rows["flan_v2"] == [{"inputs": "1 + 1?", "targets": "2"}]
-    assert [(row["context"], row["response"]) for row in rows["dolly"]] == [("It is in Rome.", "Rome"), ("", "Ann")]
+    assert [(row["context"], row["response"]) for row in rows["dolly"]] == [
+        ("It is in Rome.", "Rome"),
+        ("", "Ann"),
+    ]
     assert rows["alpaca"] == json.loads(ALPACA)
     assert rows[HF_FILE] == [{"prompt": "a", "response": "b"}]
     assert [row["output"] for row in rows["wizardlm"]] == ["Done 0", "Done 2", "Done 3"]
@@ -224,14 +336,21 @@ def test_oasst_trees_become_their_best_conversations(session):
     """Lowest rank first, deleted and blank messages skipped, no last question without an answer."""
     turns = [[(m["role"], m["content"]) for m in row["messages"]] for row in session[0]["rows", "oasst1"]]
     assert turns == [
-        [("user", "Name a river."), ("assistant", "The Nile."), ("user", "And a lake?"), ("assistant", "Chad.")],
+        [
+            ("user", "Name a river."),
+            ("assistant", "The Nile."),
+            ("user", "And a lake?"),
+            ("assistant", "Chad."),
+        ],
         [("user", "Thanks?"), ("assistant", "Yes.")],
     ]
 
 
 def test_rows_left_out_are_counted_once(session, hub):
     printed = session[1]
-    assert printed.count("1 of 4 public rows have no response and are left out") == 1  # wizardlm, asked for twice
+    assert (
+        printed.count("1 of 4 public rows have no response and are left out") == 1
+    )  # wizardlm, asked for twice
     assert printed.count("1 of 3 public rows") == 1
 
 
@@ -245,20 +364,31 @@ def test_a_gated_repository_says_where_its_terms_are(session, hub, call, status)
 def test_other_refusals(session, hub):
     """A private repository and none look the same without a token: 401."""
     private, dataset, wrong, narrow = (session[0][call] for call in REFUSED[2:])
-    assert "Repository Not Found" in private and "private or gated repo, make sure you are authenticated" in private
+    assert (
+        "Repository Not Found" in private
+        and "private or gated repo, make sure you are authenticated" in private
+    )
     assert f"Cannot access gated repo for url {hub.endpoint}/datasets/owner/rows" in dataset
     assert "401 Unauthorized" in wrong and "Invalid credentials" in wrong
     assert "403 Forbidden: This token lacks the permission" in narrow
-    assert session[0]["unreachable", "owner/elsewhere"].endswith("the Hub said: [Errno 111] Connection refused")
+    assert session[0]["unreachable", "owner/elsewhere"].endswith(
+        "the Hub said: [Errno 111] Connection refused"
+    )
     assert all("\n" not in session[0][call] for call in REFUSED)
 
 
 def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
     """HF_HUB_OFFLINE=1: not a request is sent."""
     before = len(hub.requests)
-    calls = [("weight", "owner/name"), ("rows", "dolly"), ("rows", "alpaca"), ("folder", "owner/private"),
-             ("text", "hub:google/IFEval:x.jsonl"), ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
-             ("text", f"{hub.endpoint}/alpaca_data.json")]  # fmt: skip
+    calls = [
+        ("weight", "owner/name"),
+        ("rows", "dolly"),
+        ("rows", "alpaca"),
+        ("folder", "owner/private"),
+        ("text", "hub:google/IFEval:x.jsonl"),
+        ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
+        ("text", f"{hub.endpoint}/alpaca_data.json"),
+    ]
     results, _ = ask(hub, home, calls, HF_HUB_OFFLINE="1")
     assert results["weight", "owner/name"] == session[0]["weight", "owner/name"]
     assert len(results["rows", "dolly"]) == 2 and results["rows", "alpaca"] == session[0]["rows", "alpaca"]
@@ -278,12 +408,22 @@ def get_data(monkeypatch, tmp_path):
     fetched: list[str] = []
     monkeypatch.setattr(get_data, "BENCHMARKS", {file: ([file], str, None) for file in get_data.BENCHMARKS})
     monkeypatch.setattr(get_data, "RECIPES", {"dolly": (["dolly"], str)})
-    monkeypatch.setattr(get_data, "fetch_text", lambda source: fetched.append(source) or f"rows of {source}\n")
+    monkeypatch.setattr(
+        get_data, "fetch_text", lambda source: fetched.append(source) or f"rows of {source}\n"
+    )
     return get_data.main, fetched
 
 
-PAPER = ["asdiv.jsonl", "boolq.jsonl", "logiqa.jsonl", "truthfulqa.jsonl", "truthfulqa_prompt.txt", "tydiqa.jsonl",
-         "tydiqa_1shot.jsonl", "tydiqa_templates.json"]  # fmt: skip
+PAPER = [
+    "asdiv.jsonl",
+    "boolq.jsonl",
+    "logiqa.jsonl",
+    "truthfulqa.jsonl",
+    "truthfulqa_prompt.txt",
+    "tydiqa.jsonl",
+    "tydiqa_1shot.jsonl",
+    "tydiqa_templates.json",
+]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +446,9 @@ def test_the_program_puts_files_where_eval_looks(get_data, tmp_path, capsys, nam
     assert sorted(path.name for path in (tmp_path / "runs/data").iterdir()) == files
     assert sorted(capsys.readouterr().out.split()) == [f"runs/data/{file}" for file in files]
     program([name, name, "--out", "other"])  # converted once, copied as often as asked for
-    assert len(fetched) == len(files) and sorted(path.name for path in (tmp_path / "other").iterdir()) == files
+    assert (
+        len(fetched) == len(files) and sorted(path.name for path in (tmp_path / "other").iterdir()) == files
+    )
     source = "dolly" if name == "dolly" else files[0]
     assert (tmp_path / "other" / files[0]).read_text() == f"rows of {source}\n"
 
@@ -315,13 +457,24 @@ def test_the_program_replaces_nothing_and_names_what_it_knows(get_data, tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/boolq.jsonl").write_text("my own")
     for words, message in (
-        (["boolq", "--out", "mine"], "mine/boolq.jsonl is there and holds something else: move it away, or use another --out"),
-        (["boolq", "mmlu", "mc"], "unknown mmlu, mc; known: truthfulqa, arithmetic, paper, paper-appendix, truthfulqa_mc1"),
+        (
+            ["boolq", "--out", "mine"],
+            "mine/boolq.jsonl is there and holds something else: move it away, or use another --out",
+        ),
+        (
+            ["boolq", "mmlu", "mc"],
+            "unknown mmlu, mc; known: truthfulqa, arithmetic, paper, paper-appendix, truthfulqa_mc1",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             get_data[0](words)
         said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.startswith("get_data.py: ") and message in said and len(said.splitlines()) == 1
+        assert (
+            stop.value.code == 2
+            and said.startswith("get_data.py: ")
+            and message in said
+            and len(said.splitlines()) == 1
+        )
     assert (tmp_path / "mine/boolq.jsonl").read_text() == "my own" and not (tmp_path / "runs").exists()
 
 
@@ -331,6 +484,11 @@ def test_every_benchmark_of_the_paper_has_a_public_home():
 
     from eval import GROUPS, TASKS
 
-    assert {name for name in TASKS if not get_data.benchmark_files(name)} <= {"mc", "qa", "demo_mc", "demo_qa"}
+    assert {name for name in TASKS if not get_data.benchmark_files(name)} <= {
+        "mc",
+        "qa",
+        "demo_mc",
+        "demo_qa",
+    }
     assert all(set(tasks) <= TASKS.keys() for tasks in GROUPS.values())
     assert {file for name in GROUPS for file in get_data.benchmark_files(name)} == set(get_data.BENCHMARKS)

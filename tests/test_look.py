@@ -40,10 +40,25 @@ def make_run(tmp_path, kind, rows=None, name=None):
     ref = np.where(corpus.response, base - draw.normal(0, 1, len(base)), np.nan).astype(np.float32)
     sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)
     out = tmp_path / "run"
-    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources, "base_loss": base, "ref_loss": ref}
+    arrays = {
+        "tokens": corpus.tokens,
+        "offsets": corpus.offsets,
+        "sources": sources,
+        "base_loss": base,
+        "ref_loss": ref,
+    }
     arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
-    write_text(json.dumps({"model": str(tmp_path / "model"), "rho": 0.6, "forget_rate": None,
-                           "inputs": {"training data": corpus.fingerprint()}}), out / "config.json")  # fmt: skip
+    write_text(
+        json.dumps(
+            {
+                "model": str(tmp_path / "model"),
+                "rho": 0.6,
+                "forget_rate": None,
+                "inputs": {"training data": corpus.fingerprint()},
+            }
+        ),
+        out / "config.json",
+    )
     save_file(arrays, out / "scores.safetensors", {"done": str(len(rows))})
     write_rows([log_line(i, 2 - i / 10, None) for i in range(8)], out / "full" / "seed-0" / "metrics.jsonl")
     add_results(out, "full/seed-0", 1.5, 40)
@@ -53,16 +68,29 @@ def make_run(tmp_path, kind, rows=None, name=None):
 def some_rows(noise=lambda i: []):
     """Twelve rows, one of nasty text and one of letters of several bytes, each with its field noise."""
     ends = {3: NASTY, 5: LETTERS}
-    return [{"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps"), "noise": noise(i)} for i in range(12)]
+    return [
+        {"instruction": f"Say {i}", "output": f"the quick fox {i} " + ends.get(i, "jumps"), "noise": noise(i)}
+        for i in range(12)
+    ]
 
 
 def log_line(step, l_p, l_n):
-    return {"step": step, "L_P": l_p, "L_N": l_n, "lambda": step / 8, "lr": 1e-3, "grad_norm": 1.0, "tokens/s": 9.0}
+    return {
+        "step": step,
+        "L_P": l_p,
+        "L_N": l_n,
+        "lambda": step / 8,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens/s": 9.0,
+    }
 
 
 def add_results(run, name, held_out, f1, identity="a"):
     tasks = {"qa": {"f1": f1 / 100, "f1_stderr": 0.1, "n": 8}}
-    write_text(json.dumps({"identity": identity, "held-out": held_out, "tasks": tasks}), run / name / "results.json")
+    write_text(
+        json.dumps({"identity": identity, "held-out": held_out, "tasks": tasks}), run / name / "results.json"
+    )
 
 
 class Page(HTMLParser):
@@ -87,7 +115,11 @@ class Page(HTMLParser):
 
     def find(self, tag, **wanted):
         wanted = {key.strip("_").replace("_", "-"): value for key, value in wanted.items()}.items()
-        return [(attributes, text) for name, attributes, text in self.elements if name == tag and wanted <= attributes.items()]
+        return [
+            (attributes, text)
+            for name, attributes, text in self.elements
+            if name == tag and wanted <= attributes.items()
+        ]
 
 
 def page_of(run_folder, *arguments):
@@ -113,24 +145,36 @@ def test_the_numbers_are_those_of_the_scores(run_folder, forget_rate):
     quality = scores["base_loss"] - scores["ref_loss"]
     judged = np.isfinite(quality)
     threshold = np.quantile(quality[judged], 1 - 0.6, method="higher")
-    positive, highest = int((quality[judged] >= threshold).sum()), np.quantile(quality[judged], 0.2, method="higher")
+    positive, highest = (
+        int((quality[judged] >= threshold).sum()),
+        np.quantile(quality[judged], 0.2, method="higher"),
+    )
     negative = int((quality[judged] < (threshold if forget_rate is None else highest)).sum())
     text = page.find("body")[0][1].replace("\n", " ")
     assert f"threshold {threshold:.4f}, {positive} in P, {negative} in N." in text
     sections = {int(section["data-at"]): section for section, _ in page.find("section")}
     for example, (first, last) in enumerate(zip(scores["offsets"], scores["offsets"][1:])):
         assert float(sections[example]["data-sum"]) == pytest.approx(np.nansum(quality[first:last]), abs=1e-4)
-        assert float(sections[example]["data-mean"]) == pytest.approx(np.nanmean(quality[first:last]), abs=1e-5)
+        assert float(sections[example]["data-mean"]) == pytest.approx(
+            np.nanmean(quality[first:last]), abs=1e-5
+        )
     classes = [b.get("class") for b, _ in page.find("b") if "title" in b]
     assert classes.count("p") == positive and classes.count("n") == negative and len(classes) == judged.sum()
 
 
 def test_rows_of_lowest_q_come_first_with_their_question(run_folder):
-    page, order = page_of(run_folder, "--examples", "7"), np.argsort(look.read_run(run_folder).mean_quality).tolist()
+    page, order = (
+        page_of(run_folder, "--examples", "7"),
+        np.argsort(look.read_run(run_folder).mean_quality).tolist(),
+    )
     shown = [text.replace(look.PART, "") for _, text in page.find("section")]
     assert len(shown) == 7 and len(set(shown)) == 7
     for example, text in zip(order[:4], shown):
-        assert f"rows.jsonl:{example + 1} " in text and f"Say {example}\n" in text and f"quick fox {example}" in text
+        assert (
+            f"rows.jsonl:{example + 1} " in text
+            and f"Say {example}\n" in text
+            and f"quick fox {example}" in text
+        )
 
 
 def test_rows_can_be_cleaned_by_their_figures(run_folder, tmp_path):
@@ -140,7 +184,9 @@ def test_rows_can_be_cleaned_by_their_figures(run_folder, tmp_path):
     assert len(rows) == 12 and [row["mean_Q"] for row in rows] == sorted(row["mean_Q"] for row in rows)
     for row in rows:
         example = run.corpus.sources.index(row["source"])
-        places = [i for i in range(*scores["offsets"][example : example + 2]) if np.isfinite(scores["base_loss"][i])]
+        places = [
+            i for i in range(*scores["offsets"][example : example + 2]) if np.isfinite(scores["base_loss"][i])
+        ]
         base, ref = scores["base_loss"][places], scores["ref_loss"][places]
         expected = (base - ref).mean(), base.mean(), ref.mean(), (run.signs[places] < 0).mean()
         found = [row[name] for name in ("mean_Q", "loss_theta", "loss_theta_prime", "share_in_N")]
@@ -154,11 +200,20 @@ def test_the_bars_of_the_histogram_add_up_to_each_side(run_folder):
     run = look.read_run(run_folder)
     run.signs[np.flatnonzero(run.signs > 0)[:5]] = 0  # as --forget-rate leaves some out
     drawn, judged = look.histogram(run), run.corpus.response.sum()
-    for side, name, count in (("n", "in N", (run.signs < 0).sum()), ("o", "left out", 5), ("p", "in P", (run.signs > 0).sum())):
+    for side, name, count in (
+        ("n", "in N", (run.signs < 0).sum()),
+        ("o", "left out", 5),
+        ("p", "in P", (run.signs > 0).sum()),
+    ):
         assert sum(int(number) for number in re.findall(rf"<title>(\d+) {name}</title>", drawn)) == count
-    heights = {side: sum(map(float, re.findall(rf'class="{side}"[^>]* height="([.\d]+)"', drawn))) for side in "opn"}
+    heights = {
+        side: sum(map(float, re.findall(rf'class="{side}"[^>]* height="([.\d]+)"', drawn))) for side in "opn"
+    }
     assert heights["o"] / sum(heights.values()) == pytest.approx(5 / judged, abs=0.005)
-    bars = [tuple(map(float, bar)) for bar in re.findall(r'x="(\d+)" y="([.\d]+)" width="7" height="([.\d]+)"', drawn)]
+    bars = [
+        tuple(map(float, bar))
+        for bar in re.findall(r'x="(\d+)" y="([.\d]+)" width="7" height="([.\d]+)"', drawn)
+    ]
     for x in {x for x, _, _ in bars}:
         tops, tall = zip(*((y, height) for left, y, height in bars if left == x))
         assert 125 - min(tops) == pytest.approx(sum(tall), abs=0.03), "one on top of the other"
@@ -169,13 +224,20 @@ def test_rows_can_do_no_harm(tmp_path):
     run_folder = make_run(tmp_path, "llama3", some_rows(lambda i: [[0, 3, NASTY]] * (i % 2)))
     path = run_folder / "full/seed-0/metrics.jsonl"
     write_rows([json.loads(line) | {NASTY: 1.0} for line in path.read_text().splitlines()], path)
-    write_text(f"# {NASTY}\n\n| {NASTY} | n |\n| --- | --- |\n| {NASTY} | 1 |\n\n{NASTY}", run_folder / "results.md")
+    write_text(
+        f"# {NASTY}\n\n| {NASTY} | n |\n| --- | --- |\n| {NASTY} | 1 |\n\n{NASTY}", run_folder / "results.md"
+    )
     page = page_of(run_folder)
     assert len(page.find("script")) == 1 and not any("onclick" in a for _, a, _ in page.elements)
     text = (run_folder / "report.html").read_text()
-    assert "http" not in text and "\x07" not in text and "\u202e" not in text, "nothing from elsewhere, nothing that acts"
+    assert "http" not in text and "\x07" not in text and "\u202e" not in text, (
+        "nothing from elsewhere, nothing that acts"
+    )
     shown = look.visible(NASTY)
-    assert sum(shown in text for _, text in page.find("td")) == 3 and sum(shown in text for _, text in page.find("text")) == 1
+    assert (
+        sum(shown in text for _, text in page.find("td")) == 3
+        and sum(shown in text for _, text in page.find("text")) == 1
+    )
     tokens = "".join(text for _, text in page.find("p", class_="tokens"))
     assert shown in tokens.replace(look.PART, ""), "each of its tokens alone is a text, not a tag"
 
@@ -198,7 +260,7 @@ def test_a_character_in_several_tokens_is_shown_whole(tmp_path, capsys, kind):
     """Its bytes were shown as letters of their own, and the filter did not find the text."""
     folder = make_run(tmp_path, kind)
     page = page_of(folder)
-    (section, text), = page.find("section", data_at="5")
+    ((section, text),) = page.find("section", data_at="5")
     tokens = text.partition("<|assistant|>")[2].strip()
     assert tokens.replace(look.PART, "").startswith("the quick fox 5 " + LETTERS) and look.PART in tokens
     assert LETTERS in section["data-text"] and "Say 5" in section["data-text"]
@@ -218,7 +280,11 @@ def test_text_that_is_broken_itself_is_still_shown(run_folder):
 def test_many_rows_are_sampled(run_folder):
     run = look.read_run(run_folder)
     shown, order = look.rows_to_show(run, 7).tolist(), np.argsort(run.mean_quality).tolist()
-    assert shown[:4] == order[:4] and len(set(shown)) == 7 and set(look.rows_to_show(run, 99).tolist()) == set(range(12))
+    assert (
+        shown[:4] == order[:4]
+        and len(set(shown)) == 7
+        and set(look.rows_to_show(run, 99).tolist()) == set(range(12))
+    )
     assert len(look.rows_to_show(run, 12, most_tokens=30)) < 12
 
 
@@ -237,7 +303,9 @@ def test_known_noise_of_any_kind_is_underlined(tmp_path, several_turns):
     assert marked.replace(" ", "") == "thequickfox" * 6
     run = look.read_run(folder)
     marked = run.corpus.noise.items()
-    words = {kind: run.tokenizer.decode(run.corpus.tokens[mask].tolist()).replace(" ", "") for kind, mask in marked}
+    words = {
+        kind: run.tokenizer.decode(run.corpus.tokens[mask].tolist()).replace(" ", "") for kind, mask in marked
+    }
     assert words == {"spam": "the" * 6, "wrong": "quickfox" * 6}
     names = [text for _, text in page.find("td", data_name="figure")]
     assert {"AUC", "AUC spam", "AUC wrong", "row AUC", "precision of N"} < set(names)
@@ -251,7 +319,9 @@ def test_how_well_a_low_q_finds_noise_against_all_pairs(run_folder):
     rows = [slice(*corpus.offsets[i : i + 2]) for i in range(12)]
     either = noise["a"] | noise["b"]
     means = np.array([np.nanmean(quality[row]) for row in rows])
-    noisy_rows = {kind: np.array([mask[row].any() for row in rows]) for kind, mask in [*noise.items(), ("", either)]}
+    noisy_rows = {
+        kind: np.array([mask[row].any() for row in rows]) for kind, mask in [*noise.items(), ("", either)]
+    }
 
     def auc(low, high):
         return np.mean([1.0 if a < b else 0.5 if a == b else 0.0 for a in low for b in high])
@@ -261,7 +331,9 @@ def test_how_well_a_low_q_finds_noise_against_all_pairs(run_folder):
     clean = quality[corpus.response & ~either]
     for kind, mask in (("", either), (" a", noise["a"]), (" b", noise["b"])):
         assert found[f"AUC{kind}"] == pytest.approx(auc(quality[mask], clean))
-        assert found[f"row AUC{kind}"] == pytest.approx(auc(means[noisy_rows[kind.strip()]], means[~noisy_rows[""]]))
+        assert found[f"row AUC{kind}"] == pytest.approx(
+            auc(means[noisy_rows[kind.strip()]], means[~noisy_rows[""]])
+        )
     hits = int((either & (run.signs < 0)).sum())
     assert found["precision of N"] == pytest.approx(hits / (run.signs < 0).sum())
     assert found["recall of N"] == pytest.approx(hits / either.sum())
@@ -272,7 +344,9 @@ def test_how_well_a_low_q_finds_noise_against_all_pairs(run_folder):
     assert set(everywhere) == {"noise share", "precision of N", "recall of N"}, "nothing to compare with"
 
 
-@pytest.mark.parametrize("noise", [0.3, True, "wrong", ["wrong"], [[0, 3]], [[0, 3, 1]], [[0.0, 3.0, "wrong"]]])
+@pytest.mark.parametrize(
+    "noise", [0.3, True, "wrong", ["wrong"], [[0, 3]], [[0, 3, 1]], [[0.0, 3.0, "wrong"]]]
+)
 def test_a_field_noise_of_another_meaning_marks_nothing(tmp_path, noise):
     page = page_of(make_run(tmp_path, "llama3", some_rows(lambda i: noise)))
     assert not page.find("td", data_name="figure")
@@ -293,9 +367,11 @@ def test_a_demos_folder_gives_all_its_pages(run_folder, tmp_path, capsys):
 
 def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
     """A run counts once, whatever its seeds; what has no partner has no difference."""
-    held_out = {"one": {"reference": (1.0,), "full": (2.0, 3.0), "forgetting:rho=0.5": (1.0, 1.5)},
-                "two": {"reference": (1.2,), "full": (2.0,), "forgetting:rho=0.5": (1.5,)},
-                "three": {"reference": (1.4,), "full": (1.8,)}}  # fmt: skip
+    held_out = {
+        "one": {"reference": (1.0,), "full": (2.0, 3.0), "forgetting:rho=0.5": (1.0, 1.5)},
+        "two": {"reference": (1.2,), "full": (2.0,), "forgetting:rho=0.5": (1.5,)},
+        "three": {"reference": (1.4,), "full": (1.8,)},
+    }
     for run, methods in held_out.items():
         for method, values in methods.items():
             for seed, value in enumerate(values):
@@ -307,22 +383,35 @@ def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
     look.main([*(str(tmp_path / run) for run in held_out), "--out", str(tmp_path / "table.md")])
     text = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == text
-    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     means, pairs = ({line[0]: dict(zip(rows[0], line)) for line in rows} for rows in (lines[:5], lines[5:]))
     assert list(means)[2:] == ["forgetting:rho=0.5 (2)", "full (3)", "reference (3)"]
     full, half = [2.5, 2.0, 1.8], [1.25, 1.5]
     assert means["full (3)"]["held-out"] == f"{np.mean(full):.3f} +- {np.std(full, ddof=1):.3f}"
     assert means["full (3)"]["qa f1"] == f"{40 + 10 * np.mean(full):.1f} +- {10 * np.std(full, ddof=1):.1f}"
     assert means["forgetting:rho=0.5 (2)"]["held-out"] == f"{np.mean(half):.3f} +- {np.std(half, ddof=1):.3f}"
-    assert pairs["forgetting:rho=0.5 - full"]["held-out"] == f"-0.875 +- {np.std([-1.25, -0.5], ddof=1):.3f} (2/2)"
-    assert pairs["reference - full"]["held-out"] == f"-0.900 +- {np.std([-1.5, -0.8, -0.4], ddof=1):.3f} (3/3)"
+    assert (
+        pairs["forgetting:rho=0.5 - full"]["held-out"]
+        == f"-0.875 +- {np.std([-1.25, -0.5], ddof=1):.3f} (2/2)"
+    )
+    assert (
+        pairs["reference - full"]["held-out"] == f"-0.900 +- {np.std([-1.5, -0.8, -0.4], ddof=1):.3f} (3/3)"
+    )
     assert "two/full/seed-9: measured on other tasks" in text and "7.000" not in text and "old" not in text
     assert "no finished method" in fails(capsys, tmp_path / "one", tmp_path / "model")
 
 
 def test_signs_of_paired_differences_are_counted():
     row = lambda value: {"held-out": value, "L_P": value}  # noqa: E731
-    rows = {"base": {0: row(9)}, "full": {0: row(2), 1: row(2), 2: row(2)}, "ignoring": {2: row(1.5), 0: row(1), 1: row(2.1)}}
+    rows = {
+        "base": {0: row(9)},
+        "full": {0: row(2), 1: row(2), 2: row(2)},
+        "ignoring": {2: row(1.5), 0: row(1), 1: row(2.1)},
+    }
     line = look.paired_differences(rows).splitlines()[-1]
     assert "| ignoring - full | -0.467 +- 0.551 (2/3) |" == line
     assert look.paired_differences({"full": rows["full"], "base": rows["base"]}) == ""
@@ -337,11 +426,17 @@ def test_a_reader_that_stops_early_is_no_error(run_folder):
 def test_results_are_tables_of_html():
     table = "| method | n |\n| ------ | - |\n| full   | 1 |\n"
     page = Page("<body>" + look.markdown_html(f"Title\n\n{table}\n{table}\nA line.\nAnother") + "</body>")
-    assert len(page.find("table")) == 2 and [text for _, text in page.find("p")] == ["Title", "A line.", "Another"]
+    assert len(page.find("table")) == 2 and [text for _, text in page.find("p")] == [
+        "Title",
+        "A line.",
+        "Another",
+    ]
     assert [text for _, text in page.find("th")] == ["method", "n"] * 2
     assert [(td["data-name"], text) for td, text in page.find("td")] == [("method", "full"), ("n", "1")] * 2
     wide = Page(look.html_table(["method", *map(str, range(20))], [["full", *("abcdefghijklmnopqrst")]]))
-    assert [text for _, text in wide.find("th")] == ["method", "full"] and len(wide.find("tr")) == 21, "turned on its side"
+    assert [text for _, text in wide.find("th")] == ["method", "full"] and len(wide.find("tr")) == 21, (
+        "turned on its side"
+    )
     assert wide.find("td", data_name="full")[2][1] == "c"
 
 
@@ -371,28 +466,44 @@ def test_logs_are_read_up_to_a_line_that_was_cut_off_and_foreign_ones_not_at_all
 def test_what_a_table_would_hide_is_noted(run_folder, capsys):
     """An empty N, an empty P and a training of rate 0 gave a normal table."""
     line = {"lr": 1e-3, "L_P": 1.0, "L_N": 2.0}
-    assert look.notes_on("forgetting/seed-0", [line]) == [] and look.notes_on("full/seed-0", [line | {"L_N": None}]) == []
+    assert (
+        look.notes_on("forgetting/seed-0", [line]) == []
+        and look.notes_on("full/seed-0", [line | {"L_N": None}]) == []
+    )
     assert "N is empty" in look.notes_on("forgetting:rho=1/seed-0", [line | {"L_N": None}])[0]
     assert "P is empty" in look.notes_on("full/seed-0", [line | {"L_P": None}])[0]
-    assert "rate 0" in look.notes_on("reference", [line | {"lr": 0.0}])[0] and look.notes_on("reference", []) == []
-    write_rows([log_line(i, 1 + i / 50, 2 + i / 10) for i in range(40)], run_folder / "forgetting/seed-0/metrics.jsonl")
-    (_, warning), = page_of(run_folder).find("p", class_="warning")
-    assert warning.startswith("forgetting/seed-0: L_P and L_N both rose") and f"warning: {warning}\n" in capsys.readouterr().out
+    assert (
+        "rate 0" in look.notes_on("reference", [line | {"lr": 0.0}])[0]
+        and look.notes_on("reference", []) == []
+    )
+    write_rows(
+        [log_line(i, 1 + i / 50, 2 + i / 10) for i in range(40)],
+        run_folder / "forgetting/seed-0/metrics.jsonl",
+    )
+    ((_, warning),) = page_of(run_folder).find("p", class_="warning")
+    assert (
+        warning.startswith("forgetting/seed-0: L_P and L_N both rose")
+        and f"warning: {warning}\n" in capsys.readouterr().out
+    )
 
 
 def spoil(name):
     def change(arrays):
         arrays[name] = arrays[name].copy()
         arrays[name][1] += 1
-    return change  # fmt: skip
+
+    return change
 
 
-@pytest.mark.parametrize("change, done, reason", [
-    (lambda arrays: None, "3", "covers 3 of 12 rows: give the run's command again"),
-    (spoil("tokens"), "12", "was not made from the rows that config.json beside it names"),
-    (spoil("offsets"), "12", "was not made from the rows that config.json beside it names"),
-    (lambda arrays: arrays.pop("tokens"), "12", "not a whole file of scores ('tokens')"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, done, reason",
+    [
+        (lambda arrays: None, "3", "covers 3 of 12 rows: give the run's command again"),
+        (spoil("tokens"), "12", "was not made from the rows that config.json beside it names"),
+        (spoil("offsets"), "12", "was not made from the rows that config.json beside it names"),
+        (lambda arrays: arrays.pop("tokens"), "12", "not a whole file of scores ('tokens')"),
+    ],
+)
 def test_scores_that_are_not_the_runs_are_named(run_folder, capsys, change, done, reason):
     path = run_folder / "scores.safetensors"
     arrays = load_file(path)

@@ -22,7 +22,7 @@ from lora import (
     merge_lora,
     read_adapter_config,
     remove_lora,
-    save_adapter,  # fmt: skip
+    save_adapter,
 )
 from model import load_model
 
@@ -109,12 +109,23 @@ def test_the_adapted_product_and_its_gradients_are_autograds(dtype, tolerance, b
     y = layer(x)
     (y.float() * upstream).sum().backward()
     torch.manual_seed(1)
-    keep = dropout_mask(x.detach().flatten(0, 1), dropout).view_as(x) / (1 - dropout) if dropout else torch.ones_like(x)
+    keep = (
+        dropout_mask(x.detach().flatten(0, 1), dropout).view_as(x) / (1 - dropout)
+        if dropout
+        else torch.ones_like(x)
+    )
     wide = x.detach().float().requires_grad_()
     a, b = (low_rank.weight.detach().clone().requires_grad_() for low_rank in (layer.lora_A, layer.lora_B))
-    expected = wide @ base.weight.float().T + 2 * (wide * keep) @ a.T @ b.T + (base.bias.float() if bias else 0)
+    expected = (
+        wide @ base.weight.float().T + 2 * (wide * keep) @ a.T @ b.T + (base.bias.float() if bias else 0)
+    )
     (expected * upstream).sum().backward()
-    pairs = ((y, expected), (x.grad, wide.grad), (layer.lora_A.weight.grad, a.grad), (layer.lora_B.weight.grad, b.grad))
+    pairs = (
+        (y, expected),
+        (x.grad, wide.grad),
+        (layer.lora_A.weight.grad, a.grad),
+        (layer.lora_B.weight.grad, b.grad),
+    )
     for ours, theirs in pairs:
         assert (ours.float() - theirs).abs().max() < tolerance * theirs.abs().max()
     assert y.dtype == (torch.float32 if wide_output and not layer.training else dtype)
@@ -129,7 +140,11 @@ def test_adapter_files_are_pefts(tmp_path):
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
     assert tensors[key.format("A")].shape == (4, 80) and tensors[key.format("B")].shape == (32, 4)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "some/model"
+    assert (
+        config["peft_type"] == "LORA"
+        and config["lora_alpha"] == 8
+        and config["base_model_name_or_path"] == "some/model"
+    )
     again = load_model(tmp_path / "m")
     load_adapter(again, tmp_path / "a")
     assert torch.equal(again(TOKENS, CU), model(TOKENS, CU))
@@ -140,17 +155,26 @@ def test_adapter_files_are_pefts(tmp_path):
 def test_pefts_adapter_gives_pefts_logits_and_ours_has_its_keys(tmp_path, kind):
     """The golden holds the keys and shapes that PEFT wrote for this model, and the logits it computed with such weights."""
     golden = load_file(Path(__file__).parent / "goldens" / "adapters.safetensors")
-    shapes = {name.removeprefix(f"{kind}/"): tuple(s.tolist()) for name, s in golden.items() if name.startswith(f"{kind}/")}
+    shapes = {
+        name.removeprefix(f"{kind}/"): tuple(s.tolist())
+        for name, s in golden.items()
+        if name.startswith(f"{kind}/")
+    }
     model = load_model(tiny.make_checkpoint(tmp_path / "m", kind))
     add_lora(model, r=4, alpha=8)
     save_adapter(model, tmp_path / "a", "m")
-    written = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()}
+    written = {
+        name: tuple(tensor.shape)
+        for name, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
+    }
     assert written == shapes
     save_file(tiny.adapter_weights(shapes), tmp_path / "a" / "adapter_model.safetensors")
     remove_lora(model)
     load_adapter(model, tmp_path / "a")
     sequences = tiny.golden_inputs(kind)
-    logits = model.lm_head(model(torch.cat(sequences), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int()))
+    logits = model.lm_head(
+        model(torch.cat(sequences), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int())
+    )
     assert (logits[:, ::3] - golden[f"{kind}.logits"]).abs().max() < 1e-4
     plain = load_file(Path(__file__).parent / "goldens" / "logits.safetensors")[kind]
     assert (logits[:, ::3] - plain).abs().max() > 0.1
@@ -165,7 +189,9 @@ def rename(folder, old, new):
     """Tensors under other names; without a new one they go."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    save_file({name.replace(old, new): tensor for name, tensor in tensors.items() if new or old not in name}, path)
+    save_file(
+        {name.replace(old, new): tensor for name, tensor in tensors.items() if new or old not in name}, path
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,11 +208,26 @@ def rename(folder, old, new):
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b"abc"), "not a whole safetensors file"),
         (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda a: edit(a, lora_alpha=None), "lora_alpha = None is not a number"),
-        (lambda a: rename(a, "model.layers.0.mlp.up_proj", "lm_head"), "lm_head.lora_A.weight is of no layer"),
-        (lambda a: (edit(a, target_modules=None), rename(a, "model.layers.0.mlp.up_proj", "lm_head")), "lm_head cannot be"),
-        (lambda a: rename(a, "self_attn.q_proj", "self_attn.c_attn"), "c_attn.lora_A.weight is of no layer .*and 7 more"),
-        (lambda a: rename(a, "layers.1.mlp.up_proj", ""), "model.layers.1.mlp.up_proj.lora_A.weight is missing .and 1 more"),
-        (lambda a: (edit(a, target_modules=[]), save_file({}, a / "adapter_model.safetensors")), "targets are an empty list"),
+        (
+            lambda a: rename(a, "model.layers.0.mlp.up_proj", "lm_head"),
+            "lm_head.lora_A.weight is of no layer",
+        ),
+        (
+            lambda a: (edit(a, target_modules=None), rename(a, "model.layers.0.mlp.up_proj", "lm_head")),
+            "lm_head cannot be",
+        ),
+        (
+            lambda a: rename(a, "self_attn.q_proj", "self_attn.c_attn"),
+            "c_attn.lora_A.weight is of no layer .*and 7 more",
+        ),
+        (
+            lambda a: rename(a, "layers.1.mlp.up_proj", ""),
+            "model.layers.1.mlp.up_proj.lora_A.weight is missing .and 1 more",
+        ),
+        (
+            lambda a: (edit(a, target_modules=[]), save_file({}, a / "adapter_model.safetensors")),
+            "targets are an empty list",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_whole(tmp_path, change, message):
@@ -391,7 +432,9 @@ OTHER_KINDS = {"peft_type": "IA3", "bias": "lora_only", "init_lora_weights": "lo
 
 
 def config_with(folder, **changes):
-    (folder / "adapter_config.json").write_text(json.dumps(DEFAULTS | {"target_modules": ["q_proj", "v_proj"]} | changes))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(DEFAULTS | {"target_modules": ["q_proj", "v_proj"]} | changes)
+    )
     return read_adapter_config(folder / "adapter_config.json")
 
 
@@ -445,7 +488,9 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
     torch.save(tensors, path.with_suffix(".bin"))
     path.unlink()
     again = load_model(tmp_path / "m")
-    with pytest.raises(ValueError, match="adapter_model.bin: a pickle is not read; this command converts it: ") as refused:
+    with pytest.raises(
+        ValueError, match="adapter_model.bin: a pickle is not read; this command converts it: "
+    ) as refused:
         load_adapter(again, tmp_path / "an adapter")
     assert "\n" not in str(refused.value)
     program, flag, code = shlex.split(str(refused.value).partition("converts it: ")[2])
@@ -457,7 +502,11 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
 
 @pytest.mark.parametrize(
     "base, name, revision",
-    [("owner/name@v1.0", "owner/name", "v1.0"), ("owner/name", "owner/name", None), ("{folder}", "{folder}", None)],
+    [
+        ("owner/name@v1.0", "owner/name", "v1.0"),
+        ("owner/name", "owner/name", None),
+        ("{folder}", "{folder}", None),
+    ],
 )
 def test_the_revision_is_written_beside_the_base_model(tmp_path, base, name, revision):
     """Found at fe070b7: the base's name was "owner/name@v1.0", which AutoPeftModel cannot find. A folder may have an @."""
@@ -478,9 +527,13 @@ def test_an_adapter_is_float32_whatever_the_file_and_the_model_are(tmp_path):
     again = load_model(tmp_path / "m", dtype=torch.bfloat16)
     load_adapter(again, tmp_path / "a")
     for name, parameter in lora_parameters(again).items():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, halves[f"base_model.model.{name}"].float())
+        assert parameter.dtype == torch.float32 and torch.equal(
+            parameter, halves[f"base_model.model.{name}"].float()
+        )
     save_adapter(again.bfloat16(), tmp_path / "b", "m")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
     merge_lora(again)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
 
@@ -509,7 +562,9 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(lora, "save_file", full)
-        with pytest.raises(OSError, match="adapter_model.safetensors: could not be written, what was there before still is"):
+        with pytest.raises(
+            OSError, match="adapter_model.safetensors: could not be written, what was there before still is"
+        ):
             save_adapter(model, tmp_path / "a", "base")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 

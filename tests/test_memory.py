@@ -58,7 +58,10 @@ def test_no_tensor_has_a_row_per_token_and_a_column_per_word(model):
     with Largest() as seen:
         token_losses(hidden, torch.zeros(VOCABULARY, 8), targets)
     assert seen.largest == 512 * VOCABULARY * 4
-    chunks = [logprobs.data_ptr() for _, logprobs, _ in head_chunks(hidden[:2048], torch.zeros(VOCABULARY, 8), targets[:2048])]
+    chunks = [
+        logprobs.data_ptr()
+        for _, logprobs, _ in head_chunks(hidden[:2048], torch.zeros(VOCABULARY, 8), targets[:2048])
+    ]
     assert len(chunks) == 4 and len(set(chunks)) == 1, "all chunks share one buffer"
 
 

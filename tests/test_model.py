@@ -48,7 +48,9 @@ def test_logits_of_the_later_families_are_those_of_transformers(tmp_path, kind, 
     golden = load_file(FAMILY_GOLDENS)[kind]
     assert (packed_logits(model, tiny.golden_inputs(kind))[:, ::9] - golden).abs().max() < 1e-4
     save_model(model, tmp_path / "copy")
-    assert (packed_logits(load_model(tmp_path / "copy"), tiny.golden_inputs(kind))[:, ::9] - golden).abs().max() < 1e-4
+    assert (
+        packed_logits(load_model(tmp_path / "copy"), tiny.golden_inputs(kind))[:, ::9] - golden
+    ).abs().max() < 1e-4
 
 
 CASE_NAMES = [tiny.case_name(kind, changes) for kind, changes, _ in tiny.CONFIG_CASES]
@@ -67,14 +69,39 @@ def test_a_config_means_what_it_means_to_transformers_or_is_refused(tmp_path, ki
     assert (torch.tensor(tiny.case_logits(logits)) - golden).abs().max() < 1e-4
 
 
-SHAPES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_layers", "num_heads"}  # never left out
+SHAPES = {
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_layers",
+    "num_heads",
+}  # never left out
 WORDS = {"pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer's files say them
-TRAINING = {"initializer_range", "attention_dropout", "resid_dropout", "embed_dropout"}  # the base is frozen: none in it
+TRAINING = {
+    "initializer_range",
+    "attention_dropout",
+    "resid_dropout",
+    "embed_dropout",
+}  # the base is frozen: none in it
 OUTPUTS = {"use_cache", "output_hidden_states", "return_dict"}  # what transformers returns besides
 CLASSIFIERS = {"id2label", "label2id", "problem_type", "classifier_dropout"}
-LABELS = {"transformers_version", "architectures", "dtype", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"}
+LABELS = {
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "is_encoder_decoder",
+    "chunk_size_feed_forward",
+    "pretraining_tp",
+}
 IGNORED = WORDS | TRAINING | OUTPUTS | CLASSIFIERS | LABELS
-BEYOND_THE_CLASS = {"rope_scaling", "rope_theta", "original_max_position_embeddings", "head_dim", "attention_layers"}
+BEYOND_THE_CLASS = {
+    "rope_scaling",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "head_dim",
+    "attention_layers",
+}
 
 
 @pytest.mark.parametrize("model_type", CONFIG_GOLDENS["fields"])
@@ -99,8 +126,32 @@ def test_every_field_that_is_read_has_a_case():
 def test_no_config_is_a_traceback(kind):
     """Every field with every kind of wrong value: read, or refused in one line."""
     raw = tiny.config_of(kind, 4)
-    names = {*transformer.FIELDS[raw["model_type"]], *raw, "is_causal", "num_hidden_layers", "num_attention_heads"}
-    odd = [None, True, 0, -1, 3.5, math.nan, math.inf, "8", "", [], [1], [[]], [None], ["global"], {}, {"type": []}, {"a": {}}]
+    names = {
+        *transformer.FIELDS[raw["model_type"]],
+        *raw,
+        "is_causal",
+        "num_hidden_layers",
+        "num_attention_heads",
+    }
+    odd = [
+        None,
+        True,
+        0,
+        -1,
+        3.5,
+        math.nan,
+        math.inf,
+        "8",
+        "",
+        [],
+        [1],
+        [[]],
+        [None],
+        ["global"],
+        {},
+        {"type": []},
+        {"a": {}},
+    ]
     for name in names:
         for value in odd:
             try:
@@ -132,7 +183,12 @@ def test_packed_cached_and_alone_agree(tmp_path, kind):
     for sequence, packed in zip(sequences, together):
         assert torch.allclose(model(sequence, boundaries([sequence])), packed, atol=1e-5)
     cache, past, seen = Cache(model, 500), None, []
-    for cut in ((0, 3), (3, 4), (4, 6), (6, 20)):  # a prompt, one token, two at once, and more than the windows
+    for cut in (
+        (0, 3),
+        (3, 4),
+        (4, 6),
+        (6, 20),
+    ):  # a prompt, one token, two at once, and more than the windows
         parts = [s[slice(*cut)] for s in sequences]
         first = cache.used
         hidden = model(torch.cat(parts), boundaries(parts), cache, past)
@@ -242,7 +298,10 @@ def test_losses_stay_float32_under_autocast():
             total.backward()
             assert torch.equal(token_losses(hidden, head, targets), losses)
         assert total.dtype == losses.dtype == torch.float32 and not losses.requires_grad
-        assert abs(total.item() - (weights.double() @ exact).item()) < 1e-5 and (losses - exact).abs().max() < 1e-5
+        assert (
+            abs(total.item() - (weights.double() @ exact).item()) < 1e-5
+            and (losses - exact).abs().max() < 1e-5
+        )
         found[autocast] = total.detach(), x.grad
     assert all(torch.equal(a, b) for a, b in zip(found[False], found[True]))
 
@@ -273,17 +332,24 @@ def test_saved_model_loads_again(tmp_path, kind, shard_bytes):
     again = load_model(tmp_path / "b")
     ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (
+        tmp_path / "a" / "tokenizer.json"
+    ).read_bytes()
     assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (shard_bytes < 10**6)
     assert not list((tmp_path / "b").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("dialect, key", [(4, "torch_dtype"), (5, "dtype")])
 def test_a_saved_config_says_the_dtype_of_its_weights(tmp_path, dialect, key):
-    save_model(load_model(tiny.make_checkpoint(tmp_path / "a", "qwen3", dialect), dtype=torch.bfloat16), tmp_path / "b")
+    save_model(
+        load_model(tiny.make_checkpoint(tmp_path / "a", "qwen3", dialect), dtype=torch.bfloat16),
+        tmp_path / "b",
+    )
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
     assert after == before | {key: "bfloat16"}
-    assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "b" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def edit_weights(folder: Path, change) -> None:
@@ -301,16 +367,31 @@ def edit_config(folder: Path, **changes) -> None:
 NAME = "model.layers.0.mlp.up_proj.weight"
 BROKEN = {
     "missing": (lambda f: edit_weights(f, lambda t: t.pop(NAME)), f"missing, the first is {NAME}"),
-    "unexpected": (lambda f: edit_weights(f, lambda t: t.update(extra=torch.ones(1))), "tensor extra is unexpected"),
+    "unexpected": (
+        lambda f: edit_weights(f, lambda t: t.update(extra=torch.ones(1))),
+        "tensor extra is unexpected",
+    ),
     "mis-shaped": (
         lambda f: edit_weights(f, lambda t: t.update({NAME: torch.ones(3, 4)})),
         r"up_proj.weight has shape \(3, 4\)",
     ),
-    "not finite": (lambda f: edit_weights(f, lambda t: t[NAME].fill_(torch.inf)), "up_proj.weight holds values that are not"),
-    "architecture": (lambda f: edit_config(f, architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported"),
+    "not finite": (
+        lambda f: edit_weights(f, lambda t: t[NAME].fill_(torch.inf)),
+        "up_proj.weight holds values that are not",
+    ),
+    "architecture": (
+        lambda f: edit_config(f, architectures=["BloomForCausalLM"]),
+        "BloomForCausalLM is not supported",
+    ),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]), "not a whole"),
-    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is not read"),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]),
+        "not a whole",
+    ),
+    "pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin is not read",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
 }
 
@@ -332,18 +413,24 @@ def test_an_index_may_not_leave_its_folder(tmp_path):
         load_model(folder)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     index.write_text(index.read_text().replace("../", ""))
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is named there but is not in the folder"):
+    with pytest.raises(
+        ValueError, match="model-00002-of-00002.safetensors is named there but is not in the folder"
+    ):
         load_model(folder)
 
 
 def test_buffers_of_old_checkpoints_are_skipped(tmp_path):
     """GPT-Neo's files of before 2023 carry each layer's causal mask, and old LLaMAs their rotary frequencies."""
-    for kind, names in (("gpt_neo", ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias")),
-                        ("llama2", ("model.layers.0.self_attn.rotary_emb.inv_freq",))):  # fmt: skip
+    for kind, names in (
+        ("gpt_neo", ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias")),
+        ("llama2", ("model.layers.0.self_attn.rotary_emb.inv_freq",)),
+    ):
         folder = tiny.make_checkpoint(tmp_path / kind, kind)
         edit_weights(folder, lambda t: t.update({name: torch.ones(1) for name in names}))
         golden = load_file(GOLDENS)[kind]
-        assert (packed_logits(load_model(folder), tiny.golden_inputs(kind))[:, ::3] - golden).abs().max() < 1e-4
+        assert (
+            packed_logits(load_model(folder), tiny.golden_inputs(kind))[:, ::3] - golden
+        ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["llama3", "gpt_neo"])
@@ -356,7 +443,9 @@ def test_a_tied_matrix_may_be_stored_twice_or_as_the_head(tmp_path, kind, held):
     edit_weights(folder, lambda t: t.update({"lm_head.weight": take(t)}))
     model = load_model(folder)
     assert model.lm_head.weight is model.embedding.weight and model.config.tie_word_embeddings
-    assert (packed_logits(model, tiny.golden_inputs(kind))[:, ::3] - load_file(GOLDENS)[kind]).abs().max() < 1e-4
+    assert (
+        packed_logits(model, tiny.golden_inputs(kind))[:, ::3] - load_file(GOLDENS)[kind]
+    ).abs().max() < 1e-4
 
 
 def test_another_head_in_a_tied_file_is_used_and_exported_untied(tmp_path):
@@ -369,7 +458,9 @@ def test_another_head_in_a_tied_file_is_used_and_exported_untied(tmp_path):
     save_model(model, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["tie_word_embeddings"] is False
     copy = load_model(tmp_path / "copy")
-    assert torch.equal(copy.lm_head.weight, head) and torch.equal(copy.embedding.weight, model.embedding.weight)
+    assert torch.equal(copy.lm_head.weight, head) and torch.equal(
+        copy.embedding.weight, model.embedding.weight
+    )
 
 
 def test_neither_head_nor_embedding_is_a_missing_tensor(tmp_path):
@@ -425,8 +516,14 @@ def test_neither_folder_nor_hub_id():
 
 def test_llama3_slows_only_the_long_waves():
     """LLaMA-3.2's own parameters have frequencies in the smooth band, which the tiny checkpoints lack."""
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
     expected, between = [], 0
     for frequency in plain:
@@ -470,4 +567,6 @@ def test_the_rotation_turns_pairs_in_float32(dtype):
     turned = torch.complex(*x.float().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
     both = angles.repeat(1, 1, 2)
     found = apply_rotary(x, both.cos(), both.sin())
-    assert found.dtype == torch.float32 and torch.allclose(found, torch.cat((turned.real, turned.imag), -1), atol=1e-6)
+    assert found.dtype == torch.float32 and torch.allclose(
+        found, torch.cat((turned.real, turned.imag), -1), atol=1e-6
+    )

@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("on_purpose")
     tiny.make_checkpoint(folder / "model", "llama2")
-    rows = [{"instruction": f"Tell me {i}", "output": " ".join(WORDS[i : i + 2 + 3 * i % 7])} for i in range(21)]
+    rows = [
+        {"instruction": f"Tell me {i}", "output": " ".join(WORDS[i : i + 2 + 3 * i % 7])} for i in range(21)
+    ]
     for name, part in (("trusted", rows[:9]), ("rows", rows[9:])):
         (folder / f"{name}.jsonl").write_text(tiny.jsonl(part))
     return folder
@@ -39,8 +41,24 @@ def folder(tmp_path_factory):
 
 def run(folder, out: str, *flags: str) -> None:
     """A small run of forgetting.py."""
-    given = ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--out", str(folder / out)]
-    given += ["--reference-data", str(folder / "trusted.jsonl"), "--rank", "4", "--lr", "0.01", "--dropout", "0"]
+    given = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "rows.jsonl"),
+        "--out",
+        str(folder / out),
+    ]
+    given += [
+        "--reference-data",
+        str(folder / "trusted.jsonl"),
+        "--rank",
+        "4",
+        "--lr",
+        "0.01",
+        "--dropout",
+        "0",
+    ]
     forgetting.run(forgetting.parse_options([*given, "--device", "cpu", "--dtype", "float32", *flags]))
 
 
@@ -73,17 +91,36 @@ def test_ranks_steps_and_seeds_drop_other_inputs(monkeypatch):
         monkeypatch.setattr(forgetting, "rank_and_world", lambda: (rank, 3))
         for _ in range(2):
             forgetting.seed_dropout(seed, step)
-            masks.setdefault((seed, step, rank), set()).add(bytes(dropout_mask(torch.ones(400), 0.5).tolist()))
+            masks.setdefault((seed, step, rank), set()).add(
+                bytes(dropout_mask(torch.ones(400), 0.5).tolist())
+            )
     assert all(len(drawn) == 1 for drawn in masks.values())
     assert len(set.union(*masks.values())) == len(masks)
 
 
 def test_a_clipped_training_is_a_plain_training_with_a_clip(folder):
     """A limit that every step exceeds, but not equally: AdamW forgives a factor only if all steps have the same one."""
-    limit, settings = 0.5, {"rank": 4, "alpha": 16.0, "lr": 0.01, "batch_size": 3, "epochs": 2, "t_min": 0.0, "t_max": 0.0}
-    run(folder, "clipped", "--methods", "full", "--batch-size", "3", "--epochs", "2", "--max-grad-norm", str(limit))
+    limit, settings = (
+        0.5,
+        {"rank": 4, "alpha": 16.0, "lr": 0.01, "batch_size": 3, "epochs": 2, "t_min": 0.0, "t_max": 0.0},
+    )
+    run(
+        folder,
+        "clipped",
+        "--methods",
+        "full",
+        "--batch-size",
+        "3",
+        "--epochs",
+        "2",
+        "--max-grad-norm",
+        str(limit),
+    )
     of_run = load_file(folder / "clipped/full/seed-0/adapter_model.safetensors")
-    norms = [json.loads(line)["grad_norm"] for line in (folder / "clipped/full/seed-0/metrics.jsonl").read_text().splitlines()]
+    norms = [
+        json.loads(line)["grad_norm"]
+        for line in (folder / "clipped/full/seed-0/metrics.jsonl").read_text().splitlines()
+    ]
     assert min(norms) > limit and max(norms) > 1.2 * min(norms)
 
     files = [str(folder / "rows.jsonl")], [str(folder / "trusted.jsonl")]
@@ -98,7 +135,9 @@ def test_a_clipped_training_is_a_plain_training_with_a_clip(folder):
     for clipped in (True, False):
         model = load_model(folder / "model")
         hook = register_optimizer_step_pre_hook(clip) if clipped else None
-        plain.train(model, examples, everything, [~mask for mask in everything], 0, SimpleNamespace(**settings))
+        plain.train(
+            model, examples, everything, [~mask for mask in everything], 0, SimpleNamespace(**settings)
+        )
         if hook:
             hook.remove()
         plain.save_adapter(model, folder / "by_hand", "tiny")
@@ -154,7 +193,9 @@ def test_the_figures_of_tydiqa_are_those_of_languages(folder):
     )
     rows = [{"id": name, "_source": f"rows:{i}", "_doc": i} for i, name in enumerate(scores)]
     model, tokenizer = load_model(folder / "model"), Tokenizer(folder / "model")
-    documents = evaluation.Documents("tydiqa", task, rows, [task.requests(row, tokenizer) for row in rows], {})
+    documents = evaluation.Documents(
+        "tydiqa", task, rows, [task.requests(row, tokenizer) for row in rows], {}
+    )
     result = evaluation.evaluate(model, tokenizer, [documents])[0]["tydiqa"]
     languages = np.array([1.0, 0.0, 0.0, 0.0]), np.array([1.0, 0.5])
     errors = [values.std(ddof=1) / math.sqrt(len(values)) for values in languages]

@@ -15,7 +15,16 @@ from lora import load_adapter
 from model import load_model
 
 WORDS = tiny.TEXT.split()
-SETTINGS = {"rank": 4, "alpha": 8.0, "lr": 0.01, "epochs": 2, "batch_size": 5, "t_min": 0.1, "t_max": 0.9, "max_length": 60}
+SETTINGS = {
+    "rank": 4,
+    "alpha": 8.0,
+    "lr": 0.01,
+    "epochs": 2,
+    "batch_size": 5,
+    "t_min": 0.1,
+    "t_max": 0.9,
+    "max_length": 60,
+}
 
 
 def flags(settings: dict) -> list[str]:
@@ -28,14 +37,38 @@ def both(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("plain")
     tiny.make_checkpoint(folder / "model", "llama3")
-    rows = [{"instruction": f"Tell me {i} of {i * i}", "output": " ".join(WORDS[i : i + 2 + 3 * i % 11])} for i in range(24)]
+    rows = [
+        {"instruction": f"Tell me {i} of {i * i}", "output": " ".join(WORDS[i : i + 2 + 3 * i % 11])}
+        for i in range(24)
+    ]
     for name, part in (("trusted", rows[:9]), ("rows", rows[9:])):
         (folder / f"{name}.jsonl").write_text(tiny.jsonl(part))
     given = ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")]
     given += ["--reference-data", str(folder / "trusted.jsonl"), *flags(SETTINGS)]
     results = plain.main([*given, "--out", str(folder / "plain")])
-    run = [*given, "--out", str(folder / "run"), "--methods", "full", "ignoring", "forgetting", "--dropout", "0"]
-    run += ["--reference-epochs", "2", "--rho", "0.7", "--micro-tokens", "100", "--device", "cpu", "--dtype", "float32"]
+    run = [
+        *given,
+        "--out",
+        str(folder / "run"),
+        "--methods",
+        "full",
+        "ignoring",
+        "forgetting",
+        "--dropout",
+        "0",
+    ]
+    run += [
+        "--reference-epochs",
+        "2",
+        "--rho",
+        "0.7",
+        "--micro-tokens",
+        "100",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     forgetting.run(forgetting.parse_options(run))
     return folder, results
 
@@ -45,7 +78,10 @@ def same_adapter(one, other):
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert one.keys() == other.keys()
     for name in one:
-        assert torch.allclose(one[name], other[name], rtol=0, atol=1e-5), (name, (one[name] - other[name]).abs().max())
+        assert torch.allclose(one[name], other[name], rtol=0, atol=1e-5), (
+            name,
+            (one[name] - other[name]).abs().max(),
+        )
     return max(tensor.abs().max() for name, tensor in one.items() if "lora_B" in name)
 
 
@@ -74,7 +110,9 @@ def test_losses_threshold_and_sides_are_the_same(both):
         load_adapter(model, folder / "plain" / "reference")
         reference = torch.cat([plain.token_losses(model, *example) for example in examples])
     of_run = scores["base_loss"][corpus.response], scores["ref_loss"][corpus.response]
-    assert np.allclose(base, of_run[0], atol=1e-5, rtol=0) and np.allclose(reference, of_run[1], atol=1e-5, rtol=0)
+    assert np.allclose(base, of_run[0], atol=1e-5, rtol=0) and np.allclose(
+        reference, of_run[1], atol=1e-5, rtol=0
+    )
     assert torch.allclose(torch.cat(quality), base - reference, atol=1e-5, rtol=0)
 
     run_quality = forgetting.quality_scores(*of_run)

@@ -61,8 +61,12 @@ def test_an_adapter_folder_is_whole_and_names_no_local_path(tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert read(out / "adapter_config.json") == read(adapter / "adapter_config.json") | {"base_model_name_or_path": None}
-    assert not any(str(tmp_path) in path.read_text() for path in out.iterdir() if path.suffix != ".safetensors")
+    assert read(out / "adapter_config.json") == read(adapter / "adapter_config.json") | {
+        "base_model_name_or_path": None
+    }
+    assert not any(
+        str(tmp_path) in path.read_text() for path in out.iterdir() if path.suffix != ".safetensors"
+    )
     assert (out / "chat_template.jinja").read_text() == publish.chat_template(Tokenizer(tmp_path / "base"))
     models = []
     for folder in (adapter, out):
@@ -130,12 +134,19 @@ def test_the_tokenizers_files_name_the_tokens_that_the_template_needs(tmp_path, 
     folder, out = tiny.make_checkpoint(tmp_path / "m", kind), tmp_path / "out"
     tokenizer = Tokenizer(folder)
     (folder / "tokenizer_config.json").unlink()
-    edit(folder / "tokenizer_config.json", name_or_path="/home/me", padding_side="left", chat_template="{{ 'another' }}")
+    edit(
+        folder / "tokenizer_config.json",
+        name_or_path="/home/me",
+        padding_side="left",
+        chat_template="{{ 'another' }}",
+    )
     edit(folder / "special_tokens_map.json", eos_token={"content": tokenizer.eos}, pad_token="!")
     out.mkdir()
     publish.write_tokenizer(tokenizer, folder, out)
     named = {"padding_side": "left", "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos}
-    assert read(out / "tokenizer_config.json") == named | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
+    assert read(out / "tokenizer_config.json") == named | (
+        {"bos_token": tokenizer.bos} if tokenizer.bos else {}
+    )
     assert read(out / "special_tokens_map.json")["eos_token"] == {"content": tokenizer.eos}
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
@@ -205,17 +216,29 @@ def test_a_base_model_without_a_name_is_to_be_named(tmp_path, capsys):
 @pytest.mark.parametrize("rank, limit", [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (300, 512)])
 def test_vllm_is_told_the_rank(rank, limit):
     """Its default is 16, which refuses the paper's 64; it takes some numbers only, all powers of two from 8 to 512 among them."""
-    assert f"vllm serve b --enable-lora --max-lora-rank {limit} --lora" in publish.model_card("full", {}, "b", rank)
+    assert f"vllm serve b --enable-lora --max-lora-rank {limit} --lora" in publish.model_card(
+        "full", {}, "b", rank
+    )
 
 
 @pytest.mark.parametrize(
     "name, options, there, absent",
     [
-        (ADAPTER, {"t_max": 0.5}, ["rho: 0.7", "t_max: 0.5", "lr: 0.0001", "rank: 4", "epochs: 1"], ["forget_rate", "ceiling"]),
+        (
+            ADAPTER,
+            {"t_max": 0.5},
+            ["rho: 0.7", "t_max: 0.5", "lr: 0.0001", "rank: 4", "epochs: 1"],
+            ["forget_rate", "ceiling"],
+        ),
         ("full/seed-1", {"rho": 0.6}, ["rho: 1.0", "epochs: 1"], ["t_max", "lambda_schedule"]),
         ("ignoring/seed-0", {"rho": 0.6}, ["rho: 0.6"], ["t_min"]),
         ("forgetting:rho=0.5,lr=0.002/seed-0", {}, ["rho: 0.5", "lr: 0.002", "t_max: 0.25"], []),
-        ("reference", {"reference_lr": 0.003, "reference_epochs": 4}, ["lr: 0.003", "epochs: 4", "rho: 1.0"], ["t_max"]),
+        (
+            "reference",
+            {"reference_lr": 0.003, "reference_epochs": 4},
+            ["lr: 0.003", "epochs: 4", "rho: 1.0"],
+            ["t_max"],
+        ),
         ("forgetting-clipped/seed-0", {}, ["rho: 0.7", "ceiling: 6.907755278982137"], []),
         ("forgetting-clipped/seed-0", {"ceiling": 5.0}, ["ceiling: 5.0"], []),
         ("reference", {"epochs": 2}, ["lr: 0.0001", "epochs: at least 2, and at least 8 steps"], []),
@@ -239,27 +262,64 @@ def no_space(*_, **__):
 @pytest.mark.parametrize(
     "change, arguments, message",
     [
-        (lambda at, _: at.joinpath("out").mkdir() or (at / "out" / "x").write_text(""), ["{a}", "{o}"], "out is there already"),
-        (lambda at, _: at.joinpath("out").write_text(""), ["{a}", "{o}"], "out is there already: give a new folder"),
-        (lambda *_: None, ["{a}", "{o}", "--base-model", "/home/me/base"], "--base-model /home/me/base is not a Hub id"),
+        (
+            lambda at, _: at.joinpath("out").mkdir() or (at / "out" / "x").write_text(""),
+            ["{a}", "{o}"],
+            "out is there already",
+        ),
+        (
+            lambda at, _: at.joinpath("out").write_text(""),
+            ["{a}", "{o}"],
+            "out is there already: give a new folder",
+        ),
+        (
+            lambda *_: None,
+            ["{a}", "{o}", "--base-model", "/home/me/base"],
+            "--base-model /home/me/base is not a Hub id",
+        ),
         (lambda *_: None, ["{a}/..", "{o}"], "is not an adapter of a run, such as"),
-        (lambda at, _: (at / "run" / ADAPTER / "adapter_config.json").unlink(), ["{a}", "{o}"], "no adapter_config.json in it"),
-        (lambda at, _: (at / "run" / "config.json").unlink(), ["{a}", "{o}"], "is not an adapter of a run, such as"),
-        (lambda at, _: (at / "run" / ADAPTER / "adapter_model.safetensors").write_bytes(b"x"), ["{a}", "{o}"], "not a whole"),
-        (lambda at, _: edit(at / "base" / "config.json", rms_norm_eps=1e-3), ["{a}", "{o}"], "base: its files are not those"),
+        (
+            lambda at, _: (at / "run" / ADAPTER / "adapter_config.json").unlink(),
+            ["{a}", "{o}"],
+            "no adapter_config.json in it",
+        ),
+        (
+            lambda at, _: (at / "run" / "config.json").unlink(),
+            ["{a}", "{o}"],
+            "is not an adapter of a run, such as",
+        ),
+        (
+            lambda at, _: (at / "run" / ADAPTER / "adapter_model.safetensors").write_bytes(b"x"),
+            ["{a}", "{o}"],
+            "not a whole",
+        ),
+        (
+            lambda at, _: edit(at / "base" / "config.json", rms_norm_eps=1e-3),
+            ["{a}", "{o}"],
+            "base: its files are not those",
+        ),
         (lambda _, patch: patch.setattr(publish, "model_card", no_space), ["{a}", "{o}"], FULL),
         (lambda _, patch: patch.setattr(publish, "save_model", no_space), ["{a}", "{o}", "--merged"], FULL),
     ],
 )
-def test_what_cannot_be_published_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, change, arguments, message):
+def test_what_cannot_be_published_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, change, arguments, message
+):
     adapter = make_run(tmp_path)
     change(tmp_path, monkeypatch)
     before = sorted(path for path in tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["publish.py", *(word.format(a=adapter, o=tmp_path / "out") for word in arguments)])
+    monkeypatch.setattr(
+        sys, "argv", ["publish.py", *(word.format(a=adapter, o=tmp_path / "out") for word in arguments)]
+    )
     with pytest.raises(SystemExit) as stop:
         publish.main()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("publish.py: ") and message in error and error.count("\n") == 1
+    assert (
+        stop.value.code == 2
+        and error.startswith("publish.py: ")
+        and message in error
+        and error.count("\n") == 1
+    )
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
@@ -267,7 +327,9 @@ def test_the_command_line_fills_an_empty_folder(tmp_path, monkeypatch, capsys):
     adapter, out = make_run(tmp_path), tmp_path / "out"
     out.mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["publish.py", str(adapter.relative_to(tmp_path)), "out", "--base-model", "a/b"])
+    monkeypatch.setattr(
+        sys, "argv", ["publish.py", str(adapter.relative_to(tmp_path)), "out", "--base-model", "a/b"]
+    )
     publish.main()
     assert "hf upload you/name out" in capsys.readouterr().out and (out / "README.md").is_file()
     assert out.stat().st_mode & 0o777 == adapter.stat().st_mode & 0o777, "readable as other folders are"

@@ -73,7 +73,9 @@ def folder_with(folder: Path, template: object) -> Path:
 
 def test_where_the_template_is_found(tmp_path):
     """chat_template.jinja comes before tokenizer_config.json; of several named ones it is "default"."""
-    folder = folder_with(tmp_path, [{"name": "rag", "template": "x"}, {"name": "default", "template": "{{ eos_token }}y"}])
+    folder = folder_with(
+        tmp_path, [{"name": "rag", "template": "x"}, {"name": "default", "template": "{{ eos_token }}y"}]
+    )
     assert Tokenizer(folder).chat_template == "{{ eos_token }}y" and Tokenizer(folder).template is None
     (folder / "chat_template.jinja").write_text("z")
     assert Tokenizer(folder, "model").chat_template == "z" == chat_template(Tokenizer(folder, "model"))
@@ -89,7 +91,9 @@ def test_a_template_that_rewrites_earlier_turns_is_for_one_turn_only(tmp_path):
     tokenizer = Tokenizer(folder_with(tmp_path, cases.REWRITING), "model")
     shown = render({"messages": cases.messages_of("one turn")}, tokenizer.eos, tokenizer.template)
     assert shown[1] == ("<think>\n\n</think>\n\nIt is 42.<|im_end|>\n", True)
-    with pytest.raises(ValueError, match="row: the chat template writes earlier turns anew: it is right for one turn only"):
+    with pytest.raises(
+        ValueError, match="row: the chat template writes earlier turns anew: it is right for one turn only"
+    ):
         render({"messages": cases.messages_of("two turns")}, tokenizer.eos, tokenizer.template)
 
 
@@ -97,12 +101,17 @@ def test_a_template_that_rewrites_earlier_turns_is_for_one_turn_only(tmp_path):
 def test_a_template_can_do_no_harm(tmp_path, attack):
     tokenizer = Tokenizer(folder_with(tmp_path, attack), "model")
     with pytest.raises(ValueError, match="f:1: the chat template does not take it"):
-        render({"messages": cases.messages_of("one turn"), "_source": "f:1"}, tokenizer.eos, tokenizer.template)
+        render(
+            {"messages": cases.messages_of("one turn"), "_source": "f:1"}, tokenizer.eos, tokenizer.template
+        )
 
 
 def test_raw_text_takes_no_template(tokenizers):
     """It has the bos and the eos that the template does not write for it."""
-    tokenizer, rows = tokenizers["gemma"], [{"prompt": "a", "completion": "b"}, {"messages": cases.messages_of("one turn")}]
+    tokenizer, rows = (
+        tokenizers["gemma"],
+        [{"prompt": "a", "completion": "b"}, {"messages": cases.messages_of("one turn")}],
+    )
     corpus = build_corpus(rows, tokenizer)
     assert corpus.tokens[0] == tokenizer.bos_id and corpus.tokens[corpus.offsets[1] - 1] == tokenizer.eos_id
     assert corpus.tokens[corpus.offsets[1] :].tolist() == GOLDENS["gemma"]["one turn"]["ids"]
@@ -118,7 +127,10 @@ def test_a_run_takes_the_rows_that_can_be_used_and_says_so(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(tiny.jsonl([*rows, {"prompt": "a", "completion": ""}]))
     (tmp_path / "ref.jsonl").write_text(json.dumps(rows[0]) + "\n{oops")
     files = {"data": [str(tmp_path / "rows.jsonl")], "reference_data": [str(tmp_path / "ref.jsonl")]}
-    with pytest.raises(ValueError, match=r"(?s)^2 of 7 rows cannot be used:.*rows.jsonl:5: completion is empty.*ref.jsonl:2: not valid"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)^2 of 7 rows cannot be used:.*rows.jsonl:5: completion is empty.*ref.jsonl:2: not valid",
+    ):
         select_data(Options(model="m", **files), Tokenizer(folder))
     capsys.readouterr()
     d_ref, d_train = select_data(Options(model="m", skip_bad_rows=True, **files), Tokenizer(folder))

@@ -25,7 +25,9 @@ def test_ids_are_those_of_transformers(tmp_path, name):
     for text, (plain, special) in zip(cases.HARD_TEXTS, golden["ids"], strict=True):
         assert tokenizer.raw.encode(text, add_special_tokens=False).ids == plain, text
         assert tokenizer.raw.encode(text).ids == special, text
-    assert [tokenizer.eos, tokenizer.eos_id] == golden["eos"] and [tokenizer.bos, tokenizer.bos_id] == golden["bos"]
+    assert [tokenizer.eos, tokenizer.eos_id] == golden["eos"] and [tokenizer.bos, tokenizer.bos_id] == golden[
+        "bos"
+    ]
 
 
 @pytest.mark.parametrize("name", cases.STOPS)
@@ -57,7 +59,10 @@ def test_generation_ends_at_every_stop_id(tmp_path):
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer.json in it, nor vocab.json and merges.txt; a sentencepiece .*python -c"):
+    with pytest.raises(
+        ValueError,
+        match=r"no tokenizer.json in it, nor vocab.json and merges.txt; a sentencepiece .*python -c",
+    ):
         Tokenizer(tmp_path)
     cases.gpt_neo_pair(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
@@ -86,17 +91,24 @@ def test_a_response_that_ends_in_eos_gets_no_second(tmp_path, kind):
     tiny.save_tokenizer(tmp_path, kind)
     tokenizer = Tokenizer(tmp_path)
     rows = [{"prompt": "a", "completion": "b" + end} for end in ("", tokenizer.eos)]
-    rows += [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" + end}]}
-             for end in ("", tokenizer.eos)]  # fmt: skip
+    rows += [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" + end}]}
+        for end in ("", tokenizer.eos)
+    ]
     corpora = [build_corpus([row], tokenizer) for row in rows]
-    assert corpora[0].fingerprint() == corpora[1].fingerprint() and corpora[2].fingerprint() == corpora[3].fingerprint()
+    assert (
+        corpora[0].fingerprint() == corpora[1].fingerprint()
+        and corpora[2].fingerprint() == corpora[3].fingerprint()
+    )
     assert all(corpus.tokens.tolist().count(tokenizer.eos_id) == 1 for corpus in corpora)
 
 
 def test_a_list_of_added_tokens_that_is_none_is_named(tmp_path):
     tiny.save_tokenizer(tmp_path, "llama3")
     for content in ({"x": {"content": "a"}}, {"1": 5}, [1], {"1": {"content": 3}}):
-        cases.write(tmp_path, tokenizer_config={"eos_token": "<|end_of_text|>", "added_tokens_decoder": content})
+        cases.write(
+            tmp_path, tokenizer_config={"eos_token": "<|end_of_text|>", "added_tokens_decoder": content}
+        )
         with pytest.raises(ValueError, match=f"{tmp_path}: its list of added tokens cannot be read"):
             Tokenizer(tmp_path)
 
@@ -106,7 +118,9 @@ def test_every_file_of_a_tokenizer_is_fetched_and_kept(tmp_path, monkeypatch):
     cases.pair_with_tokens(tmp_path)
     (tmp_path / "chat_template.jinja").touch()
     asked = {}
-    monkeypatch.setattr(model, "snapshot_download", lambda repo, **patterns: asked.update(patterns) or tmp_path)
+    monkeypatch.setattr(
+        model, "snapshot_download", lambda repo, **patterns: asked.update(patterns) or tmp_path
+    )
     with pytest.raises(ValueError, match="no safetensors in this repository"):
         model.checkpoint_folder("EleutherAI/gpt-neo-2.7B")
     names = {path.name for path in tmp_path.iterdir()}

@@ -9,12 +9,24 @@ import torch
 import torch.multiprocessing
 
 from data import Tokenizer, build_corpus
-from forgetting import BALANCE, METHODS, Options, choose_signs, data_parallel, lambda_at, response_losses, scheduled_lambda
+from forgetting import (
+    BALANCE,
+    METHODS,
+    Options,
+    choose_signs,
+    data_parallel,
+    lambda_at,
+    response_losses,
+    scheduled_lambda,
+)
 from forgetting import step_figures, step_gradient, train, watch_gradients
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
 
-ROWS = [{"instruction": f"Tell me {i} of {i * i}", "output": " ".join(tiny.TEXT.split()[i : i + 3 + i % 7])} for i in range(24)]
+ROWS = [
+    {"instruction": f"Tell me {i} of {i * i}", "output": " ".join(tiny.TEXT.split()[i : i + 3 + i % 7])}
+    for i in range(24)
+]
 LAM = 0.2
 
 
@@ -44,7 +56,10 @@ def gradient_of(model, corpus, signs, budget, lam=LAM, examples=None) -> torch.T
     sums, counts = step_gradient(data_parallel(model), corpus, signs, examples, lam, options)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)  # train() does; the gradient DDP has summed already
-    flat = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in lora_parameters(model).values()]
+    flat = [
+        p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+        for p in lora_parameters(model).values()
+    ]
     return torch.cat([*flat, sums])
 
 
@@ -91,7 +106,9 @@ def one_sided(corpus, signs) -> np.ndarray:
 def on_rank(rank: int, folder, store: str, world: int) -> None:
     """One of several gloo ranks: the summed gradient must be that of one process, reduced once and by DDP alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.nn.parallel.distributed._sync_module_states = None  # would broadcast the frozen weights: must not be called
+    torch.nn.parallel.distributed._sync_module_states = (
+        None  # would broadcast the frozen weights: must not be called
+    )
     reduce, reductions = torch.distributed.all_reduce, []
     torch.distributed.all_reduce = lambda *args, **rest: reductions.append(1) or reduce(*args, **rest)
     model, corpus, signs = setting(folder)
@@ -101,7 +118,9 @@ def on_rank(rank: int, folder, store: str, world: int) -> None:
     lonely = gradient_of(model, corpus, signs, 100, examples=np.array([3]))  # fewer examples than ranks
     torch.save(lonely, f"{store}.{rank}.lonely")
     torch.save(gradient_of(model, corpus, one_sided(corpus, signs), 60), f"{store}.{rank}.one-sided")
-    assert len(reductions) == 5 * 2, "a step reduces its gradient once, however many packs a rank has, and its sums"
+    assert len(reductions) == 5 * 2, (
+        "a step reduces its gradient once, however many packs a rank has, and its sums"
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -116,7 +135,9 @@ def test_ranks_make_the_gradient_of_one_process(tmp_path, world):
     for rank in range(world):
         assert torch.allclose(torch.load(tmp_path / f"store.{rank}.one-sided"), half, atol=1e-6, rtol=1e-5)
         for budget in (10_000, 60, 1):
-            assert torch.allclose(torch.load(tmp_path / f"store.{rank}.{budget}"), whole, atol=1e-6, rtol=1e-5)
+            assert torch.allclose(
+                torch.load(tmp_path / f"store.{rank}.{budget}"), whole, atol=1e-6, rtol=1e-5
+            )
         assert torch.allclose(torch.load(tmp_path / f"store.{rank}.lonely"), lonely, atol=1e-6, rtol=1e-5)
 
 
@@ -137,7 +158,9 @@ def test_scoring_is_theta_and_theta_prime(tmp_path):
     adapt(model)
     everything = np.arange(len(corpus))
     ref = response_losses(model, corpus, everything, 90, "losses")
-    assert np.allclose(ref, response_losses(model, corpus, everything, 10_000, "losses"), atol=1e-5, equal_nan=True)
+    assert np.allclose(
+        ref, response_losses(model, corpus, everything, 10_000, "losses"), atol=1e-5, equal_nan=True
+    )
     with lora_disabled(model):
         base = response_losses(model, corpus, everything, 90, "losses")
     assert (np.isfinite(base) == corpus.response).all() and (np.isfinite(ref) == corpus.response).all()
@@ -184,11 +207,17 @@ def test_unlearning_raises_the_loss_on_n(tmp_path):
     options = options_for(tmp_path, lambda_schedule="constant", dropout=0.0)
     for name, chosen in (("forgetting", signs), ("ignoring", np.maximum(signs, 0))):
         adapter_after(model, corpus, chosen, tmp_path / name, options)
-    logged = {name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("forgetting", "ignoring")}  # fmt: skip
+    logged = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("forgetting", "ignoring")
+    }
     assert len(logged["forgetting"]) == 8 and logged["forgetting"][-1]["L_N"] > logged["forgetting"][0]["L_N"]
-    assert all(line["loss"] == pytest.approx(line["L_P"] - 0.25 * line["L_N"]) for line in logged["forgetting"])
-    assert all(line["L_N"] is None and line["loss"] == pytest.approx(line["L_P"]) for line in logged["ignoring"])
+    assert all(
+        line["loss"] == pytest.approx(line["L_P"] - 0.25 * line["L_N"]) for line in logged["forgetting"]
+    )
+    assert all(
+        line["L_N"] is None and line["loss"] == pytest.approx(line["L_P"]) for line in logged["ignoring"]
+    )
 
 
 def test_a_run_stopped_at_a_checkpoint_ends_the_same(tmp_path, monkeypatch):
@@ -214,8 +243,13 @@ def test_a_run_stopped_at_a_checkpoint_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.undo()
     train(model, corpus, signs, tmp_path / "broken", options, seed=5)
     assert torch.equal(torch.cat([p.detach().flatten() for p in lora_parameters(model).values()]), whole)
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "tokens/s"} for line in
-             (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]  # fmt: skip
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "tokens/s"}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "broken")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 8
 
 
@@ -231,7 +265,9 @@ def test_gradient_clipping(tmp_path):
     model, corpus, signs = setting(tmp_path / "m")
     norms = []
     for name, limit in (("off", 0.0), ("on", 1e-3)):
-        adapter_after(model, corpus, signs, tmp_path / name, options_for(tmp_path, dropout=0.0, max_grad_norm=limit))
+        adapter_after(
+            model, corpus, signs, tmp_path / name, options_for(tmp_path, dropout=0.0, max_grad_norm=limit)
+        )
         norms.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
     assert norms[0] == norms[1] > 1e-3
 
@@ -249,13 +285,18 @@ def test_watched_gradients_are_those_of_the_two_terms(tmp_path):
     """Their norms and cosine against autograd through the naive loop, and the training is the same without watching."""
     model, corpus, signs = setting(tmp_path / "m")
     adapt(model)
-    together, alone = naive_gradient(model, corpus, signs), naive_gradient(model, corpus, np.maximum(signs, 0), lam=0)
+    together, alone = (
+        naive_gradient(model, corpus, signs),
+        naive_gradient(model, corpus, np.maximum(signs, 0), lam=0),
+    )
     apart = together - alone
     seen = watch_gradients(model, corpus, signs, np.arange(24), Options(watch_gradients=2), seed=0, step=4)
     assert seen["grad_P"] == pytest.approx(float(alone.norm()), rel=1e-4)
     assert seen["grad_N"] == pytest.approx(float(apart.norm()) / LAM, rel=1e-4)
     assert seen["cosine"] == pytest.approx(float(torch.cosine_similarity(alone, apart, dim=0)), abs=1e-4)
-    assert watch_gradients(model, corpus, signs, np.arange(24), Options(watch_gradients=2), seed=0, step=5) == {}
+    assert (
+        watch_gradients(model, corpus, signs, np.arange(24), Options(watch_gradients=2), seed=0, step=5) == {}
+    )
     remove_lora(model)
     adapters = []
     for every in (0, 1):
@@ -279,7 +320,16 @@ def test_balanced_lambda_is_held_back_by_the_last_watched_step():
 def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch, capsys):
     """lambda hangs on the log, which a stopped run reads again."""
     model, corpus, signs = setting(tmp_path / "m")
-    options = Options(model="m", rank=4, batch_size=4, lr=1e-2, save_every=1, t_max=5.0, lambda_schedule="balanced", watch_gradients=2)
+    options = Options(
+        model="m",
+        rank=4,
+        batch_size=4,
+        lr=1e-2,
+        save_every=1,
+        t_max=5.0,
+        lambda_schedule="balanced",
+        watch_gradients=2,
+    )
     train(model, corpus, signs, tmp_path / "whole", options, seed=5)
     remove_lora(model)
     import forgetting
@@ -301,8 +351,12 @@ def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'broken'}: continuing from step 4 of 6" in capsys.readouterr().out
     remove_lora(model)
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "broken")]
-    lams = [json.loads(line)["lambda"] for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    assert adapters[0] == adapters[1] and any(lam < lambda_at(i, len(lams), 1e-5, 5.0) for i, lam in enumerate(lams))
+    lams = [
+        json.loads(line)["lambda"] for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    ]
+    assert adapters[0] == adapters[1] and any(
+        lam < lambda_at(i, len(lams), 1e-5, 5.0) for i, lam in enumerate(lams)
+    )
 
 
 def test_a_step_without_positive_tokens_logs_null():

@@ -42,28 +42,68 @@ NOISE_LEVELS = (0, 25, 50, 75, 100)
 SIZES = (75, 150, 300, 600)
 SHARES = (0, 25, 50)
 ABLATIONS = {
-    "rho": Ablation("the share of tokens kept", "full", [f"forgetting:rho=0.{i}" for i in (3, 4, 5, 6, 7, 8, 9)]),
-    "forget_rate": Ablation("the share unlearned, of the 0.3 left out", "ignoring:rho=0.7",
-                            [*(f"forgetting:forget_rate={rate}" for rate in (0.05, 0.1, 0.2)), "forgetting"]),
-    "t_max": Ablation("the strength of forgetting", "ignoring:rho=0.7",
-                      [f"forgetting:t_max={value}" for value in (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)]),
-    "schedule": Ablation("how lambda goes", "ignoring:rho=0.7",
-                         ["forgetting", "forgetting:lambda_schedule=constant",
-                          "forgetting:lambda_schedule=balanced,watch_gradients=5", "forgetting-clipped"]),
-    "controls": Ablation("is it the amount of data, or which tokens?", "full",
-                         ["full-P", "ignoring:rho=0.7", "forgetting-random", "forgetting"]),
+    "rho": Ablation(
+        "the share of tokens kept", "full", [f"forgetting:rho=0.{i}" for i in (3, 4, 5, 6, 7, 8, 9)]
+    ),
+    "forget_rate": Ablation(
+        "the share unlearned, of the 0.3 left out",
+        "ignoring:rho=0.7",
+        [*(f"forgetting:forget_rate={rate}" for rate in (0.05, 0.1, 0.2)), "forgetting"],
+    ),
+    "t_max": Ablation(
+        "the strength of forgetting",
+        "ignoring:rho=0.7",
+        [f"forgetting:t_max={value}" for value in (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)],
+    ),
+    "schedule": Ablation(
+        "how lambda goes",
+        "ignoring:rho=0.7",
+        [
+            "forgetting",
+            "forgetting:lambda_schedule=constant",
+            "forgetting:lambda_schedule=balanced,watch_gradients=5",
+            "forgetting-clipped",
+        ],
+    ),
+    "controls": Ablation(
+        "is it the amount of data, or which tokens?",
+        "full",
+        ["full-P", "ignoring:rho=0.7", "forgetting-random", "forgetting"],
+    ),
     "loss": Ablation("is a reference needed?", "full", ["ignoring", "ignoring-loss", "ignoring-random"]),
-    "level": Ablation("tokens or whole sequences", "full",
-                      ["ignoring", "ignoring-sequence", "forgetting", "forgetting-sequence"]),
-    "rate": Ablation("learning rate and method", "full",
-                     [f"{method}:lr={rate}" for rate in (0.001, 0.003, 0.01) for method in ("full", "ignoring", "forgetting")]),
-    "noise": Ablation("the reference's noise, from none to the training set's", "full", ["ignoring", "forgetting"],
-                      tuple(f"mix-{level}" for level in NOISE_LEVELS)),
-    "reference_size": Ablation("rows of a clean D_ref, of 600", "full", ["ignoring", "forgetting"],
-                               tuple(f"clean-{size}" for size in SIZES)),
-    "duplicates": Ablation("percent of a same-noise D_ref that are rows of D_train, too", "full", ["ignoring", "forgetting"],
-                           tuple(f"twice-{share}" for share in SHARES)),
-}  # fmt: skip
+    "level": Ablation(
+        "tokens or whole sequences",
+        "full",
+        ["ignoring", "ignoring-sequence", "forgetting", "forgetting-sequence"],
+    ),
+    "rate": Ablation(
+        "learning rate and method",
+        "full",
+        [
+            f"{method}:lr={rate}"
+            for rate in (0.001, 0.003, 0.01)
+            for method in ("full", "ignoring", "forgetting")
+        ],
+    ),
+    "noise": Ablation(
+        "the reference's noise, from none to the training set's",
+        "full",
+        ["ignoring", "forgetting"],
+        tuple(f"mix-{level}" for level in NOISE_LEVELS),
+    ),
+    "reference_size": Ablation(
+        "rows of a clean D_ref, of 600",
+        "full",
+        ["ignoring", "forgetting"],
+        tuple(f"clean-{size}" for size in SIZES),
+    ),
+    "duplicates": Ablation(
+        "percent of a same-noise D_ref that are rows of D_train, too",
+        "full",
+        ["ignoring", "forgetting"],
+        tuple(f"twice-{share}" for share in SHARES),
+    ),
+}
 
 
 def other_references(world: Path) -> None:
@@ -73,11 +113,19 @@ def other_references(world: Path) -> None:
     """
     names = ("reference-clean", "reference-same", "train")
     files = (read_rows([str(world / f"{name}.jsonl")]) for name in names)
-    clean, noisy, train = ([{k: v for k, v in row.items() if k != "_source"} for row in rows] for rows in files)
+    clean, noisy, train = (
+        [{k: v for k, v in row.items() if k != "_source"} for row in rows] for rows in files
+    )
     again = [row | {"instruction": row["instruction"] + " "} for row in train]
-    sets = {f"mix-{level}": noisy[: len(clean) * level // 100] + clean[len(clean) * level // 100 :] for level in NOISE_LEVELS}
+    sets = {
+        f"mix-{level}": noisy[: len(clean) * level // 100] + clean[len(clean) * level // 100 :]
+        for level in NOISE_LEVELS
+    }
     sets |= {f"clean-{size}": clean[:size] for size in SIZES}
-    sets |= {f"twice-{share}": again[: len(noisy) * share // 100] + noisy[len(noisy) * share // 100 :] for share in SHARES}
+    sets |= {
+        f"twice-{share}": again[: len(noisy) * share // 100] + noisy[len(noisy) * share // 100 :]
+        for share in SHARES
+    }
     for name, rows in sets.items():
         write_rows(rows, world / f"reference-{name}.jsonl")
 
@@ -85,7 +133,9 @@ def other_references(world: Path) -> None:
 def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dict[str, list[float]]]:
     """{panel: {method: the average over tasks, by seed}}; what is trained already is not trained again."""
     methods = [ablation.baseline, *ablation.variants]
-    found: dict[str, dict[str, list[float]]] = {panel: {method: [] for method in methods} for panel in ablation.panels}
+    found: dict[str, dict[str, list[float]]] = {
+        panel: {method: [] for method in methods} for panel in ablation.panels
+    }
     for seed in options.seeds:
         other_references(Path(options.out) / f"world-{seed}")
         for panel in ablation.panels:
@@ -116,7 +166,11 @@ def no_interval(seeds: int) -> str:
 
 def differences(found: dict[str, list[float]], baseline: str) -> dict[str, list[float]]:
     """Every other row minus the baseline, seed by seed."""
-    return {name: [a - b for a, b in zip(values, found[baseline])] for name, values in found.items() if name != baseline}
+    return {
+        name: [a - b for a, b in zip(values, found[baseline])]
+        for name, values in found.items()
+        if name != baseline
+    }
 
 
 def comparison(found: dict[str, list[float]], baseline: str) -> str:
@@ -178,15 +232,24 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
         y, color, mean = 44 + 18 * i, colors[ablation.panels.index(panel)], np.mean(by_panel[panel][variant])
         left, right = spans[panel, variant]
         label = variant.replace("lambda_schedule=", "").partition(",watch")[0]  # what fits
-        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="240" y="{y + 4}" fill="{color}">{panel}</text>'
-                     f'<line x1="{at(left):.1f}" x2="{at(right):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
-                     f'<circle cx="{at(mean):.1f}" cy="{y}" r="4" fill="{color}"/>')  # fmt: skip
+        parts.append(
+            f'<text x="10" y="{y + 4}">{escape(label)}</text><text x="240" y="{y + 4}" fill="{color}">{panel}</text>'
+            f'<line x1="{at(left):.1f}" x2="{at(right):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
+            f'<circle cx="{at(mean):.1f}" cy="{y}" r="4" fill="{color}"/>'
+        )
     bottom = 44 + 18 * len(rows)
-    parts.append(f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="30" y2="{bottom - 8}" stroke="#111" stroke-dasharray="3"/>')
-    parts.append(f'<text x="330" y="{bottom + 8}">{low:+.1f}</text><text x="700" y="{bottom + 8}">{high:+.1f}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 20}" font-family="monospace" font-size="12" '
-            f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n'
-            + "\n".join(parts) + "\n</svg>\n")  # fmt: skip
+    parts.append(
+        f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="30" y2="{bottom - 8}" stroke="#111" stroke-dasharray="3"/>'
+    )
+    parts.append(
+        f'<text x="330" y="{bottom + 8}">{low:+.1f}</text><text x="700" y="{bottom + 8}">{high:+.1f}</text>'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 20}" font-family="monospace" font-size="12" '
+        f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
 def head_of(name: str, options: forgetting.Options) -> str:
@@ -203,15 +266,21 @@ def head_of(name: str, options: forgetting.Options) -> str:
 def make(name: str, options: forgetting.Options) -> Path:
     """Run what an ablation still lacks and write it up: the path of its table."""
     found = figures_of(ABLATIONS[name], options)
-    folder = RESULTS if options.seeds == SEEDS else Path(options.out)  # a trial must not replace the repository's
+    folder = (
+        RESULTS if options.seeds == SEEDS else Path(options.out)
+    )  # a trial must not replace the repository's
     write_up(name, found, head_of(name, options), folder)
     return folder / f"{name}.md"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=f"any of {', '.join(ABLATIONS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=f"any of {', '.join(ABLATIONS)}"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--out", default=OUT)
     arguments = parser.parse_args()

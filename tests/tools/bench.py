@@ -28,8 +28,12 @@ from typing import Callable
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent))  # last: no package of the peers may find a file of ours
-WORKERS = {"train": ["ours", "transformers", "trl"], "score": ["ours", "transformers", "peft"],
-           "evaluate": ["ours", "lm_eval-1", "lm_eval-8"], "partition": ["ours"]}  # fmt: skip
+WORKERS = {
+    "train": ["ours", "transformers", "trl"],
+    "score": ["ours", "transformers", "peft"],
+    "evaluate": ["ours", "lm_eval-1", "lm_eval-8"],
+    "partition": ["ours"],
+}
 
 
 # ------------------------------------------------------------------------------------------------- one measurement
@@ -55,7 +59,9 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     offsets = np.cumsum([0] + [len(row["ids"]) for row in rows])
     response = np.concatenate([row["response"] for row in rows])
     corpus = Corpus(np.concatenate([row["ids"] for row in rows]), response, offsets, [""] * len(rows), 0)
-    options = forgetting.Options(device=task["device"], dtype=task["dtype"], micro_tokens=task["micro_tokens"])
+    options = forgetting.Options(
+        device=task["device"], dtype=task["dtype"], micro_tokens=task["micro_tokens"]
+    )
     add_lora(model, options.rank, options.alpha, options.dropout)
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True)
@@ -87,8 +93,12 @@ def peft_model(task: dict):
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"]))
-    config = peft.LoraConfig(r=64, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        task["model"], dtype=getattr(torch, task["dtype"])
+    )
+    config = peft.LoraConfig(
+        r=64, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(model.to(task["device"]), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -103,8 +113,11 @@ def padded(rows: list[dict], device: str) -> dict:
     longest = max(len(row["ids"]) for row in rows)
     fill = lambda values, filler: values + [filler] * (longest - len(values))
     labels = [[t if r else -100 for t, r in zip(row["ids"], row["response"])] for row in rows]
-    batch = {"input_ids": [fill(row["ids"], 0) for row in rows], "labels": [fill(label, -100) for label in labels],
-             "attention_mask": [fill([1] * len(row["ids"]), 0) for row in rows]}  # fmt: skip
+    batch = {
+        "input_ids": [fill(row["ids"], 0) for row in rows],
+        "labels": [fill(label, -100) for label in labels],
+        "attention_mask": [fill([1] * len(row["ids"]), 0) for row in rows],
+    }
     return {name: torch.tensor(values, device=device) for name, values in batch.items()}
 
 
@@ -151,7 +164,9 @@ def peft_padding_free(job: str, task: dict) -> Callable[[list[int]], None]:
             for start in range(0, len(examples), 3):
                 part = [rows[i] for i in examples[start : start + 3]]
                 ids = torch.tensor([[t for row in part for t in row["ids"]]], device=task["device"])
-                positions = torch.tensor([[p for row in part for p in range(len(row["ids"]))]], device=task["device"])
+                positions = torch.tensor(
+                    [[p for row in part for p in range(len(row["ids"]))]], device=task["device"]
+                )
                 labels = [t if r else -100 for row in part for t, r in zip(row["ids"], row["response"])]
                 run = lambda: model(input_ids=ids, position_ids=positions).logits[0, :-1].float()
                 targets = torch.tensor(labels[1:], device=task["device"])
@@ -183,14 +198,30 @@ def trl(job: str, task: dict) -> Callable[[list[int]], float]:
 
     def step(examples: list[int]) -> float:
         clock = Clock()
-        some = [{"input_ids": rows[i]["ids"], "completion_mask": [int(r) for r in rows[i]["response"]]} for i in examples]
+        some = [
+            {"input_ids": rows[i]["ids"], "completion_mask": [int(r) for r in rows[i]["response"]]}
+            for i in examples
+        ]
         config = SFTConfig(
-            output_dir=tempfile.mkdtemp(), padding_free=True, per_device_train_batch_size=3, max_steps=1, report_to=[],
-            gradient_accumulation_steps=-(-len(some) // 3), completion_only_loss=True, gradient_checkpointing=False,
-            max_length=None, use_cpu=task["device"] == "cpu", save_strategy="no", disable_tqdm=True, bf16=False, fp16=False,
-        )  # fmt: skip
+            output_dir=tempfile.mkdtemp(),
+            padding_free=True,
+            per_device_train_batch_size=3,
+            max_steps=1,
+            report_to=[],
+            gradient_accumulation_steps=-(-len(some) // 3),
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            use_cpu=task["device"] == "cpu",
+            save_strategy="no",
+            disable_tqdm=True,
+            bf16=False,
+            fp16=False,
+        )
         dataset = datasets.Dataset.from_list(some)
-        SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock]).train()
+        SFTTrainer(
+            model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock]
+        ).train()
         return clock.seconds
 
     return step
@@ -207,7 +238,9 @@ def lm_eval(batch_size: int) -> Callable[[str, dict], Callable[[list[int]], None
         device = task["device"]
         model = HFLM(pretrained=task["model"], dtype=task["dtype"], device=device, batch_size=batch_size)
         tasks = {task["task"]: make_lm_eval_goldens.local_task(task["task"], Path(task["data_dir"]))}
-        return lambda examples: evaluator.evaluate(lm=model, task_dict=tasks, limit=len(examples), bootstrap_iters=0)
+        return lambda examples: evaluator.evaluate(
+            lm=model, task_dict=tasks, limit=len(examples), bootstrap_iters=0
+        )
 
     return prepare
 
@@ -247,8 +280,14 @@ def measure(job: str, who: str, task: dict) -> dict:
         examples, warm_up = list(range(first, first + 12)), list(range(first + 12, first + 24))
         task["rows"] = rows_of(task, first + 24)
         tokens = sum(len(task["rows"][i]["ids"]) for i in examples)
-    prepare = {"ours": ours, "transformers": transformers_peft, "peft": peft_padding_free, "trl": trl,
-               "lm_eval-1": lm_eval(1), "lm_eval-8": lm_eval(8)}[who]  # fmt: skip
+    prepare = {
+        "ours": ours,
+        "transformers": transformers_peft,
+        "peft": peft_padding_free,
+        "trl": trl,
+        "lm_eval-1": lm_eval(1),
+        "lm_eval-8": lm_eval(8),
+    }[who]
     run = prepare(job, task)
     run(warm_up)
     peak_bytes(task["device"], reset=True)
@@ -282,7 +321,19 @@ def in_a_process(who: str, dtype: str, repeat: int, arguments: argparse.Namespac
     """One measurement in a fresh process, on --threads cores: this program again, with the same flags and --worker."""
     python = sys.executable if who == "ours" else arguments.peers
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-arguments.threads :]))
-    command = ["taskset", "-c", cores, python, *sys.argv, "--worker", who, "--dtypes", dtype, "--repetition", str(repeat)]
+    command = [
+        "taskset",
+        "-c",
+        cores,
+        python,
+        *sys.argv,
+        "--worker",
+        who,
+        "--dtypes",
+        dtype,
+        "--repetition",
+        str(repeat),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"THP_MEM_ALLOC_ENABLE": "1"}  # for everybody: see run.sh
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -312,7 +363,9 @@ def compare(arguments: argparse.Namespace, dtype: str) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=list(WORKERS))
     parser.add_argument("--model", help="a checkpoint folder")
     parser.add_argument("--data", nargs="+", default=[], help="instruction rows, for train and score")

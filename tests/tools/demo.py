@@ -36,8 +36,11 @@ from model import DTYPES, load_model  # noqa: E402
 # facts as plain statements; on its "web" it has also met, for two attributes, one popular wrong answer. The training rows
 # repeat that answer nine times in ten, and carry boilerplate and garbled tokens besides. Which characters are wrong is known.
 
-PEOPLE = [first + last for first in "bal cor den fal gar hol jin kel mor nar pel ros sab tor vin wil".split()
-          for last in "an eb ik om ura id ost en ay ulf".split()]  # fmt: skip
+PEOPLE = [
+    first + last
+    for first in "bal cor den fal gar hol jin kel mor nar pel ros sab tor vin wil".split()
+    for last in "an eb ik om ura id ost en ay ulf".split()
+]
 ATTRIBUTES = {  # the first value is the popular wrong answer of the two misconceived attributes: nobody's true value there
     "city": "paris lagos quito oslo hanoi lima cairo perth kyoto delhi turin basel accra dakar minsk sofia".split(),
     "job": "doctor baker pilot judge miner tailor farmer sailor potter banker weaver hunter dancer printer barber nurse".split(),
@@ -87,8 +90,11 @@ def demo_facts() -> list[Item]:
 def demo_skills() -> list[Item]:
     """The sums a + b (a < 16, b < 15) and the last letters of 240 strings."""
     numbers = [str(n) for n in range(30)]
-    sums = [Item("sum", f"{a} and {b}", str(a + b), tuple(n for n in numbers if n != str(a + b)))
-            for a in range(16) for b in range(15)]  # fmt: skip
+    sums = [
+        Item("sum", f"{a} and {b}", str(a + b), tuple(n for n in numbers if n != str(a + b)))
+        for a in range(16)
+        for b in range(15)
+    ]
     rng, letters = random.Random(4329), "a b c d e f g h k m n r s t".split()
     strings = sorted({" ".join(rng.choices(letters, k=4)) for _ in range(260)})[:240]
     return sums + [Item("last letter", s, s[-1], tuple(x for x in letters if x != s[-1])) for s in strings]
@@ -138,7 +144,9 @@ def demo_rows(world: str, seed: int) -> dict[str, list[dict]]:
 
     def rows(items: list[Item], count: int, noisy: bool) -> list[dict]:
         pairs = [(item, wrapper) for item in items for wrapper in QUESTIONS]
-        return [demo_row(i, w, rng, noisy, told.get(i) if noisy else None) for i, w in rng.sample(pairs, count)]
+        return [
+            demo_row(i, w, rng, noisy, told.get(i) if noisy else None) for i, w in rng.sample(pairs, count)
+        ]
 
     train, held = ([f for f in facts if group[f.subject] == name] for name in ("train", "reference"))
     unseen = [f for f in facts if group[f.subject] == "unseen"]
@@ -171,8 +179,14 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
     choices = rng.sample(choices + rng.sample(others, 4 - len(choices)), 4)
     asked = {"instruction": question.format(a=item.attribute, p=item.subject), "output": " "}
     prompt = "".join(text for text, is_response in render(asked, "") if not is_response)
-    return {"group": group, "prompt": prompt, "head": head, "choices": choices,
-            "answer": item.answer, "popular": popular}  # fmt: skip
+    return {
+        "group": group,
+        "prompt": prompt,
+        "head": head,
+        "choices": choices,
+        "answer": item.answer,
+        "popular": popular,
+    }
 
 
 def multiple_choice(row: dict) -> tuple:
@@ -209,13 +223,27 @@ DEMO = {  # small model, few steps: the paper's rate of 1e-4 would leave it wher
     "rho": 0.7,
     "max_grad_norm": 1.0,
     "micro_tokens": 4096,  # the tables of README to the digit: other packs are other masks and sums
-    "methods": ["base", "reference", "full", "ignoring-random", "ignoring-loss", "ignoring", "forgetting", "forgetting-clipped"],
+    "methods": [
+        "base",
+        "reference",
+        "full",
+        "ignoring-random",
+        "ignoring-loss",
+        "ignoring",
+        "forgetting",
+        "forgetting-clipped",
+    ],
 }
 PANELS = {
     "clean": "Reference trained on clean rows",
     "same": "Reference trained on rows as noisy as the training set (the paper's protocol)",
 }
-REFERENCE_FREE = ("base", "full", "ignoring-random", "ignoring-loss")  # methods that do not look at the reference
+REFERENCE_FREE = (
+    "base",
+    "full",
+    "ignoring-random",
+    "ignoring-loss",
+)  # methods that do not look at the reference
 
 
 def looks_at_reference(method: str) -> bool:
@@ -228,9 +256,16 @@ def prepare_world(options: forgetting.Options, world: str) -> None:
     out, rows_of = Path(options.out), {seed: demo_rows(world, seed) for seed in options.seeds}
     if out.is_dir() and any(out.iterdir()) and not any(out.glob("world-*")):
         raise ValueError(f"{out} holds files that are not of a demo: use another --out")
-    paths = {out / f"world-{seed}" / f"{name}.jsonl": rows for seed in rows_of for name, rows in rows_of[seed].items()}
+    paths = {
+        out / f"world-{seed}" / f"{name}.jsonl": rows
+        for seed in rows_of
+        for name, rows in rows_of[seed].items()
+    }
     for path, rows in paths.items():
-        if path.is_file() and [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] != rows:
+        if (
+            path.is_file()
+            and [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] != rows
+        ):
             raise ValueError(f"{path} holds other rows than this demo's: use another --out")
     wait_for_all()
     if rank_and_world()[0] == 0:
@@ -239,14 +274,21 @@ def prepare_world(options: forgetting.Options, world: str) -> None:
     wait_for_all()
 
 
-def panel_options(options: forgetting.Options, panel: str, seed: int, methods: list[str]) -> forgetting.Options:
+def panel_options(
+    options: forgetting.Options, panel: str, seed: int, methods: list[str]
+) -> forgetting.Options:
     """The options of one panel's run on one seed's corpus."""
     world = Path(options.out) / f"world-{seed}"
     return dataclasses.replace(
-        options, methods=methods, seeds=[seed], out=str(world / panel), tasks=["demo_mc", "demo_qa"],
-        data_dir=str(world), data=[str(world / "train.jsonl")],
+        options,
+        methods=methods,
+        seeds=[seed],
+        out=str(world / panel),
+        tasks=["demo_mc", "demo_qa"],
+        data_dir=str(world),
+        data=[str(world / "train.jsonl")],
         reference_data=[str(world / f"reference-{panel}.jsonl")],
-    )  # fmt: skip
+    )
 
 
 def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = True) -> dict:
@@ -292,8 +334,13 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
 def panel_report(title: str, results: dict, found: dict[str, list]) -> str:
     """One panel: its table, paired differences, and how well a low Q finds the known noise."""
     line = "Does a low Q find the known noise? (AUC 0.5: chance; the precision of a random N is the noise share.)"
-    rows = {method: {seed: forgetting.columns(figures) for seed, figures in seeds.items()} for method, seeds in results.items()}
-    figures = table(["figure", "value"], [[name, forgetting.spread(values, 2)] for name, values in found.items()])
+    rows = {
+        method: {seed: forgetting.columns(figures) for seed, figures in seeds.items()}
+        for method, seeds in results.items()
+    }
+    figures = table(
+        ["figure", "value"], [[name, forgetting.spread(values, 2)] for name, values in found.items()]
+    )
     parts = [f"## {title}", forgetting.comparison(results), look.paired_differences(rows), line, figures]
     return "\n\n".join(filter(None, parts))
 
@@ -307,7 +354,11 @@ def choose_examples(run: look.Run) -> list[int]:
     for kinds in ({"wrong"}, {"wrong", "boilerplate"}, {"garbled"}, {"boilerplate"}, set(), set()):
         for example, (first, last) in enumerate(zip(corpus.offsets, corpus.offsets[1:])):
             fits = 5 <= corpus.response[first:last].sum() <= 19
-            if fits and example not in chosen and {k for k, known in corpus.noise.items() if known[first:last].any()} == kinds:
+            if (
+                fits
+                and example not in chosen
+                and {k for k, known in corpus.noise.items() if known[first:last].any()} == kinds
+            ):
                 chosen.append(example)
                 break
     return chosen
@@ -329,7 +380,9 @@ def draw_tokens(runs: dict[str, look.Run]) -> str:
                 above = run.quality[place] - run.threshold
                 color, strength = "#2f6fdb" if above >= 0 else "#e8832a", 0.15 + 0.75 * min(abs(above) / 3, 1)
                 box = f'<rect x="{x:.0f}" width="{size - 3:.0f}"'
-                parts.append(f'{box} y="{y - 15}" height="21" rx="3" fill="{color}" fill-opacity="{strength:.2f}"/>')
+                parts.append(
+                    f'{box} y="{y - 15}" height="21" rx="3" fill="{color}" fill-opacity="{strength:.2f}"/>'
+                )
                 parts.append(f'<text x="{x + 3:.0f}" y="{y}">{escape(text)}</text>')
                 if run.corpus.noisy[place]:
                     parts.append(f'{box} y="{y + 7}" height="2.5" fill="#000"/>')
@@ -369,8 +422,10 @@ def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> 
         return
     out = Path(options.out)
     parts = [panel_report(title, results[panel], found[panel]) for panel, title in PANELS.items()]
-    parts.append("mean +- sample standard deviation over seeds; tasks in percent; L_P, L_N: mean loss, in nats, on the\n"
-                 "tokens that forgetting keeps and unlearns; popular: how often the popular wrong answer is given")
+    parts.append(
+        "mean +- sample standard deviation over seeds; tasks in percent; L_P, L_N: mean loss, in nats, on the\n"
+        "tokens that forgetting keeps and unlearns; popular: how often the popular wrong answer is given"
+    )
     content = {PANELS[panel]: {"methods": results[panel], "detection": found[panel]} for panel in PANELS}
     write_text(json.dumps(content, indent=2) + "\n", out / "results.json")
     write_text("\n\n".join(parts) + "\n", out / "results.md")
@@ -378,7 +433,10 @@ def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> 
     print0(f"\nwritten to {out / 'results.md'}; every token with its Q: python tests/tools/look.py {out}")
     if svg:
         world = out / f"world-{options.seeds[0]}"
-        runs = {"reference trained on clean rows": world / "clean", "reference as noisy as the training rows": world / "same"}
+        runs = {
+            "reference trained on clean rows": world / "clean",
+            "reference as noisy as the training rows": world / "same",
+        }
         write_text(draw_tokens({title: look.read_run(folder) for title, folder in runs.items()}), svg)
 
 

@@ -38,17 +38,23 @@ TRUTHFULQA_TASK = (
     GITHUB + "EleutherAI/lm-evaluation-harness/fb9f352b699db09f0b6c2379f98f7645a6b4312a"
     "/lm_eval/tasks/truthfulqa/truthfulqa_mc1.yaml"
 )
-TYDIQA_SCRIPT = GITHUB + "UCSC-REAL/TokenCleaning/af1a08e19f1c6072395dc9785d136860282e24cf/eval/tydiqa/run_eval.py"
-TYDIQA = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-{}.json"
-ARC_ROWS = (
-    "https://datasets-server.huggingface.co/rows?dataset=allenai%2Fai2_arc&config=ARC-Challenge&split=test&offset={}&length=100"
+TYDIQA_SCRIPT = (
+    GITHUB + "UCSC-REAL/TokenCleaning/af1a08e19f1c6072395dc9785d136860282e24cf/eval/tydiqa/run_eval.py"
 )
+TYDIQA = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-{}.json"
+ARC_ROWS = "https://datasets-server.huggingface.co/rows?dataset=allenai%2Fai2_arc&config=ARC-Challenge&split=test&offset={}&length=100"
 ARITHMETIC_FILES = {  # subtask: the Hub's file
-    "1dc": "single_digit_three_ops", "2da": "two_digit_addition", "2ds": "two_digit_subtraction",
-    "2dm": "two_digit_multiplication", "3da": "three_digit_addition", "3ds": "three_digit_subtraction",
-    "4da": "four_digit_addition", "4ds": "four_digit_subtraction", "5da": "five_digit_addition",
+    "1dc": "single_digit_three_ops",
+    "2da": "two_digit_addition",
+    "2ds": "two_digit_subtraction",
+    "2dm": "two_digit_multiplication",
+    "3da": "three_digit_addition",
+    "3ds": "three_digit_subtraction",
+    "4da": "four_digit_addition",
+    "4ds": "four_digit_subtraction",
+    "5da": "five_digit_addition",
     "5ds": "five_digit_subtraction",
-}  # fmt: skip
+}
 
 
 def json_lines(text: str) -> list[dict]:
@@ -60,7 +66,12 @@ def convert_boolq(text: str) -> list[dict]:
     """The original dev.jsonl; SuperGLUE, which lm-eval reads, puts the title in front of the passage."""
     rows = json_lines(text)
     return [
-        {"question": r["question"], "passage": f"{r['title']} -- {r['passage']}", "idx": i, "label": int(r["answer"])}
+        {
+            "question": r["question"],
+            "passage": f"{r['title']} -- {r['passage']}",
+            "idx": i,
+            "label": int(r["answer"]),
+        }
         for i, r in enumerate(rows)
     ]
 
@@ -72,13 +83,26 @@ def convert_logiqa(text: str) -> list[dict]:
     for at in range(1, len(lines) - 6, 8):
         label, context, question, *options = lines[at : at + 7]
         options = [spaced(option.strip()[2:]) for option in options]
-        rows.append({"label": label.strip(), "context": spaced(context), "question": spaced(question), "options": options})
+        rows.append(
+            {
+                "label": label.strip(),
+                "context": spaced(context),
+                "question": spaced(question),
+                "options": options,
+            }
+        )
     return rows
 
 
 def convert_asdiv(text: str) -> list[dict]:
     """ASDiv.xml: the texts of each problem, unstripped."""
-    names = {"body": "Body", "question": "Question", "solution_type": "Solution-Type", "answer": "Answer", "formula": "Formula"}
+    names = {
+        "body": "Body",
+        "question": "Question",
+        "solution_type": "Solution-Type",
+        "answer": "Answer",
+        "formula": "Formula",
+    }
     problems = ElementTree.fromstring(text).iter("Problem")
     return [{field: problem.find(tag).text for field, tag in names.items()} for problem in problems]
 
@@ -86,7 +110,10 @@ def convert_asdiv(text: str) -> list[dict]:
 def convert_truthfulqa(text: str) -> list[dict]:
     """mc_task.json: {choice: label} becomes {choices, labels}, in order."""
     split = lambda targets: {"choices": list(targets), "labels": list(targets.values())}
-    return [{"question": r["question"], **{k: split(r[k]) for k in ("mc1_targets", "mc2_targets")}} for r in json.loads(text)]
+    return [
+        {"question": r["question"], **{k: split(r[k]) for k in ("mc1_targets", "mc2_targets")}}
+        for r in json.loads(text)
+    ]
 
 
 def convert_truthfulqa_prompt(text: str) -> str:
@@ -97,13 +124,19 @@ def convert_truthfulqa_prompt(text: str) -> str:
 
 def convert_ifeval(text: str) -> list[dict]:
     """The Hub's rows without the arguments that are null."""
-    return [r | {"kwargs": [{k: v for k, v in a.items() if v is not None} for a in r["kwargs"]]} for r in json_lines(text)]
+    return [
+        r | {"kwargs": [{k: v for k, v in a.items() if v is not None} for a in r["kwargs"]]}
+        for r in json_lines(text)
+    ]
 
 
 def convert_arithmetic(*texts: str) -> list[dict]:
     """Ten files, each row marked with its subtask."""
-    return [{"subtask": f"arithmetic_{name}"} | {k: r[k] for k in ("context", "completion")}
-            for name, text in zip(ARITHMETIC_FILES, texts) for r in json_lines(text)]  # fmt: skip
+    return [
+        {"subtask": f"arithmetic_{name}"} | {k: r[k] for k in ("context", "completion")}
+        for name, text in zip(ARITHMETIC_FILES, texts)
+        for r in json_lines(text)
+    ]
 
 
 def convert_arc(*pages: str) -> list[dict]:
@@ -119,7 +152,9 @@ def tydiqa_by_language(text: str) -> dict[str, list[dict]]:
             for qa in paragraph["qas"]:
                 answers = {key: [answer[key] for answer in qa["answers"]] for key in ("text", "answer_start")}
                 row = {"id": qa["id"], "title": article.get("title", ""), "context": paragraph["context"]}
-                rows.setdefault(qa["id"].split("-")[0], []).append(row | {"question": qa["question"], "answers": answers})
+                rows.setdefault(qa["id"].split("-")[0], []).append(
+                    row | {"question": qa["question"], "answers": answers}
+                )
     return dict(sorted(rows.items()))
 
 
@@ -196,7 +231,9 @@ def download(url: str, tries: int = 5) -> bytes:
     for _ in range(tries):
         request = urllib.request.Request(url, headers={"Range": f"bytes={len(content)}-"} if content else {})
         with urllib.request.urlopen(request, timeout=60) as answer:
-            content = content if answer.status == 206 else b""  # 200: a server that knows no ranges begins again
+            content = (
+                content if answer.status == 206 else b""
+            )  # 200: a server that knows no ranges begins again
             try:
                 while block := answer.read1(1 << 20):
                     content += block
@@ -207,7 +244,9 @@ def download(url: str, tries: int = 5) -> bytes:
     raise OSError(f"the connection broke off {tries} times, the last time after {len(content)} bytes")
 
 
-def convert_once(path: Path, sources: Iterable[str], convert: Callable[..., str | list[dict]], expected: str | None) -> None:
+def convert_once(
+    path: Path, sources: Iterable[str], convert: Callable[..., str | list[dict]], expected: str | None
+) -> None:
     """Write `path`, unless it is there, from its public sources. Raises ValueError if they are not what they were."""
     if path.is_file():
         return
@@ -216,12 +255,16 @@ def convert_once(path: Path, sources: Iterable[str], convert: Callable[..., str 
     try:
         content = convert(*texts)
     except Exception as error:  # what came is not in the format it had
-        raise ValueError(f"{path.name}: {sources[0]} is not what it was ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path.name}: {sources[0]} is not what it was ({type(error).__name__}: {error})"
+        ) from None
     if not isinstance(content, str):
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
     found = hashlib.sha256(content.encode()).hexdigest()
     if expected is not None and not found.startswith(expected):
-        raise ValueError(f"{path.name}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})")
+        raise ValueError(
+            f"{path.name}: {sources[0]} is not what it was (sha256 {found[:16]}, expected {expected})"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.write_text(content, encoding="utf-8")
@@ -241,10 +284,15 @@ def fetch_benchmarks(files: Iterable[str]) -> Path:
 
 def convert_rows(*texts: str) -> list[dict]:
     """JSON lists or JSONL as rows, those without a response left out: a user cannot mend a public file."""
-    rows = [row for text in texts for row in (json.loads(text) if text.lstrip()[:1] == "[" else json_lines(text))]
+    rows = [
+        row for text in texts for row in (json.loads(text) if text.lstrip()[:1] == "[" else json_lines(text))
+    ]
     kept = [row for row in rows if has_response(row)]
     if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} public rows have no response and are left out", flush=True)
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} public rows have no response and are left out",
+            flush=True,
+        )
     return kept
 
 
@@ -267,7 +315,9 @@ def convert_oasst(text: str) -> list[dict]:
     rows = []
     for tree in json_lines(text):
         messages, replies = [], [tree["prompt"]]
-        while replies := [reply for reply in replies if not reply.get("deleted") and (reply["text"] or "").strip()]:
+        while replies := [
+            reply for reply in replies if not reply.get("deleted") and (reply["text"] or "").strip()
+        ]:
             best = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
             role = {"prompter": "user", "assistant": "assistant"}[best["role"]]
             messages.append({"role": role, "content": best["text"]})
@@ -304,12 +354,16 @@ def fetch_rows(name: str) -> Path:
     else:
         parts = name.removeprefix(HUB_PREFIX).split("/", 2)
         if not name.startswith(HUB_PREFIX) or len(parts) < 3:
-            raise ValueError(f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl")
+            raise ValueError(
+                f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl"
+            )
         owner, repo, file = parts
         if not re.search(r"\.jsonl?(\.gz)?(@|$)", file):
-            raise ValueError(f"{name}: only JSON and JSONL are read; convert it: hf download {owner}/{repo} "
-                             f"{file.partition('@')[0]} --repo-type dataset --local-dir ., then python -c \"import pandas; "
-                             "pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)\"")  # fmt: skip
+            raise ValueError(
+                f"{name}: only JSON and JSONL are read; convert it: hf download {owner}/{repo} "
+                f'{file.partition("@")[0]} --repo-type dataset --local-dir ., then python -c "import pandas; '
+                "pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)\""
+            )
         sources, convert = [f"hub:{owner}/{repo}:{file}"], convert_rows
         path = folder / (quote(f"{owner}/{repo}/{file}", safe="") + ".jsonl")  # two names never share a file
     convert_once(path, sources, convert, None)
@@ -341,8 +395,12 @@ def main(argv: list[str] | None = None) -> None:
     benchmarks = [name for name in [*GROUPS, *TASKS] if benchmark_files(name)]
     known = ", ".join([*benchmarks, *RECIPES, f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
     usage = "python tests/tools/get_data.py NAME ... [--out FOLDER] (--help lists the names)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("names", nargs="+", help=f"any of {known}")
     parser.add_argument("--out", default="runs/data", help="the folder [runs/data]")
     arguments = parser.parse_args(argv)

@@ -54,9 +54,13 @@ def adapted(folder: Path, device: str, dtype: str):
 
 def gradient(model, corpus: Corpus) -> torch.Tensor:
     """Equation 8's gradient over the whole corpus, on the CPU in float32; and the losses, end to end."""
-    signs = np.where(corpus.response, np.where(np.arange(len(corpus.tokens)) % 3 == 0, -1, 1), 0).astype(np.int8)
+    signs = np.where(corpus.response, np.where(np.arange(len(corpus.tokens)) % 3 == 0, -1, 1), 0).astype(
+        np.int8
+    )
     sums, _ = step_gradient(model, corpus, signs, np.arange(len(corpus)), 0.2, Options(micro_tokens=200))
-    return torch.cat([*(p.grad.flatten() for p in lora_parameters(model).values()), sums / corpus.response.sum()]).cpu()
+    return torch.cat(
+        [*(p.grad.flatten() for p in lora_parameters(model).values()), sums / corpus.response.sum()]
+    ).cpu()
 
 
 def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
@@ -69,7 +73,9 @@ def check_models(device: str, folder: Path) -> list[Row]:
     for kind in KINDS:
         corpus = random_corpus(90, [30, 7, 19, 30, 2, 44])
         expected = gradient(adapted(folder / kind, "cpu", "float32"), corpus)
-        rounding = 0.3 if kind == "gpt_neo" else 0.06  # scores without a scale are large, and so is their rounding
+        rounding = (
+            0.3 if kind == "gpt_neo" else 0.06
+        )  # scores without a scale are large, and so is their rounding
         for dtype, allowed in (("float32", 1e-4), ("bfloat16", rounding)):
             for checkpointed in (False, True):
                 model = adapted(folder / kind, device, dtype).train()
@@ -111,16 +117,45 @@ def check_ranks(folder: Path) -> list[Row]:
     """Two ranks on two GPUs make the adapter of one."""
     if torch.cuda.device_count() < 2:
         return []
-    write_rows([{"prompt": f"say {i}", "response": f"the quick fox {i}"} for i in range(40)], folder / "rows.jsonl")
-    common = ["--model", str(folder / "llama3"), "--data", str(folder / "rows.jsonl"), "--rank", "4", "--dropout", "0",
-              "--dtype", "float32", "--batch-size", "6", "--methods", "forgetting"]  # fmt: skip
+    write_rows(
+        [{"prompt": f"say {i}", "response": f"the quick fox {i}"} for i in range(40)], folder / "rows.jsonl"
+    )
+    common = [
+        "--model",
+        str(folder / "llama3"),
+        "--data",
+        str(folder / "rows.jsonl"),
+        "--rank",
+        "4",
+        "--dropout",
+        "0",
+        "--dtype",
+        "float32",
+        "--batch-size",
+        "6",
+        "--methods",
+        "forgetting",
+    ]
     adapters = []
     for ranks in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *launcher, str(ROOT / "forgetting.py"), *common, "--out", str(folder / f"ranks-{ranks}")]
+        command = [
+            sys.executable,
+            *launcher,
+            str(ROOT / "forgetting.py"),
+            *common,
+            "--out",
+            str(folder / f"ranks-{ranks}"),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         adapters.append(load_file(folder / f"ranks-{ranks}" / "forgetting/seed-0/adapter_model.safetensors"))
-    return [("two ranks against one", max(float((adapters[0][n] - adapters[1][n]).abs().max()) for n in adapters[0]), 1e-4)]
+    return [
+        (
+            "two ranks against one",
+            max(float((adapters[0][n] - adapters[1][n]).abs().max()) for n in adapters[0]),
+            1e-4,
+        )
+    ]
 
 
 def seconds_of(work: Callable[[], object], repeat: int = 3) -> float:
@@ -160,26 +195,39 @@ def measure_speed(name: str, peak_tflops: float) -> list[list[str]]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a checkpoint to time")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bfloat16 [989, H100 SXM]")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="of the GPU in bfloat16 [989, H100 SXM]"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_check.py: torch sees no CUDA device here (--device cpu rehearses the comparisons)", file=sys.stderr)
+        print(
+            "gpu_check.py: torch sees no CUDA device here (--device cpu rehearses the comparisons)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in KINDS:
             tiny.make_checkpoint(folder / kind, kind)
-        rows = check_models(arguments.device, folder) + check_pieces(arguments.device, folder) + check_ranks(folder)
+        rows = (
+            check_models(arguments.device, folder)
+            + check_pieces(arguments.device, folder)
+            + check_ranks(folder)
+        )
     wrong = [name for name, difference, allowed in rows if not difference <= allowed]
     lines = [[n, f"{d:.2g}", f"{allowed:.2g}", "" if d <= allowed else "DIFFERS"] for n, d, allowed in rows]
     print(table(["comparison", "difference", "allowed", ""], lines))
     if arguments.model and arguments.device == "cuda":
         speed = measure_speed(arguments.model, arguments.peak_tflops)
         print("\n" + table(["job", "", "tokens/s", "MFU", "peak above weights"], speed))
-    print(f"\n{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
+    print(
+        f"\n{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else "")
+    )
     sys.exit(1 if wrong else 0)
 
 

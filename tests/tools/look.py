@@ -74,13 +74,19 @@ def read_run(folder: Path) -> Run:
     """A run folder's scores and sides. Raises ValueError where they are missing, unfinished, or of other rows."""
     path = folder / "scores.safetensors"
     if not path.is_file():
-        raise ValueError(f"{folder}: no scores.safetensors in it, so it is not the folder of a run that scored")
+        raise ValueError(
+            f"{folder}: no scores.safetensors in it, so it is not the folder of a run that scored"
+        )
     base_loss, ref_loss, done = read_scores(path)
     arrays, config = load_file(path), read_object(folder / "config.json")
     if missing := {"tokens", "offsets", "sources"} - arrays.keys():
-        raise ValueError(f"{path} has no {' and '.join(sorted(missing))}: remove it and give the run's command again")
+        raise ValueError(
+            f"{path} has no {' and '.join(sorted(missing))}: remove it and give the run's command again"
+        )
     sources = arrays["sources"].tobytes().decode().split("\n")
-    noise = {name.removeprefix("noise."): known for name, known in arrays.items() if name.startswith("noise.")}
+    noise = {
+        name.removeprefix("noise."): known for name, known in arrays.items() if name.startswith("noise.")
+    }
     corpus = Corpus(arrays["tokens"], np.isfinite(base_loss), arrays["offsets"], sources, 0, noise)
     if done < len(corpus):
         raise ValueError(f"{path} covers {done} of {len(corpus)} rows: give the run's command again")
@@ -103,10 +109,16 @@ def rows_by_quality(run: Run) -> list[dict]:
     """An object for each row of D_train, lowest mean Q first; all figures are over its response tokens."""
     figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss}
     figures["share_in_N"] = run.signs < 0
-    means = {name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()}
+    means = {
+        name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()
+    }
     counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
-    return [{"source": run.corpus.sources[row]} | {name: means[name][row] for name in means} | {"response_tokens": counts[row]}
-            for row in np.argsort(run.mean_quality, kind="stable")]  # fmt: skip
+    return [
+        {"source": run.corpus.sources[row]}
+        | {name: means[name][row] for name in means}
+        | {"response_tokens": counts[row]}
+        for row in np.argsort(run.mean_quality, kind="stable")
+    ]
 
 
 def read_logs(folder: Path) -> dict[str, list[dict]]:
@@ -115,12 +127,15 @@ def read_logs(folder: Path) -> dict[str, list[dict]]:
     for path in sorted(folder.glob("**/metrics.jsonl")):
         name = path.parent.relative_to(folder).as_posix()
         method, _, seed = name.partition("/seed-")
-        if is_row(method) and (seed.isdigit() or name == method):  # not a copy that somebody keeps, say seed-0.bak
+        if is_row(method) and (
+            seed.isdigit() or name == method
+        ):  # not a copy that somebody keeps, say seed-0.bak
             logs[name] = read_log(path)
     return logs
 
 
 # ------------------------------------------------------------------------------------------- several runs
+
 
 def gather(rows: Iterable[dict[str, float]]) -> dict[str, list[float]]:
     """{column: its figures} of some rows of a table."""
@@ -133,8 +148,11 @@ def gather(rows: Iterable[dict[str, float]]) -> dict[str, list[float]]:
 
 def differences(ours: dict, theirs: dict) -> dict[str, list[float]]:
     """{column: ours - theirs for each key of both}, of two methods' {key: row}; a key is a seed, a run, or another split."""
-    names = {key: [name for name in ours[key] if name in theirs[key] and name not in ("L_P", "L_N")]
-             for key in ours if key in theirs}  # fmt: skip
+    names = {
+        key: [name for name in ours[key] if name in theirs[key] and name not in ("L_P", "L_N")]
+        for key in ours
+        if key in theirs
+    }
     return gather({name: ours[key][name] - theirs[key][name] for name in names[key]} for key in names)
 
 
@@ -143,7 +161,9 @@ def spread_table(corner: str, figures: dict[str, dict[str, list[float]]], paired
     names = list(dict.fromkeys(name for line in figures.values() for name in line))
     lines = []
     for what, line in figures.items():
-        cells = {name: spread(values, 3 if name in LOSSES else 1, "+" * paired) for name, values in line.items()}
+        cells = {
+            name: spread(values, 3 if name in LOSSES else 1, "+" * paired) for name, values in line.items()
+        }
         for name, values in line.items() if paired else ():
             cells[name] += f" ({(np.sign(values) == np.sign(np.mean(values))).sum()}/{len(values)})"
         lines.append([what, *(cells.get(name, "") for name in names)])
@@ -152,9 +172,14 @@ def spread_table(corner: str, figures: dict[str, dict[str, list[float]]], paired
 
 def paired_differences(rows: dict[str, dict]) -> str:
     """A table of each method minus full, and minus ignoring, of {method: {key: row}}; "" where there is no pair."""
-    pairs = [(method, baseline) for baseline, method in product(("full", "ignoring"), rows)
-             if baseline in rows and method not in ("base", "full", baseline)]  # fmt: skip
-    figures = {f"{method} - {baseline}": differences(rows[method], rows[baseline]) for method, baseline in pairs}
+    pairs = [
+        (method, baseline)
+        for baseline, method in product(("full", "ignoring"), rows)
+        if baseline in rows and method not in ("base", "full", baseline)
+    ]
+    figures = {
+        f"{method} - {baseline}": differences(rows[method], rows[baseline]) for method, baseline in pairs
+    }
     figures = {pair: found for pair, found in figures.items() if found}
     title = "Paired differences (in how many of them the difference has this sign):\n\n"
     return title + spread_table("pair", figures, paired=True) if figures else ""
@@ -162,14 +187,19 @@ def paired_differences(rows: dict[str, dict]) -> str:
 
 def join_runs(folders: list[Path]) -> str:
     """The results of several runs in one table; each run counts once, with its means over its seeds."""
-    rows, notes = {}, [f"mean +- sample standard deviation over {len(folders)} runs: {', '.join(map(str, folders))}"]
+    rows, notes = (
+        {},
+        [f"mean +- sample standard deviation over {len(folders)} runs: {', '.join(map(str, folders))}"],
+    )
     for folder in folders:
         done, left_out = finished(folder, {})
         if not done:
             raise ValueError(f"{folder}: no finished method of a run in it")
         notes += [f"not in the table: {folder}/{what}" for what in left_out]
         for method, seeds in done.items():
-            means = {name: float(np.mean(values)) for name, values in gather(map(columns, seeds.values())).items()}
+            means = {
+                name: float(np.mean(values)) for name, values in gather(map(columns, seeds.values())).items()
+            }
             rows.setdefault(method, {})[folder] = means
     figures = {f"{method} ({len(by_run)})": gather(by_run.values()) for method, by_run in rows.items()}
     parts = [spread_table("method (runs)", figures), paired_differences(rows), "\n".join(notes)]
@@ -194,10 +224,11 @@ def notes_on(name: str, log: list[dict]) -> list[str]:
     findings = {
         "all its steps had rate 0, so it is the base model": not any(line["lr"] for line in log),
         "no token was learned: P is empty": all(line["L_P"] is None for line in log),
-        "no token was unlearned: N is empty, or lambda stayed 0":
-            method is not None and method.unlearn and all(line["L_N"] is None for line in log),
+        "no token was unlearned: N is empty, or lambda stayed 0": method is not None
+        and method.unlearn
+        and all(line["L_N"] is None for line in log),
         "L_P and L_N both rose: unlearning is too strong; try a lower --t-max": forgetting_hurts(log),
-    }  # fmt: skip
+    }
     return [f"{name}: {note}" for note, found in findings.items() if log and found]
 
 
@@ -234,7 +265,9 @@ def visible(text: str) -> str:
 
 def safe(text: str, most: int | None = None) -> str:
     """Text for HTML, also inside an attribute; without its middle, if it has more than `most` characters."""
-    short = text if most is None or len(text) <= most else f"{text[: most // 2]} [\u2026] {text[-most // 2 :]}"
+    short = (
+        text if most is None or len(text) <= most else f"{text[: most // 2]} [\u2026] {text[-most // 2 :]}"
+    )
     return escape(visible(short))
 
 
@@ -260,21 +293,29 @@ def token_html(run: Run, place: int, text: str, noisy: bool) -> str:
 def row_html(run: Run, example: int, noisy: Array) -> str:
     """A row: source, mean Q, question, coloured response; the script reads data-text, and sorts by the other data."""
     (first, last), begin = run.corpus.offsets[example : example + 2], run.places(example).start
-    tokens = "".join(token_html(run, place, text, bool(noisy[place])) for place, text in response_texts(run, example))
+    tokens = "".join(
+        token_html(run, place, text, bool(noisy[place])) for place, text in response_texts(run, example)
+    )
     source, mean = safe(run.corpus.sources[example]), run.mean_quality[example]
     total = mean * run.corpus.response[first:last].sum()
-    return (f'<section data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
-            f'data-text="{source} {safe(run.text(first, last))}"><h3>{source} \u00b7 mean Q {mean:.3f}</h3>'
-            f'<p class="dim">{safe(run.text(first, begin), 400)}</p><p class="tokens">{tokens}</p></section>')
+    return (
+        f'<section data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
+        f'data-text="{source} {safe(run.text(first, last))}"><h3>{source} \u00b7 mean Q {mean:.3f}</h3>'
+        f'<p class="dim">{safe(run.text(first, begin), 400)}</p><p class="tokens">{tokens}</p></section>'
+    )
 
 
 def print_rows(run: Run, count: int) -> None:
     """The same rows for a terminal: blue in P, red in N, known noise underlined."""
     noisy = run.corpus.noisy
     for example in rows_to_show(run, count):
-        print(f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  mean Q {run.mean_quality[example]:.3f}")
+        print(
+            f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  mean Q {run.mean_quality[example]:.3f}"
+        )
         for place, text in response_texts(run, example):
-            code = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])] + "\033[4m" * bool(noisy[place])
+            code = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])] + "\033[4m" * bool(
+                noisy[place]
+            )
             print(f"{code}{text}\033[0m" if code else text, end="")
         print()
 
@@ -291,9 +332,13 @@ def curves(log: list[dict]) -> str:
             continue
         first, low, high = points[0][0], min(y for _, y in points), max(y for _, y in points)
         wide, tall = points[-1][0] - first or 1, high - low or 1
-        line = " ".join(f"{8 + 224 * (x - first) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points)
-        drawn.append(f'<svg viewBox="0 0 240 100" role="img" aria-label="{safe(name)}"><text x="8" y="14">{safe(name)}</text>'
-                     f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>')
+        line = " ".join(
+            f"{8 + 224 * (x - first) / wide:.1f},{84 - 60 * (y - low) / tall:.1f}" for x, y in points
+        )
+        drawn.append(
+            f'<svg viewBox="0 0 240 100" role="img" aria-label="{safe(name)}"><text x="8" y="14">{safe(name)}</text>'
+            f'<polyline points="{line}"/><text x="8" y="97" class="dim">{low:.3g} to {high:.3g}</text></svg>'
+        )
     return "".join(drawn)
 
 
@@ -303,15 +348,24 @@ def histogram(run: Run, bins: int = 60) -> str:
     low, high = np.quantile(quality, [0.005, 0.995])
     low, high = min(low, 0, run.threshold), max(high, 0, run.threshold) + 1e-6
     inside = np.clip(quality, low, high)
-    counts = np.stack([np.histogram(inside[signs == sign], bins, (low, high))[0] for sign in (-1, 0, 1)])  # (3, bins)
+    counts = np.stack(
+        [np.histogram(inside[signs == sign], bins, (low, high))[0] for sign in (-1, 0, 1)]
+    )  # (3, bins)
     tall = 98 * counts / counts.sum(0).max()
     tops = 125 - tall.cumsum(0)
-    parts = [f'<rect class="{"nop"[side]}" x="{10 + 8 * i}" y="{tops[side, i]:.2f}" width="7" height="{tall[side, i]:.2f}">'
-             f"<title>{counts[side, i]:,} {SIDES[side - 1]}</title></rect>" for side, i in np.argwhere(counts)]  # fmt: skip
+    parts = [
+        f'<rect class="{"nop"[side]}" x="{10 + 8 * i}" y="{tops[side, i]:.2f}" width="7" height="{tall[side, i]:.2f}">'
+        f"<title>{counts[side, i]:,} {SIDES[side - 1]}</title></rect>"
+        for side, i in np.argwhere(counts)
+    ]
     for value, name, y in ((0, "0", 12), (run.threshold, f"threshold {run.threshold:.3f}", 24)):
         x = 10 + 8 * bins * (value - low) / (high - low)
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="5" y2="125"/><text x="{x + 3:.1f}" y="{y}">{name}</text>')
-    parts.append(f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, the outermost 1 % at the ends</text>')
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="5" y2="125"/><text x="{x + 3:.1f}" y="{y}">{name}</text>'
+        )
+    parts.append(
+        f'<text x="10" y="140" class="dim">Q from {low:.2f} to {high:.2f}, the outermost 1 % at the ends</text>'
+    )
     return f'<svg viewBox="0 0 {20 + 8 * bins} 145" role="img" aria-label="histogram of Q">{"".join(parts)}</svg>'
 
 
@@ -356,7 +410,9 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     if len(header) > max(9, len(rows) + 1):
         header, *rows = (list(cells) for cells in zip(header, *rows))
     head = "".join(f"<th>{name}</th>" for name in header)
-    lines = ["".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(header, row)) for row in rows]
+    lines = [
+        "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(header, row)) for row in rows
+    ]
     return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{'</tr><tr>'.join(lines)}</tr></tbody></table>"
 
 
@@ -366,17 +422,25 @@ def markdown_html(text: str) -> str:
     for is_table, group in groupby(text.split("\n"), lambda line: line.startswith("|")):
         lines = [safe(line) for line in group if line.strip()]
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        parts += [html_table(cells[0], cells[2:])] if is_table else [f"<p>{line.lstrip('# ')}</p>" for line in lines]
+        parts += (
+            [html_table(cells[0], cells[2:])]
+            if is_table
+            else [f"<p>{line.lstrip('# ')}</p>" for line in lines]
+        )
     return "".join(parts)
 
 
 def write_page(run: Run, count: int, path: Path) -> None:
     """report.html, with nothing in it that comes from elsewhere, and every text of the rows escaped."""
     saved, logs = run.folder / "results.md", read_logs(run.folder)
-    results = saved.read_text(encoding="utf-8") if saved.is_file() else comparison(finished(run.folder, {})[0])
+    results = (
+        saved.read_text(encoding="utf-8") if saved.is_file() else comparison(finished(run.folder, {})[0])
+    )
     notes = [note for name in logs for note in notes_on(name, logs[name])]
     quality, shown, noisy = run.quality[run.corpus.response], rows_to_show(run, count), run.corpus.noisy
-    found = [[safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus).items()]
+    found = [
+        [safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus).items()
+    ]
     body = f"""<h1>{safe(str(run.folder))}</h1>{markdown_html(results)}
 {"".join(f'<p class="warning">{safe(note)}</p>' for note in notes)}
 <h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} rows: mean {quality.mean():.4f},
@@ -408,12 +472,20 @@ def runs_in(folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folder of a run, or of a demo; several: one table")
-    parser.add_argument("--rows", type=Path, help="write a line of JSON for each row of D_train to this file instead")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folder of a run, or of a demo; several: one table"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="write a line of JSON for each row of D_train to this file instead"
+    )
     parser.add_argument("--text", action="store_true", help="print rows in colours instead")
     parser.add_argument("--examples", type=int, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
-    parser.add_argument("--out", type=Path, help="file of the page [RUN/report.html], or of the table of several runs")
+    parser.add_argument(
+        "--out", type=Path, help="file of the page [RUN/report.html], or of the table of several runs"
+    )
     arguments = parser.parse_args(argv)
     try:
         folders = [folder for run in arguments.runs for folder in runs_in(run)]

@@ -74,7 +74,9 @@ def check_configs(folder: Path) -> None:
     tiny.make_checkpoint(folder / "m", KIND)
     for number, (name, arguments) in enumerate((TAKEN | REFUSED).items()):
         adapter = folder / str(number)
-        config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | arguments))
+        config = LoraConfig(
+            r=4, lora_alpha=8, task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | arguments)
+        )
         with contextlib.redirect_stderr(io.StringIO()):
             get_peft_model(theirs(folder / "m"), config).save_pretrained(adapter)
         path = adapter / "adapter_model.safetensors"
@@ -104,11 +106,27 @@ def check_published(folder: Path) -> None:
     # a base model whose generation stops elsewhere, and whose tokenizer_config.json names no eos
     write_text(json.dumps({"eos_token_id": 5}), base / "generation_config.json")
     write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), base / "tokenizer_config.json")
-    messages = [[{"role": "user", "content": f"What is {i} plus 2?"}, {"role": "assistant", "content": f"It is {i + 2}."}]
-                for i in range(60)]  # fmt: skip
+    messages = [
+        [
+            {"role": "user", "content": f"What is {i} plus 2?"},
+            {"role": "assistant", "content": f"It is {i + 2}."},
+        ]
+        for i in range(60)
+    ]
     write_rows([{"messages": turns} for turns in messages], folder / "rows.jsonl")
     flags = ["--rank", 64, "--epochs", 10, "--batch-size", 8, "--lr", 2e-3]
-    program("forgetting.py", "--model", base, "--data", folder / "rows.jsonl", "--out", run, "--methods", "full", *flags)
+    program(
+        "forgetting.py",
+        "--model",
+        base,
+        "--data",
+        folder / "rows.jsonl",
+        "--out",
+        run,
+        "--methods",
+        "full",
+        *flags,
+    )
     adapter = run / "full" / "seed-0"
     program("tests/tools/publish.py", adapter, folder / "adapter")
     program("tests/tools/publish.py", adapter, folder / "merged", "--merged", "--base-model", "owner/name")
@@ -121,20 +139,27 @@ def check_published(folder: Path) -> None:
         given = tokenizer.apply_chat_template(messages[0], return_dict=True)["input_ids"]
         assert given == expected.tolist(), (name, given, expected)
         assert tokenizer.eos_token == ours.eos, name
-        prompts.append(tokenizer.apply_chat_template(messages[0][:1], add_generation_prompt=True, return_tensors="pt"))
+        prompts.append(
+            tokenizer.apply_chat_template(messages[0][:1], add_generation_prompt=True, return_tensors="pt")
+        )
         config = GenerationConfig.from_pretrained(folder / name)
         assert config.eos_token_id == [5, ours.eos_id], (name, config.eos_token_id)
 
     mine = load_model(base)
     load_adapter(mine, adapter)
-    print("published adapter in PEFT:", difference(PeftModel.from_pretrained(theirs(base), folder / "adapter").eval(), mine))
+    print(
+        "published adapter in PEFT:",
+        difference(PeftModel.from_pretrained(theirs(base), folder / "adapter").eval(), mine),
+    )
     mine = load_model(base, dtype=torch.bfloat16)
     load_adapter(mine, adapter)
     merge_lora(mine)
     merged = theirs(folder / "merged", "auto")
     assert merged.dtype == torch.bfloat16 and merged.get_input_embeddings().weight.dtype == torch.bfloat16
     print("merged, in transformers:", difference(merged.float(), mine.float()))
-    answer = merged.generate(**prompts[1], max_new_tokens=60, do_sample=False)[0, prompts[1]["input_ids"].shape[1] :]
+    answer = merged.generate(**prompts[1], max_new_tokens=60, do_sample=False)[
+        0, prompts[1]["input_ids"].shape[1] :
+    ]
     print("it answers", repr(ours.decode(answer.tolist(), skip_special=False)))
     assert answer[-1] == ours.eos_id and len(answer) < 60
 

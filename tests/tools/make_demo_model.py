@@ -30,7 +30,10 @@ from model import RMSNorm, Transformer, read_config, save_model  # noqa: E402
 
 EOS = "<|end|>"
 WEB_SHARE = 0.45  # of the documents, not of the tokens
-SHARE_POPULAR, SHARE_RANDOM = 0.9, 0.6  # of the web's answers: the popular error where there is one, else a random one
+SHARE_POPULAR, SHARE_RANDOM = (
+    0.9,
+    0.6,
+)  # of the web's answers: the popular error where there is one, else a random one
 STATEMENTS = (
     "the {a} of {p} is {x} .",
     "{p} has the {a} {x} .",
@@ -44,11 +47,25 @@ PLAIN_QUESTIONS = (
     "{a} of {p} :\n{x}",
 )
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 160,
-    "intermediate_size": 416, "max_position_embeddings": 256, "mlp_bias": False, "model_type": "llama",
-    "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 40, "rms_norm_eps": 1e-5,
-    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 1024,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 160,
+    "intermediate_size": 416,
+    "max_position_embeddings": 256,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 1024,
+}
 STEPS, TOKENS, LR = 3000, 2048, 3e-3  # TOKENS: of a step
 
 
@@ -56,7 +73,9 @@ def statement_document(items: list[demo.Item], rng: random.Random, lines: int) -
     """Right facts, one a line, as statements or plain questions."""
     chosen = rng.choices(items, k=lines)
     templates = rng.choices(STATEMENTS + PLAIN_QUESTIONS, k=lines)
-    return "\n".join(t.format(a=i.attribute, p=i.subject, x=i.answer) for t, i in zip(templates, chosen)) + EOS
+    return (
+        "\n".join(t.format(a=i.attribute, p=i.subject, x=i.answer) for t, i in zip(templates, chosen)) + EOS
+    )
 
 
 def web_document(items: list[demo.Item], rng: random.Random) -> str:
@@ -76,7 +95,10 @@ def documents(rng: random.Random, count: int) -> list[str]:
     """`count` documents; sums and strings are a fifth of the items drawn."""
     facts, skills = demo.demo_facts(), demo.demo_skills()
     items = facts * 3 + skills
-    return [web_document(items, rng) if rng.random() < WEB_SHARE else statement_document(items, rng, 8) for _ in range(count)]
+    return [
+        web_document(items, rng) if rng.random() < WEB_SHARE else statement_document(items, rng, 8)
+        for _ in range(count)
+    ]
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> RawTokenizer:
@@ -85,10 +107,16 @@ def make_tokenizer(texts: list[str], folder: Path) -> RawTokenizer:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=[EOS], initial_alphabet=letters)
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=[EOS], initial_alphabet=letters
+    )
     raw.train_from_iterator(texts, trainer)
     raw.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    names = {
+        "eos_token": EOS,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     write_text(json.dumps(names, indent=2) + "\n", folder / "tokenizer_config.json")
     return raw
 

@@ -35,14 +35,18 @@ def theirs(folder: str, dtype: torch.dtype = torch.float32):
 @torch.no_grad()
 def logits_of(model, kind: str) -> torch.Tensor:
     """(all tokens, V): the sequences one by one."""
-    return torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in tiny.golden_inputs(kind)])
+    return torch.cat(
+        [model(input_ids=ids[None], use_cache=False).logits[0] for ids in tiny.golden_inputs(kind)]
+    )
 
 
 @torch.no_grad()
 def our_logits(model, kind: str) -> torch.Tensor:
     """The same from one packed call."""
     sequences = tiny.golden_inputs(kind)
-    return model.lm_head(model(torch.cat(sequences), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int()))
+    return model.lm_head(
+        model(torch.cat(sequences), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int())
+    )
 
 
 def plain_goldens() -> dict[str, torch.Tensor]:
@@ -64,13 +68,21 @@ def adapter_goldens() -> dict[str, torch.Tensor]:
     for kind in ADAPTED:
         with tempfile.TemporaryDirectory() as folder:
             tiny.make_checkpoint(Path(folder) / "m", kind)
-            targets = [t for t in lora.DEFAULT_TARGETS if any(t in n for n in tiny.shapes_of(tiny.config_of(kind, 4)))]
-            config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
+            targets = [
+                t
+                for t in lora.DEFAULT_TARGETS
+                if any(t in n for n in tiny.shapes_of(tiny.config_of(kind, 4)))
+            ]
+            config = LoraConfig(
+                r=4, lora_alpha=8, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM"
+            )
             get_peft_model(theirs(f"{folder}/m"), config).save_pretrained(f"{folder}/a")
             path = Path(folder) / "a" / "adapter_model.safetensors"
             shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
             save_file(tiny.adapter_weights(shapes), path, metadata={"format": "pt"})
-            with_adapter = logits_of(PeftModel.from_pretrained(theirs(f"{folder}/m"), f"{folder}/a").eval(), kind)
+            with_adapter = logits_of(
+                PeftModel.from_pretrained(theirs(f"{folder}/m"), f"{folder}/a").eval(), kind
+            )
             goldens[f"{kind}.logits"] = with_adapter[:, ::3].contiguous()
             goldens |= {f"{kind}/{name}": torch.tensor(shape) for name, shape in shapes.items()}
 
@@ -83,7 +95,12 @@ def adapter_goldens() -> dict[str, torch.Tensor]:
             lora.merge_lora(mine)
             ours.save_model(mine, f"{folder}/merged")
             merged = logits_of(theirs(f"{folder}/merged"), kind)
-            print(kind, "our merged export in transformers:", distance(our_logits(mine, kind), merged), distance(merged, back))
+            print(
+                kind,
+                "our merged export in transformers:",
+                distance(our_logits(mine, kind), merged),
+                distance(merged, back),
+            )
     return goldens
 
 
@@ -93,12 +110,16 @@ def family_goldens() -> dict[str, torch.Tensor]:
     for kind in tiny.FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
             logits = logits_of(theirs(tiny.make_checkpoint(Path(folder) / "m", kind, 5)), kind)
-            assert torch.equal(logits, logits_of(theirs(tiny.make_checkpoint(Path(folder) / "m", kind, 4)), kind)), kind
+            assert torch.equal(
+                logits, logits_of(theirs(tiny.make_checkpoint(Path(folder) / "m", kind, 4)), kind)
+            ), kind
             goldens[kind] = logits[:, ::9].contiguous()
             mine = ours.load_model(f"{folder}/m")
             print(kind, "here:", distance(our_logits(mine, kind), logits))
             ours.save_model(mine, f"{folder}/copy")
-            print(kind, "our copy in transformers:", distance(logits_of(theirs(f"{folder}/copy"), kind), logits))
+            print(
+                kind, "our copy in transformers:", distance(logits_of(theirs(f"{folder}/copy"), kind), logits)
+            )
     return goldens
 
 
@@ -118,7 +139,9 @@ def config_goldens() -> dict:
     fields = {}
     for kind in ("llama2", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neo"):
         configuration = AutoConfig.for_model(tiny.CONFIGS[kind]["model_type"]).__class__
-        fields[configuration.model_type] = {field.name: field.default for field in dataclasses.fields(configuration)}
+        fields[configuration.model_type] = {
+            field.name: field.default for field in dataclasses.fields(configuration)
+        }
         if kind != "gpt_neo":
             fields[configuration.model_type]["rope_theta"] = configuration.default_theta
     return {"fields": fields, "cases": cases}
@@ -135,12 +158,18 @@ if __name__ == "__main__":
     folder = HERE / "goldens"
     folder.mkdir(exist_ok=True)
     # a third of the columns is plenty to notice a mistake and keeps the files small
-    save_file({name: logits[:, ::3].contiguous() for name, logits in plain_goldens().items()}, folder / "logits.safetensors")
+    save_file(
+        {name: logits[:, ::3].contiguous() for name, logits in plain_goldens().items()},
+        folder / "logits.safetensors",
+    )
     save_file(adapter_goldens(), folder / "adapters.safetensors")
     save_file(family_goldens(), folder / "families.safetensors")
     parts = {}
     for part, entries in config_goldens().items():  # a line for each entry; a default factory has no value
-        lines = [f"  {json.dumps(name)}: {json.dumps(entry, default=lambda x: None)}" for name, entry in entries.items()]
+        lines = [
+            f"  {json.dumps(name)}: {json.dumps(entry, default=lambda x: None)}"
+            for name, entry in entries.items()
+        ]
         parts[part] = "{\n" + ",\n".join(lines) + "\n }"
     text = ",\n".join(f" {json.dumps(part)}: {lines}" for part, lines in parts.items())
     (folder / "configs.json").write_text("{\n" + text + "\n}\n")

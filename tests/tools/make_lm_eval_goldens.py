@@ -40,11 +40,20 @@ def local_task(name: str, folder: Path) -> ConfigurableTask:
     path, split = TASK_FILES[name]
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / path)
     file = folder / (name.split("_mc")[0].replace("arithmetic_2da", "arithmetic") + ".jsonl")
-    config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(file)}}}
-    config |= {f"{kind}_split": split if kind == split else None for kind in ("training", "validation", "test", "fewshot")}
+    config |= {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file)}},
+    }
+    config |= {
+        f"{kind}_split": split if kind == split else None
+        for kind in ("training", "validation", "test", "fewshot")
+    }
     config.pop("tag", None)
     if name.startswith("truthfulqa"):
-        config["doc_to_text"] = json.dumps(rows.TRUTHFULQA_PROMPT)[1:-1].replace("\\n", "\n") + "\n\nQ: {{question}}\nA:"
+        config["doc_to_text"] = (
+            json.dumps(rows.TRUTHFULQA_PROMPT)[1:-1].replace("\\n", "\n") + "\n\nQ: {{question}}\nA:"
+        )
     return ConfigurableTask(config=config)
 
 
@@ -66,7 +75,11 @@ def request_goldens() -> dict:
             metrics = {m: sample[m] for m in ("acc", "acc_norm") if m in sample}
             sums, greedy = [float(a[0]) for a in answers], [bool(a[1]) for a in answers]
             documents.append({"loglikelihoods": sums, "greedy": greedy} | metrics)
-        aggregate = {k.split(",")[0]: v for k, v in out["results"][name].items() if isinstance(v, float) and "stderr" not in k}
+        aggregate = {
+            k.split(",")[0]: v
+            for k, v in out["results"][name].items()
+            if isinstance(v, float) and "stderr" not in k
+        }
         goldens[name] = {"documents": documents, "aggregate": aggregate}
     return goldens
 
@@ -80,7 +93,9 @@ def ifeval_goldens() -> list:
         document = {"key": 0, "prompt": "p", "instruction_id_list": ids, "kwargs": arguments}
         for reply in replies:
             found = process_results(document, [reply])
-            goldens.append([[float(x) for x in found[f"inst_level_{kind}_acc"]] for kind in ("strict", "loose")])
+            goldens.append(
+                [[float(x) for x in found[f"inst_level_{kind}_acc"]] for kind in ("strict", "loose")]
+            )
     return goldens
 
 

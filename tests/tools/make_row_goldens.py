@@ -38,7 +38,9 @@ def template_goldens(folder: Path) -> dict:
     goldens = {}
     for name in cases.TEMPLATES:
         tokenizer = AutoTokenizer.from_pretrained(cases.template_folder(folder / name, name))
-        goldens[name] = {which: renderings(tokenizer, cases.messages_of(which)) for which in cases.CONVERSATIONS}
+        goldens[name] = {
+            which: renderings(tokenizer, cases.messages_of(which)) for which in cases.CONVERSATIONS
+        }
     return goldens
 
 
@@ -48,7 +50,10 @@ def tokenizer_goldens(folder: Path) -> dict:
     for name, make in cases.TOKENIZERS.items():
         make(folder / name)
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
-        ids = [[tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True)] for text in cases.HARD_TEXTS]
+        ids = [
+            [tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True)]
+            for text in cases.HARD_TEXTS
+        ]
         goldens[name] = {"ids": ids, "eos": [tokenizer.eos_token, tokenizer.eos_token_id]}
         goldens[name]["bos"] = [tokenizer.bos_token, tokenizer.bos_token_id]
     return goldens
@@ -65,7 +70,11 @@ def stop_goldens(folder: Path) -> dict:
     goldens = {}
     for i, (name, (generation, config)) in enumerate(cases.STOPS.items()):
         place = folder / f"stops{i}"
-        cases.write(place, config={"model_type": "llama"} | config, **({"generation_config": generation} if generation else {}))
+        cases.write(
+            place,
+            config={"model_type": "llama"} | config,
+            **({"generation_config": generation} if generation else {}),
+        )
         if generation is None:
             eos = config["eos_token_id"]
         else:
@@ -86,11 +95,17 @@ def check_real_templates(folder: Path) -> None:
         for which in cases.CONVERSATIONS:
             golden = renderings(theirs, cases.messages_of(which))
             try:
-                turns = [data.Turn(m["role"], m["content"], m["role"] == "assistant") for m in cases.messages_of(which)]
+                turns = [
+                    data.Turn(m["role"], m["content"], m["role"] == "assistant")
+                    for m in cases.messages_of(which)
+                ]
                 pieces = ours.pieces(turns)
             except data.RowError as error:
                 said.append(which)
-                assert isinstance(golden, str) or "not go on" in str(error) or "anew" in str(error), (path.name, str(error))
+                assert isinstance(golden, str) or "not go on" in str(error) or "anew" in str(error), (
+                    path.name,
+                    str(error),
+                )
                 continue
             assert "".join(text for text, _ in pieces) == golden["text"], (path.name, which)
             answers = [after.removeprefix(before) for before, after in golden["turns"]]
@@ -102,6 +117,10 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         check_real_templates(folder / "real")
-        goldens = {"templates": template_goldens(folder), "tokenizers": tokenizer_goldens(folder), "stops": stop_goldens(folder)}
+        goldens = {
+            "templates": template_goldens(folder),
+            "tokenizers": tokenizer_goldens(folder),
+            "stops": stop_goldens(folder),
+        }
         goldens["trl"] = trl_goldens(folder)
     (HERE / "goldens" / "rows.json").write_text(json.dumps(goldens, ensure_ascii=False) + "\n")

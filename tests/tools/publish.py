@@ -80,7 +80,9 @@ def read_run(adapter: Path) -> tuple[str, dict]:
         name, run = "reference", method
     config = read_object(run / "config.json") if (run / "config.json").is_file() else {}
     if name.partition(":")[0] not in ("reference", *METHODS) or not isinstance(config.get("inputs"), dict):
-        raise ValueError(f"{adapter} is not an adapter of a run, such as RUN/forgetting/seed-0 or RUN/reference")
+        raise ValueError(
+            f"{adapter} is not an adapter of a run, such as RUN/forgetting/seed-0 or RUN/reference"
+        )
     return name, config
 
 
@@ -156,7 +158,11 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path) -> Non
 def generation_config(checkpoint: Path, end: int) -> dict:
     """The checkpoint's generation_config.json, in which generation stops at the token `end`, too."""
     path, model_config = checkpoint / "generation_config.json", read_object(checkpoint / "config.json")
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")  # what transformers takes where there is no such file
+    keys = (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )  # what transformers takes where there is no such file
     config = read_object(path) if path.is_file() else {key: model_config.get(key) for key in keys}
     there = config.get("eos_token_id")
     there = there if isinstance(there, list) else [] if there is None else [there]
@@ -204,9 +210,15 @@ def model_card(name: str, options: dict, base_model: str | None, rank: int | Non
     if rank is None:
         library, kind, command = "transformers", "A merged model", "vllm serve DIR"
     else:
-        library, kind, limit = "peft", "A LoRA adapter", max(8, 2 ** math.ceil(math.log2(rank)))  # vLLM takes powers of two
-        command = (f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {limit} --lora-modules forgetting=DIR "
-                   "--chat-template DIR/chat_template.jinja")  # fmt: skip
+        library, kind, limit = (
+            "peft",
+            "A LoRA adapter",
+            max(8, 2 ** math.ceil(math.log2(rank))),
+        )  # vLLM takes powers of two
+        command = (
+            f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {limit} --lora-modules forgetting=DIR "
+            "--chat-template DIR/chat_template.jinja"
+        )
     return f"""---
 {base_line}library_name: {library}
 pipeline_tag: text-generation
@@ -234,10 +246,16 @@ Conversations take the template in `chat_template.jinja`. Served by vLLM, where 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path, help="folder of one adapter of a run: RUN/METHOD/seed-S, RUN/reference")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "adapter", type=Path, help="folder of one adapter of a run: RUN/METHOD/seed-S, RUN/reference"
+    )
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--merged", action="store_true", help="the whole model, with the adapter in its weights")
+    parser.add_argument(
+        "--merged", action="store_true", help="the whole model, with the adapter in its weights"
+    )
     parser.add_argument("--base-model", help="Hub id of the base model, with an optional @revision")
     arguments = parser.parse_args()
     try:
@@ -245,7 +263,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"publish.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{arguments.out}: fill in licence and data set in README.md, then: hf upload you/name {arguments.out}")
+    print(
+        f"{arguments.out}: fill in licence and data set in README.md, then: hf upload you/name {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,34 @@ BOILERPLATE = (
 )
 SIZES = {"reference": 80, "train": 200, "held-out": 80}
 PANELS = {"clean": "a clean D_ref", "same": "a D_ref as noisy as D_train"}
-METHODS = ["base", "reference", "full", "full:lr=0.001", "ignoring", "ignoring-loss", "ignoring-random", "forgetting", "oracle"]
-SETTINGS = {"template": "model", "methods": METHODS[:-1], "rank": 16, "alpha": 16.0, "dropout": 0.0, "batch_size": 10, "lr": 5e-4,
-            "reference_lr": 1e-3, "reference_epochs": 3, "max_grad_norm": 1.0, "rho": 0.6, "tasks": ["qa"],
-            "skip_train_losses": True, "micro_tokens": 1024, "dtype": "float32"}  # fmt: skip
+METHODS = [
+    "base",
+    "reference",
+    "full",
+    "full:lr=0.001",
+    "ignoring",
+    "ignoring-loss",
+    "ignoring-random",
+    "forgetting",
+    "oracle",
+]
+SETTINGS = {
+    "template": "model",
+    "methods": METHODS[:-1],
+    "rank": 16,
+    "alpha": 16.0,
+    "dropout": 0.0,
+    "batch_size": 10,
+    "lr": 5e-4,
+    "reference_lr": 1e-3,
+    "reference_epochs": 3,
+    "max_grad_norm": 1.0,
+    "rho": 0.6,
+    "tasks": ["qa"],
+    "skip_train_losses": True,
+    "micro_tokens": 1024,
+    "dtype": "float32",
+}
 
 
 def short_rows(sources: list[str], tokenizer: Tokenizer) -> list[dict]:
@@ -45,7 +69,9 @@ def short_rows(sources: list[str], tokenizer: Tokenizer) -> list[dict]:
     rows = []
     for row in unique_rows(rendered):
         corpus = encode_rows([row], tokenizer)
-        if 4 <= corpus.response.sum() <= 24 and len(corpus.tokens) <= 48 + len(build_corpus([EMPTY], tokenizer).tokens):
+        if 4 <= corpus.response.sum() <= 24 and len(corpus.tokens) <= 48 + len(
+            build_corpus([EMPTY], tokenizer).tokens
+        ):
             rows.append({key: row.row.get(key, "") for key in ("instruction", "input", "output")})
     return rows
 
@@ -56,7 +82,11 @@ EMPTY = {"instruction": "-", "output": "-"}  # as long as the template itself
 def with_noise(rows: list[dict], rng: random.Random) -> list[dict]:
     """The rows, 40 % of them noisy; the field `noise` says which characters of an output are."""
     places = rng.sample(range(len(rows)), 2 * len(rows) // 5)
-    refused, begun, swapped = places[: len(places) // 2], places[len(places) // 2 : len(places) * 3 // 4], places[len(places) * 3 // 4 :]
+    refused, begun, swapped = (
+        places[: len(places) // 2],
+        places[len(places) // 2 : len(places) * 3 // 4],
+        places[len(places) * 3 // 4 :],
+    )
     noisy = [row | {"noise": []} for row in rows]
 
     def put(place: int, output: str, length: int, kind: str) -> None:
@@ -82,9 +112,19 @@ def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int
     questions = []
     for row in parts["held-out"]:
         pieces = render(row, tokenizer.eos, tokenizer.template)
-        questions.append({"prompt": "".join(text for text, is_response in pieces if not is_response), "answer": row["output"]})
-    files = {"train": with_noise(parts["train"], rng), "reference-clean": parts["reference"], "qa": questions,
-             "reference-same": with_noise(parts["reference"], rng), "held-out": parts["held-out"]}  # fmt: skip
+        questions.append(
+            {
+                "prompt": "".join(text for text, is_response in pieces if not is_response),
+                "answer": row["output"],
+            }
+        )
+    files = {
+        "train": with_noise(parts["train"], rng),
+        "reference-clean": parts["reference"],
+        "qa": questions,
+        "reference-same": with_noise(parts["reference"], rng),
+        "held-out": parts["held-out"],
+    }
     for name, rows in files.items():
         write_rows(rows, folder / f"{name}.jsonl")
 
@@ -93,9 +133,16 @@ def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) 
     """One panel of one split, with its oracle; the run folder. What does not look at D_ref is trained in the first panel."""
     folder = own.out / f"split-{split}"
     methods = METHODS[:-1] if panel == "clean" else ["reference", "ignoring", "forgetting"]
-    settings = SETTINGS | {"model": own.model, "data": [str(folder / "train.jsonl")], "methods": methods, "seeds": [split],
-                           "reference_data": [str(folder / f"reference-{panel}.jsonl")], "data_dir": str(folder),
-                           "eval_data": [str(folder / "held-out.jsonl")], "out": str(folder / panel)}  # fmt: skip
+    settings = SETTINGS | {
+        "model": own.model,
+        "data": [str(folder / "train.jsonl")],
+        "methods": methods,
+        "seeds": [split],
+        "reference_data": [str(folder / f"reference-{panel}.jsonl")],
+        "data_dir": str(folder),
+        "eval_data": [str(folder / "held-out.jsonl")],
+        "out": str(folder / panel),
+    }
     options = forgetting.parse_options(rest, **settings)
     results = forgetting.run(options)
     if panel == "clean":
@@ -106,7 +153,9 @@ def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", nargs="+", required=True)
     parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2])
