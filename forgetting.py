@@ -1,6 +1,6 @@
 """Forgetting (arXiv 2508.04329): score every response token, learn the best of them, unlearn the rest.
 
-    python forgetting.py --model M --data rows.jsonl --reference-data trusted.jsonl --out RUN
+    ./run.sh --model M --data rows.jsonl --reference-data trusted.jsonl --out RUN
     torchrun --nproc_per_node=8 forgetting.py --model meta-llama/Llama-3.2-1B --data rows.jsonl --out RUN
     ./run.sh                                                     # a demo: no model, no data needed
 
@@ -11,10 +11,13 @@
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
+
+tests/plain.py is the same algorithm in plain lines. The first half of this file is the method, the second
+half what a command line needs.
 Order: Algorithm 1, equations, scoring (stage 2), methods (3), training (1 and 4) | options, data, the run
-folder, what a run says before stage 4, figures and the table, main. tests/plain.py is the same algorithm in
-plain lines. Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack;
-n tokens that a loss or a score is computed for; E examples; D width; V vocabulary; S seeds; R held-out rows.
+folder, what a run says before stage 4, figures and the table, main.
+Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack; n tokens that
+a loss or a score is computed for; E examples; D width; V vocabulary; S seeds; R held-out rows.
 """
 
 from __future__ import annotations
@@ -59,16 +62,19 @@ from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, loa
 from model import read_config, to_device, token_losses
 
 Array = np.ndarray
+Results = dict[str, dict[int, dict]]  # {method: {seed: figures}}
+
 
 # ------------------------------------------------------------------------------------------ Algorithm 1
 
 
-def run(options: "Options") -> dict[str, dict[int, dict]]:
+def run(options: Options) -> Results:
     """Algorithm 1 on one model and one pair of data sets: {method: {seed: figures}}, the rows of the table.
 
     Each stage leaves its result in the run folder; given again, the command finds it there and goes on.
     """
-    plans = {name: method_of(name, options) for name in options.methods if name not in UNTRAINED}
+    # What goes in. All that can be wrong with it is found here, before anything is trained
+    trained = {name: method_of(name, options) for name in options.methods if name not in UNTRAINED}
     checkpoint = checkpoint_folder(options.model)
     tokenizer = Tokenizer(checkpoint, options.template)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
@@ -76,41 +82,50 @@ def run(options: "Options") -> dict[str, dict[int, dict]]:
     held_out = read_held_out(options, tokenizer, d_ref, d_train)  # an empty corpus without --eval-data
     model = load_base(options, checkpoint, documents, d_ref, d_train, held_out)
     ref_options = reference_options(options, len(d_ref))
-    print0(describe_plan(ref_options, plans, d_ref, d_train, len(options.seeds)))
-    out = open_run(options, checkpoint, d_ref, d_train)  # writes config.json; all input is checked by now
+    print0(describe_plan(ref_options, trained, d_ref, d_train, len(options.seeds)))
+    out = open_run(options, checkpoint, d_ref, d_train)
 
-    # 1. theta': every response token of D_ref has sign +1
-    train(model, d_ref, d_ref.response.astype(np.int8), out / "reference", ref_options, seed=0)
+    # Stage 1. The reference theta' is trained on D_ref, where every response token has sign +1
+    all_positive = d_ref.response.astype(np.int8)  # (C,)
+    train(model, d_ref, all_positive, out / "reference", ref_options, seed=0)
 
-    # 2. Q: theta' stays on the model until remove_lora; with its adapter off the model is theta
-    scorer = scoring_model(model, out, options)
+    # Stage 2. Score D_train. With the adapter on, the model is theta'; with it off, theta
+    scorer = model
+    if options.score_dtype != options.dtype:
+        scorer = load_model(checkpoint, options.device, DTYPES[options.score_dtype])
+        load_adapter(scorer, out / "reference")
     base_loss, ref_loss = score(scorer, d_train, out, options)
     quality = quality_scores(base_loss, ref_loss)  # (C,), NaN where nothing is judged
-    plain_signs = plain_forgetting(quality, d_train, options)  # (C,)
-    parts = [
-        describe_scores(base_loss, ref_loss, plain_signs),
-        describe_trust(scorer, held_out, quality, options),
-        describe_noise(detection(quality, plain_signs < 0, d_train)),  # "" where no noise is known
-        lowest_rows(quality, d_train, tokenizer),
-    ]
-    print0("\n".join(filter(None, parts)))
-    table_signs = None if options.skip_train_losses else plain_signs
-    yardstick = Yardstick(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
-    results: dict[str, dict[int, dict]] = {name: {} for name in options.methods}
-    if "reference" in results:
-        results["reference"][0] = measure(model, yardstick, out / "reference")
-    remove_lora(model)
-    if "base" in results:
-        results["base"][0] = measure(model, yardstick, out / "base")
 
-    # 3 and 4. for each method and seed: signs from Q, then a fresh adapter on theta
-    for name, seed in product(plans, options.seeds):
-        method, method_options = plans[name]
-        scores = -base_loss if method.by_loss else quality  # (C,) high: keep
+    # What Q looks like, and whether it can be trusted. For this, and for L_P and L_N in every row of the
+    # table, P and N are those of plain forgetting: no forget rate
+    plain_options = dataclasses.replace(options, forget_rate=None)
+    plain_signs = choose_signs(METHODS["forgetting"], quality, d_train, plain_options, seed=0)  # (C,)
+    print0(describe_scores(base_loss, ref_loss, plain_signs))
+    print0(describe_trust(scorer, held_out, quality, options))
+    detected = detection(quality, plain_signs < 0, d_train)
+    if detected:  # the rows mark what is known to be noise
+        print0(describe_noise(detected))
+    print0(lowest_rows(quality, d_train, tokenizer))
+
+    # The two rows of the table that stage 4 does not train
+    table_signs = None if options.skip_train_losses else plain_signs
+    suite = EvalSuite(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
+    results: Results = {name: {} for name in options.methods}
+    if "reference" in results:
+        results["reference"][0] = measure(model, suite, out / "reference")
+    remove_lora(model)  # from here on the model is theta again
+    if "base" in results:
+        results["base"][0] = measure(model, suite, out / "base")
+
+    # Stages 3 and 4, for each method and seed: signs from Q, then a fresh adapter on theta
+    for name, seed in product(trained, options.seeds):
+        method, method_options = trained[name]
+        scores = -base_loss if method.by_loss else quality  # (C,) the higher, the sooner a token is kept
         signs = choose_signs(method, scores, d_train, method_options, seed)  # (C,) +1, -1 or 0
         folder = out / name / f"seed-{seed}"
         train(model, d_train, signs, folder, method_options, seed, held_out)
-        results[name][seed] = measure(model, yardstick, folder)
+        results[name][seed] = measure(model, suite, folder)
         remove_lora(model)
     return results
 
@@ -129,30 +144,50 @@ def quality_scores(base_loss: Array, ref_loss: Array) -> Array:
 def quantile(values: Array, share: float) -> float:
     """F(share), the quantile function of Q; always one of the scores: np.quantile(..., method="higher")."""
     # round: 1 - 0.7 is 0.30000000000000004, which could put the threshold one token too high
-    place = math.ceil(round(share * (len(values) - 1), 6))
-    return float(np.partition(values, place)[place])  # a selection, O(n): no need to sort a whole corpus
+    exact_place = round(share * (len(values) - 1), 6)
+    place = math.ceil(exact_place)
+    selected = np.partition(values, place)  # O(n): no need to sort a whole corpus
+    return float(selected[place])
 
 
-def partition(quality: Array, rho: float, forget_rate: float | None = None) -> tuple[Array, Array]:
-    """Equations 6 and 7: P = {Q >= F(1 - rho)} and N, bool each, one threshold for all of quality.
+POSITIVE = "positive"  # a value of rho: the tokens of Q > 0, whatever their share is
 
-    quality has a score for every judged token (or sequence). Ties with the threshold are positive. N is the
-    rest, or, with a forget rate below 1 - rho, only {Q < F(forget_rate)}: what lies between is in neither.
-    Raises ValueError for a share that is out of range.
+
+def partition(quality: Array, rho: float | str, forget_rate: float | None = None) -> tuple[Array, Array]:
+    """Equations 6 and 7: P = {Q >= F(1 - rho)} and N = the rest, bool each, one threshold for all of quality.
+
+    quality has a score for every judged token (or sequence). Ties with the threshold are positive. With a
+    forget rate below 1 - rho, N is only {Q < F(forget_rate)}: what lies between is in neither. rho "positive"
+    is the paper's first guess, P = {Q > 0}. Raises ValueError for a share that is out of range.
     """
-    if not 0 < rho <= 1:
-        raise ValueError(f"rho {rho} is not allowed: more than 0, at most 1")
-    if forget_rate is not None and not 0 <= forget_rate <= 1 - rho + 1e-9:
-        raise ValueError(f"forget rate {forget_rate} is not allowed: from 0 to 1 - rho = {1 - rho:.4g}")
+    check_shares(rho, forget_rate)
     if len(quality) == 0:
         raise ValueError("nothing to partition: no response token was scored")
     if not np.isfinite(quality).all():
-        raise ValueError(f"{int((~np.isfinite(quality)).sum())} quality scores are not finite")
+        count = int((~np.isfinite(quality)).sum())
+        raise ValueError(f"{count} quality scores are not finite")
+    if rho == POSITIVE:
+        return quality > 0, quality <= 0
     positive = quality >= quantile(quality, 1 - rho)
     negative = ~positive
     if forget_rate is not None:
         negative &= quality < quantile(quality, forget_rate)
     return positive, negative
+
+
+def check_shares(rho: float | str, forget_rate: float | None) -> None:
+    """Raise ValueError for a rho, or a forget rate, that partition does not take."""
+    if rho == POSITIVE:
+        if forget_rate is not None:
+            raise ValueError(f"forget rate {forget_rate} needs a rho that is a number, not {POSITIVE}")
+        return
+    if isinstance(rho, str) or not 0 < rho <= 1:
+        raise ValueError(f"rho {rho} is not allowed: more than 0, at most 1, or {POSITIVE}")
+    if forget_rate is None:
+        return
+    highest = 1 - rho
+    if not 0 <= forget_rate <= highest + 1e-9:
+        raise ValueError(f"forget rate {forget_rate} is not allowed: from 0 to 1 - rho = {highest:.4g}")
 
 
 def lambda_at(step: int, total_steps: int, t_min: float, t_max: float) -> float:
@@ -169,17 +204,14 @@ def token_weights(positive: Tensor, negative: Tensor, lam: float, counts: tuple 
     counts are (n_P, n_N) of the whole optimiser step; None: the masks are all of it. Sets may be empty.
     """
     n_positive, n_negative = counts or (int(positive.sum()), int(negative.sum()))
-    return positive / max(n_positive, 1) - negative * (lam / max(n_negative, 1))
+    learned = positive / max(n_positive, 1)
+    unlearned = negative * (lam / max(n_negative, 1))
+    return learned - unlearned
 
 
 def weighted_token_loss(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    ceiling: float | None = None,
-    return_losses: bool = False,
-) -> Any:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, ceiling: float | None = None
+) -> Tensor:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
     hidden (n, D) holds the state before each target, head_weight (V, D), targets (n,) int64, weights (n,)
@@ -190,19 +222,26 @@ def weighted_token_loss(
         loss = losses[positive].mean() - lam * losses[negative].mean()
 
     Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time, loss and gradient at once.
-    ceiling: a token whose loss is above it, in nats, is not unlearned any further. With return_losses the
-    result is (loss, losses): the loss of each token (n,), without a gradient, 0 for a target of -100. Raises
-    ValueError for hidden states of another shape, and for a head that is trained, too: its gradient is not
-    computed.
+    ceiling: a token whose loss is above it, in nats, is not unlearned any further. Raises ValueError for
+    hidden states of another shape, and for a head that is trained, too: its gradient is not computed.
     """
+    loss, _ = weighted_and_token_losses(hidden, head_weight, targets, weights, ceiling)
+    return loss
+
+
+def weighted_and_token_losses(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, ceiling: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """weighted_token_loss, and beside it the loss of each token (n,), without a gradient; 0 where ignored."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, (n, D) is needed: flatten(0, -2)")
     if head_weight.requires_grad:
         raise ValueError("head_weight requires a gradient, which is not computed: freeze it, or detach() it")
     ignored = targets < 0  # (n,)
-    weights, targets = weights.masked_fill(ignored, 0), targets.clamp_min(0)
+    weights = weights.masked_fill(ignored, 0)
+    targets = targets.clamp_min(0)
     loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling)
-    return (loss, losses.masked_fill(ignored, 0)) if return_losses else loss
+    return loss, losses.masked_fill(ignored, 0)
 
 
 # ---------------------------------------------------------------------------------------------- scoring
@@ -218,23 +257,28 @@ def response_losses(
     spread over the ranks, the result is on all of them.
     """
     rank, world = rank_and_world()
-    head, device = model.lm_head.weight, model.lm_head.weight.device
-    losses = torch.zeros(len(corpus.tokens), device=device)  # (C,)
+    head = model.lm_head.weight  # (V, D)
+    losses = torch.zeros(len(corpus.tokens), device=head.device)  # (C,)
     was_training = model.training
     model.eval()
-    mine = examples[np.argsort(-corpus.lengths[examples], kind="stable")][rank::world]
-    with progress(label, int(corpus.lengths[examples].sum()), "tokens") as bar:
-        for batch in pack(corpus, mine, 4 * token_budget):  # nothing is kept for a backward pass: more fits
+    lengths = corpus.lengths[examples]
+    longest_first = examples[np.argsort(-lengths, kind="stable")]
+    budget = 4 * token_budget  # nothing is kept for a backward pass, so more fits
+    with progress(label, int(lengths.sum()), "tokens") as bar:
+        for batch in pack(corpus, longest_first[rank::world], budget):
             judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-            rows, targets = (to_device(x, device) for x in shift(batch.tokens, judged))  # (n,) each
-            hidden = model(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
-            losses[to_device(batch.places[judged], device)] = token_losses(hidden, head, targets)
+            rows, targets = shift(batch.tokens, judged)  # (n,) each
+            rows, targets = to_device(rows, head.device), to_device(targets, head.device)
+            places = to_device(batch.places[judged], head.device)  # (n,)
+            hidden = model(to_device(batch.tokens, head.device), batch.cu_seqlens)  # (T, D)
+            losses[places] = token_losses(hidden[rows], head, targets)
             advance(bar, len(batch.tokens))
     model.train(was_training)
+    of_all_ranks = sum_over_ranks(losses).cpu().numpy()
     places = corpus.places(examples)
     places = places[corpus.response[places]]
     result = np.full(len(corpus.tokens), np.nan, np.float32)
-    result[places] = sum_over_ranks(losses).cpu().numpy()[places]
+    result[places] = of_all_ranks[places]
     return result
 
 
@@ -247,46 +291,46 @@ def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: st
     return base_loss, ref_loss
 
 
-def scoring_model(model: Transformer, out: Path, options: "Options") -> Transformer:
-    """theta' in --score-dtype: the model itself, or, where its dtype is another, a second one."""
-    if options.score_dtype == options.dtype:
-        return model
-    scorer = load_model(model.folder, options.device, DTYPES[options.score_dtype])
-    load_adapter(scorer, out / "reference")
-    return scorer
-
-
-def score(model: Transformer, corpus: Corpus, out: Path, options: "Options") -> tuple[Array, Array]:
+def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tuple[Array, Array]:
     """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
 
     Saved after every --save-every x --batch-size examples, with tokens, offsets and the rows' sources; a run
     that was stopped goes on there.
     """
-    path, count = out / "scores.safetensors", len(corpus)
-    (base_loss, ref_loss), done = np.full((2, len(corpus.tokens)), np.nan, np.float32), 0
+    path = out / "scores.safetensors"
+    count = len(corpus)
+    done = 0
+    base_loss = np.full(len(corpus.tokens), np.nan, np.float32)  # (C,)
+    ref_loss = base_loss.copy()  # (C,)
     if path.is_file():
         base_loss, ref_loss, done = read_scores(path, corpus)
-        what_next = f"continuing from example {done:,} of {count:,}" if done < count else "skipping"
+        what_next = "skipping" if done == count else f"continuing from example {done:,} of {count:,}"
         print0(f"found {path}, {what_next}")
-    sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)  # text, as safetensors can hold it
-    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets, "sources": sources}
-    arrays |= {f"noise.{kind}": known for kind, known in corpus.noise.items()}
+
+    arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets}
+    sources = "\n".join(corpus.sources).encode()
+    arrays["sources"] = np.frombuffer(sources, np.uint8)  # safetensors holds no text
+    for kind, known in corpus.noise.items():
+        arrays[f"noise.{kind}"] = known
+
     part_size = options.save_every * options.batch_size
     for first in range(done, count, part_size):
         last = min(first + part_size, count)
-        tokens = slice(corpus.offsets[first], corpus.offsets[last])
         part = corpus.part(first, last)
         label = f"scores to example {last:,} of {count:,}"
+        tokens = slice(corpus.offsets[first], corpus.offsets[last])
         base_loss[tokens], ref_loss[tokens] = both_losses(model, part, options.micro_tokens, label)
         if rank_and_world()[0] == 0:
             with whole_file(path) as file:
                 losses = {"base_loss": base_loss, "ref_loss": ref_loss}
                 save_arrays(arrays | losses, file, {"done": str(last)})
     wait_for_all()
+
     quality = quality_scores(base_loss, ref_loss)
-    if np.nanmin(quality) == (same := np.nanmax(quality)):
+    lowest, highest = np.nanmin(quality), np.nanmax(quality)
+    if lowest == highest:
         mend = "more --n-reference, --reference-epochs or --reference-lr, and another --out"
-        raise ValueError(f"the reference learned nothing: Q is {same:g} for every token; {mend}")
+        raise ValueError(f"the reference learned nothing: Q is {lowest:g} for every token; {mend}")
     return base_loss, ref_loss
 
 
@@ -299,13 +343,15 @@ def read_scores(path: Path, corpus: Corpus | None = None) -> tuple[Array, Array,
         arrays = load_arrays(path)
         with safe_open(path, framework="np") as file:
             done = int(file.metadata()["done"])
-        scores = arrays["base_loss"], arrays["ref_loss"], done
-        places = arrays["tokens"], arrays["offsets"]
+        base_loss, ref_loss = arrays["base_loss"], arrays["ref_loss"]
+        tokens, offsets = arrays["tokens"], arrays["offsets"]
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a whole file of scores ({error}); remove it") from None
-    if corpus and not all(map(np.array_equal, places, (corpus.tokens, corpus.offsets))):
-        raise ValueError(f"{path}: scores of another D_train; remove it, or use another --out")
-    return scores
+    if corpus is not None:
+        same_tokens = np.array_equal(tokens, corpus.tokens)
+        if not same_tokens or not np.array_equal(offsets, corpus.offsets):
+            raise ValueError(f"{path}: scores of another D_train; remove it, or use another --out")
+    return base_loss, ref_loss, done
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -321,110 +367,259 @@ class Method:
     random: bool = False  # a control: the same share, drawn at random
     by_loss: bool = False  # a control: the tokens that theta finds easiest are kept, no reference is asked
     ceiling: float | None = None  # nats: no ascent on a token whose loss is above, if --ceiling does not say
+    meaning: str = ""  # its line in --help
 
 
 METHODS = {
-    "full": Method(rho=1.0),
-    "ignoring": Method(rho=0.5),
-    "ignoring-random": Method(rho=0.5, random=True),
-    "ignoring-loss": Method(rho=0.5, by_loss=True),  # is a reference needed, or does theta's own loss do?
-    "full-P": Method(rho=0.7, random=True),  # as many as forgetting keeps: is it the amount of data?
-    "forgetting": Method(rho=0.7, unlearn=True),
-    "forgetting-random": Method(rho=0.7, unlearn=True, random=True),  # is it *which* tokens are unlearned?
-    "forgetting-clipped": Method(rho=0.7, unlearn=True, ceiling=-math.log(1e-3)),  # until they are rare
-    "ignoring-sequence": Method(rho=0.5, by_sequence=True),
-    "forgetting-sequence": Method(rho=0.7, unlearn=True, by_sequence=True),
+    "full": Method(rho=1.0, meaning="learn every response token: ordinary fine-tuning, eq. 1"),
+    "ignoring": Method(rho=0.5, meaning="learn P, leave N out"),
+    "forgetting": Method(rho=0.7, unlearn=True, meaning="the paper's: learn P, unlearn N, eq. 8"),
+    "forgetting-clipped": Method(
+        rho=0.7,
+        unlearn=True,
+        ceiling=-math.log(1e-3),
+        meaning="forgetting that leaves a token alone once its probability is below 0.001",
+    ),
+    "ignoring-sequence": Method(
+        rho=0.5, by_sequence=True, meaning="ignoring that keeps or drops whole rows, by their mean Q"
+    ),
+    "forgetting-sequence": Method(
+        rho=0.7, unlearn=True, by_sequence=True, meaning="forgetting of whole rows, by their mean Q"
+    ),
+    "ignoring-loss": Method(
+        rho=0.5, by_loss=True, meaning="control: keep what theta finds easiest. Is a reference needed?"
+    ),
+    "ignoring-random": Method(
+        rho=0.5, random=True, meaning="control: keep as many, drawn at random. Does it matter which?"
+    ),
+    "full-P": Method(rho=0.7, random=True, meaning="control: as many random tokens as forgetting has in P"),
+    "forgetting-random": Method(rho=0.7, unlearn=True, random=True, meaning="control: unlearn random tokens"),
 }
-UNTRAINED = ("base", "reference")  # rows of the table that stage 4 does not train
-
-# options that only methods which unlearn read
-UNLEARNING = ("forget_rate", "lambda_schedule", "t_min", "t_max", "ceiling", "watch_gradients")
-# what a variant of a method may change for its stage 4
-VARIANT_OPTIONS = (
-    "rho",
-    *UNLEARNING,
-    "lr",
-    "epochs",
-    "warmup",
-    "batch_size",
-    "max_grad_norm",
-    "rank",
-    "alpha",
-    "dropout",
-)
+UNTRAINED = {  # rows of the table that stage 4 does not train
+    "base": "theta, as it was before",
+    "reference": "theta', trained on D_ref alone",
+}
 
 
-def method_of(name: str, options: "Options") -> tuple[Method, "Options"]:
+def method_of(name: str, options: Options) -> tuple[Method, Options]:
     """The method of a name, and the options of its stage 4; "forgetting:rho=0.5,t_max=1.0" is a variant.
 
     Raises ValueError for an unknown method, an option that stage 4 does not read, and a value out of range.
     """
-    stem, colon, changes = name.partition(":")
+    stem, has_changes, changes = name.partition(":")
     if stem not in METHODS:
         known = ", ".join([*UNTRAINED, *METHODS])
         raise ValueError(f"unknown method {stem}; known: {known}; a variant: forgetting:rho=0.5,t_max=1.0")
-    method, changed = METHODS[stem], {}
-    for change in changes.split(",") if colon else []:
-        key, _, value = change.partition("=")
-        if key not in VARIANT_OPTIONS or not value:
-            known = ", ".join(VARIANT_OPTIONS)
-            raise ValueError(f"--methods {name}: {change!r} is not option=value; options: {known}")
-        if (key == "rho" and method.rho == 1) or (key in UNLEARNING and not method.unlearn):
-            raise ValueError(f"--methods {name}: {stem} does not read {key}")
-        try:
-            changed[key] = value_types()[key][0](value)
-        except ValueError:
-            raise ValueError(f"--methods {name}: {value!r} is not a value of {key}") from None
+    method = METHODS[stem]
+    changed: dict[str, Any] = {}
     if not method.unlearn:  # it reads no forget rate, which Options would hold against its rho
         changed["forget_rate"] = None
-    if method.ceiling is not None and options.ceiling is None:
-        changed = {"ceiling": method.ceiling} | changed
+    if options.ceiling is None:
+        changed["ceiling"] = method.ceiling
     try:
-        return method, dataclasses.replace(options, **changed)
+        if has_changes:
+            for change in changes.split(","):
+                key, value = read_change(change, stem)
+                changed[key] = value
+        method_options = dataclasses.replace(options, **changed)
+        if method_options.rho == POSITIVE and (method.random or method.by_loss):
+            raise ValueError(f"{stem} does not look at Q: rho must be a number, not {POSITIVE}")
     except ValueError as error:
         raise ValueError(f"--methods {name}: {error}") from None
+    return method, method_options
+
+
+def read_change(change: str, stem: str) -> tuple[str, Any]:
+    """Name and value of an option that a variant changes, such as "rho=0.5". Raises ValueError."""
+    key, _, text = change.partition("=")
+    allowed = options_of("training", "unlearning")
+    if key not in allowed or not text:
+        raise ValueError(f"{change!r} is not option=value; options: {', '.join(allowed)}")
+    method = METHODS[stem]
+    selects_all = method.rho == 1
+    unread = (key == "rho" and selects_all) or (key in options_of("unlearning") and not method.unlearn)
+    if unread:
+        raise ValueError(f"{stem} does not read {key}")
+    kind, _ = value_types()[key]
+    try:
+        return key, kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a value of {key}") from None
 
 
 def sequence_means(quality: Array, corpus: Corpus) -> tuple[Array, Array]:
     """Mean of quality (C,) over each example's judged tokens, (E,) float64, and how many those are, (E,)."""
-    # never 0: build_corpus keeps no sequence without a response
-    judged = np.add.reduceat(corpus.response, corpus.offsets[:-1], dtype=np.int64)
-    sums = np.add.reduceat(np.where(corpus.response, quality, 0), corpus.offsets[:-1], dtype=np.float64)
-    return sums / judged, judged
+    starts = corpus.offsets[:-1]
+    judged_quality = np.where(corpus.response, quality, 0)  # (C,)
+    sums = np.add.reduceat(judged_quality, starts, dtype=np.float64)
+    counts = np.add.reduceat(corpus.response, starts, dtype=np.int64)  # no example is without a response
+    return sums / counts, counts
 
 
-def choose_signs(method: Method, scores: Array, corpus: Corpus, options: "Options", seed: int) -> Array:
+def choose_signs(method: Method, scores: Array, corpus: Corpus, options: Options, seed: int) -> Array:
     """The sign (C,) int8 of every token: +1 in P, -1 in N of a method that unlearns, 0 elsewhere.
 
-    scores (C,), high: keep, are Q, or what stands in for it; NaN where nothing is judged. At sequence level
-    a sequence's score is the mean over its judged tokens, the threshold is over sequences, and all judged
-    tokens share their sequence's side.
+    scores (C,) are Q, or what stands in for it: the higher, the sooner a token is kept; NaN where nothing is
+    judged. At sequence level a sequence's score is the mean over its judged tokens, the threshold is over
+    sequences, and all judged tokens share their sequence's side.
     """
-    signs, response = np.zeros(len(corpus.tokens), np.int8), corpus.response
+    signs = np.zeros(len(corpus.tokens), np.int8)
     if method.rho == 1:  # full: no score is looked at
-        signs[response] = 1
+        signs[corpus.response] = 1
         return signs
-    rho = method.rho if options.rho is None else options.rho
-    ranked = scores[response]  # one a response token; below one a sequence
+
+    ranked = scores[corpus.response]  # one score a response token
     if method.by_sequence:
-        ranked, judged_counts = sequence_means(scores, corpus)  # (E,) each
+        ranked, token_counts = sequence_means(scores, corpus)  # one a sequence
     if method.random:
         ranked = np.random.default_rng([seed, 1]).random(len(ranked))
-    positive, negative = partition(ranked, rho, options.forget_rate if method.unlearn else None)
-    sides = positive.astype(np.int8) - (negative & method.unlearn).astype(np.int8)
+
+    rho = method.rho if options.rho is None else options.rho
+    forget_rate = options.forget_rate if method.unlearn else None
+    positive, negative = partition(ranked, rho, forget_rate)
+    sides = np.zeros(len(ranked), np.int8)
+    sides[positive] = 1
+    if method.unlearn:
+        sides[negative] = -1
+
     if method.by_sequence:
-        sides = np.repeat(sides, judged_counts)  # (response tokens,) each takes its sequence's side
-    signs[response] = sides
+        sides = np.repeat(sides, token_counts)  # each token takes its sequence's side
+    signs[corpus.response] = sides
     return signs
 
 
-def plain_forgetting(quality: Array, corpus: Corpus, options: "Options") -> Array:
-    """The signs (C,) of forgetting at --rho with all of N unlearned: the sides that a run describes."""
-    options = dataclasses.replace(options, forget_rate=None)
-    return choose_signs(METHODS["forgetting"], quality, corpus, options, seed=0)
-
-
 # --------------------------------------------------------------------------------------------- training
+
+
+def train(
+    model: Transformer,
+    corpus: Corpus,
+    signs: Array,
+    folder: Path,
+    options: Options,
+    seed: int,
+    held_out: Corpus | None = None,
+) -> None:
+    """Train an adapter that lowers the loss of tokens of sign +1 and raises that of -1; signs (C,) int8.
+
+    It stays on the model. The reference and every method are this loop with other signs. A finished adapter
+    in `folder` is loaded, a checkpoint continued: what is random is drawn anew from the seed at every step.
+    Ctrl-C and SIGTERM end it after a step, with a checkpoint. FloatingPointError: a loss is not finite.
+    """
+    finished = folder / "adapter_model.safetensors"
+    checkpoint = folder / "checkpoint" / "state.safetensors"
+    if finished.is_file():
+        print0(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)  # left by a crash between the two
+        load_adapter(model, folder)
+        return
+
+    # A fresh adapter, or the one of a checkpoint with its optimizer
+    drawn = torch.Generator().manual_seed(seed)
+    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets), generator=drawn)
+    parameters = list(lora_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    first_step = load_checkpoint(checkpoint, model, optimizer)  # 0 without a checkpoint
+    total_steps = options.epochs * math.ceil(len(corpus) / options.batch_size)
+    net = data_parallel(model.train())
+    log = open_log(folder, first_step, total_steps)
+    is_main = rank_and_world()[0] == 0
+
+    bar = progress("/".join(folder.parts[-2:]), total_steps, "steps", first_step, keep=True)
+    with bar, stop_between_steps() as signals:
+        for step in range(first_step, total_steps):
+            examples = examples_of(step, len(corpus), options.batch_size, seed)
+            lam = scheduled_lambda(step, total_steps, options, log)
+            rate = learning_rate_at(step, total_steps, options.lr, options.warmup)
+            watched = watch_gradients(net, corpus, signs, examples, options, seed, step)
+            began = time.perf_counter()
+
+            # The gradient of equation 8, summed over all ranks; the sums of losses are this rank's alone
+            seed_dropout(seed, step)
+            sums, (n_positive, n_negative) = step_gradient(net, corpus, signs, examples, lam, options)
+            norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)  # inf: no clipping
+
+            # All ranks share their sums, and whether one of them was asked to stop: then all do, at this step
+            stop_requests = sums.new_full((1,), len(signals))
+            totals = sum_over_ranks(torch.cat((sums, stop_requests)))  # (4,)
+            shared = torch.cat((totals, norm[None])).tolist()  # waits for the GPU, once a step
+            loss, on_positive, on_negative, stop, norm = shared
+
+            figures = {"step": step, "loss": loss, "L_P": None, "L_N": None, "lambda": None}
+            if n_positive:
+                figures["L_P"] = on_positive / n_positive
+            if n_negative and lam:  # at lambda 0 the head does not run for N
+                figures["L_N"] = on_negative / n_negative
+            if n_negative:
+                figures["lambda"] = lam
+            figures |= {"lr": rate, "grad_norm": norm} | watched
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(f"{folder}: not finite: {figures}, examples {examples.tolist()}")
+
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+
+            seconds = time.perf_counter() - began
+            figures["tokens/s"] = int(corpus.lengths[examples].sum()) / seconds
+            if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
+                figures["held-out"] = mean_loss(row_losses(model, held_out, options.micro_tokens, "held-out"))
+            append_log(folder, figures, log, bar)
+            if is_main and (stop or (step + 1) % options.save_every == 0):
+                save_checkpoint(checkpoint, model, optimizer)
+            if stop:
+                raise KeyboardInterrupt
+    if is_main:
+        save_adapter(model, folder, options.model)
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+    wait_for_all()
+
+
+def step_gradient(
+    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, lam: float, options: Options
+) -> tuple[Tensor, tuple[int, int]]:
+    """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
+
+    signs (C,) say what to do with each token, examples are the whole step's; a rank runs its share. Returns
+    this rank's sums (3,) of the objective, of the losses on P and of those on N (0 at lambda 0, where N is
+    not run), and (n_P, n_N) of the whole step.
+    """
+    rank, world = rank_and_world()
+    model = getattr(net, "module", net)  # DDP keeps the model as its module
+    head = model.lm_head.weight  # (V, D)
+    device = head.device
+
+    # Every rank knows the signs of the whole step, so counting needs no communication
+    step_signs = signs[corpus.places(examples)]
+    counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
+
+    longest_first = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
+    mine = longest_first[rank::world]
+    if not mine:  # fewer examples than ranks; DDP waits for every rank, so this one runs the shortest example
+        mine = longest_first[-1:]
+        signs = np.zeros_like(signs)  # and learns nothing from it
+    micro_batches = list(pack(corpus, mine, options.micro_tokens))
+
+    sums = torch.zeros(3, device=device)
+    net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
+    for batch in micro_batches:
+        # The weight of each token is known before the model runs; the head runs where it is not 0
+        sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
+        weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
+        weighted = weights != 0  # (T,) bool, n of them true; at lambda 0 none of N
+        rows, targets = shift(batch.tokens, weighted)  # (n,) each
+        rows, targets = to_device(rows, device), to_device(targets, device)
+        weights = to_device(weights[weighted], device)  # (n,)
+
+        # DDP reduces after the last micro-batch only; no_sync has to hold the forward pass, too
+        is_last = batch is micro_batches[-1]
+        with nullcontext() if world == 1 or is_last else net.no_sync():
+            hidden = net(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
+            loss, losses = weighted_and_token_losses(hidden, head, targets, weights, options.ceiling)
+            loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
+        on_positive = losses @ (weights > 0).float()
+        on_negative = losses @ (weights < 0).float()
+        sums += torch.stack((loss.detach(), on_positive, on_negative))
+    return sums, counts
 
 
 def data_parallel(model: Transformer) -> nn.Module:
@@ -446,40 +641,13 @@ def data_parallel(model: Transformer) -> nn.Module:
     return net
 
 
-def step_gradient(
-    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, lam: float, options: "Options"
-) -> tuple[Tensor, tuple[int, int]]:
-    """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
-
-    signs (C,) say what to do with each token, examples are the whole step's; a rank runs its share. Returns
-    this rank's sums (3,) of the objective, of the losses on P and of those on N (0 at lambda 0, where N is
-    not run), and the whole step's (n_P, n_N).
-    """
-    rank, world = rank_and_world()
-    head = getattr(net, "module", net).lm_head.weight  # (V, D); DDP keeps the model as its module
-    step_signs = signs[corpus.places(examples)]  # all ranks' share, so that counting needs no communication
-    counts = int((step_signs > 0).sum()), int((step_signs < 0).sum())
-    longest_first = sorted(examples.tolist(), key=lambda example: -corpus.lengths[example])
-    mine = longest_first[rank::world]
-    idle = not mine  # fewer examples than ranks: DDP waits for every rank, so this one runs one with signs 0
-    micro_batches = list(pack(corpus, longest_first[-1:] if idle else mine, options.micro_tokens))
-    sums = torch.zeros(3, device=head.device)
-    net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
-    for i, batch in enumerate(micro_batches):
-        sign = torch.from_numpy(signs[batch.places.numpy()]) * (not idle)  # (T,) int8
-        weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        weighted = weights != 0  # (T,) bool, n of them true; the rest (at lambda 0 N as well) skip the head
-        before, targets = (to_device(x, head.device) for x in shift(batch.tokens, weighted))  # (n,) each
-        weights = to_device(weights[weighted], head.device)  # (n,)
-        # DDP reduces after the last micro-batch only; no_sync has to hold the forward pass, too
-        quiet = world > 1 and i + 1 < len(micro_batches)
-        with net.no_sync() if quiet else nullcontext():
-            hidden = net(to_device(batch.tokens, head.device), batch.cu_seqlens)[before]  # (n, D)
-            loss, losses = weighted_token_loss(hidden, head, targets, weights, options.ceiling, True)
-            loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
-        on_positive, on_negative = losses @ (weights > 0).float(), losses @ (weights < 0).float()
-        sums += torch.stack((loss.detach(), on_positive, on_negative))
-    return sums, counts
+def examples_of(step: int, count: int, batch_size: int, seed: int) -> Array:
+    """The examples of a step: every epoch is a permutation of all `count`, drawn from (seed, epoch)."""
+    steps_per_epoch = math.ceil(count / batch_size)
+    epoch, place = divmod(step, steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    first = place * batch_size
+    return order[first : first + batch_size]
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) -> float:
@@ -493,7 +661,7 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) ->
 BALANCE = 0.5  # of --lambda-schedule balanced: the most that unlearning may weigh beside learning
 
 
-def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[dict]) -> float:
+def scheduled_lambda(step: int, total_steps: int, options: Options, log: list[dict]) -> float:
     """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or balanced.
 
     Balanced: the paper's, but at most BALANCE |grad mean_P loss| / |grad mean_N loss|, of the last earlier
@@ -508,115 +676,8 @@ def scheduled_lambda(step: int, total_steps: int, options: "Options", log: list[
     return lam
 
 
-def examples_of(step: int, count: int, batch_size: int, seed: int) -> Array:
-    """The examples of a step: every epoch is a permutation of all `count`, drawn from (seed, epoch)."""
-    epoch, place = divmod(step, math.ceil(count / batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[place * batch_size : (place + 1) * batch_size]
-
-
-def seed_dropout(seed: int, step: int) -> None:
-    """Make the masks of a step a function of (seed, step, rank), so that a resumed run draws the same."""
-    digest = hashlib.sha256(f"{seed} {step} {rank_and_world()[0]}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def new_adapter(model: Transformer, options: "Options", seed: int) -> tuple[list, torch.optim.Optimizer]:
-    """Put an adapter drawn from the seed on the model; its parameters and their optimizer."""
-    drawn = torch.Generator().manual_seed(seed)
-    add_lora(model, options.rank, options.alpha, options.dropout, tuple(options.targets), generator=drawn)
-    parameters = list(lora_parameters(model).values())
-    return parameters, torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
-
-
-def train(
-    model: Transformer,
-    corpus: Corpus,
-    signs: Array,
-    folder: Path,
-    options: "Options",
-    seed: int,
-    held_out: Corpus | None = None,
-) -> None:
-    """Train an adapter that lowers the loss of tokens of sign +1 and raises that of -1; signs (C,) int8.
-
-    It stays on the model. The reference and every method are this loop with other signs. A finished adapter
-    in `folder` is loaded, a checkpoint continued: what is random is drawn anew from the seed at every step.
-    Ctrl-C and SIGTERM end it after a step, with a checkpoint. FloatingPointError: a loss is not finite.
-    """
-    finished, state_file = folder / "adapter_model.safetensors", folder / "checkpoint" / "state.safetensors"
-    if finished.is_file():
-        print0(f"found {finished}, skipping (metrics.jsonl beside it stays as it is)")
-        shutil.rmtree(state_file.parent, ignore_errors=True)  # left by a crash between the two
-        return load_adapter(model, folder)
-    parameters, optimizer = new_adapter(model, options, seed)
-    first = load_checkpoint(state_file, model, optimizer)  # steps done: 0 without a checkpoint
-    total = options.epochs * math.ceil(len(corpus) / options.batch_size)
-    net, log = data_parallel(model.train()), open_log(folder, first, total)
-    bar = progress("/".join(folder.parts[-2:]), total, "steps", first, keep=True)
-    with bar, stop_between_steps() as stopped:
-        for step in range(first, total):
-            examples = examples_of(step, len(corpus), options.batch_size, seed)
-            lam = scheduled_lambda(step, total, options, log)
-            rate = learning_rate_at(step, total, options.lr, options.warmup)
-            watched = watch_gradients(net, corpus, signs, examples, options, seed, step)
-            began = time.perf_counter()
-            seed_dropout(seed, step)
-            sums, counts = step_gradient(net, corpus, signs, examples, lam, options)
-            # inf: the norm is measured only; it is the same on all ranks, as the gradient is
-            norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
-            asked = sums.new_full((1,), len(stopped))  # summed as well: all ranks stop after the same step
-            totals = sum_over_ranks(torch.cat((sums, asked)))
-            *totals, stop, norm = torch.cat((totals, norm[None])).tolist()  # waits for the GPU, once a step
-            figures = {"step": step} | step_figures(totals, counts, lam)
-            figures |= {"lr": rate, "grad_norm": norm} | watched
-            if not math.isfinite(figures["loss"] + norm):
-                raise FloatingPointError(f"{folder}: not finite: {figures}, examples {examples.tolist()}")
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            figures["tokens/s"] = int(corpus.lengths[examples].sum()) / (time.perf_counter() - began)
-            if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
-                figures["held-out"] = mean_loss(row_losses(model, held_out, options.micro_tokens, "held-out"))
-            append_log(folder, figures, log, bar)
-            if rank_and_world()[0] == 0 and (stop or (step + 1) % options.save_every == 0):
-                save_checkpoint(state_file, model, optimizer)
-            if stop:
-                raise KeyboardInterrupt
-    if rank_and_world()[0] == 0:
-        save_adapter(model, folder, options.model)
-        shutil.rmtree(state_file.parent, ignore_errors=True)
-    wait_for_all()
-
-
-@contextmanager
-def stop_between_steps() -> Iterator[list[int]]:
-    """Inside the block Ctrl-C and SIGTERM only fill the list; a second one acts at once."""
-    stopped: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _: object) -> None:
-        stopped.append(number)
-        signal.signal(number, handlers[number])
-
-    try:
-        for number in handlers:
-            signal.signal(number, note)
-        yield stopped
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def step_figures(totals: list[float], counts: tuple[int, int], lam: float) -> dict[str, float | None]:
-    """loss, the means L_P and L_N, and lambda; None where no token was run, or there is none to unlearn."""
-    (loss, on_positive, on_negative), (n_positive, n_negative) = totals, counts
-    l_p = on_positive / n_positive if n_positive else None
-    l_n = on_negative / n_negative if n_negative and lam else None  # a token of weight 0 is not run
-    return {"loss": loss, "L_P": l_p, "L_N": l_n, "lambda": lam if n_negative else None}
-
-
 def watch_gradients(
-    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: "Options", seed: int, step: int
+    net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: Options, seed: int, step: int
 ) -> dict[str, float | None]:
     """Every --watch-gradients steps: norms and cosine of the gradients of mean_P loss and -mean_N loss.
 
@@ -629,19 +690,51 @@ def watch_gradients(
     for side in (np.maximum(signs, 0), np.minimum(signs, 0)):  # P alone, N alone
         seed_dropout(seed, step)
         step_gradient(net, corpus, side, examples, 1.0, options)
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
-    norm_p, norm_n = (float(gradient.norm()) for gradient in gradients)
-    cosine = float(gradients[0] @ gradients[1]) / (norm_p * norm_n) if norm_p * norm_n else None
-    ratio = norm_p / norm_n if norm_n else None
-    return {"grad_P": norm_p, "grad_N": norm_n, "cosine": cosine, "ratio": ratio}
+        trained = [p.grad.flatten() for p in net.parameters() if p.requires_grad]
+        gradients.append(torch.cat(trained))
+    on_positive, on_negative = gradients
+    norm_p, norm_n = float(on_positive.norm()), float(on_negative.norm())
+    figures: dict[str, float | None] = {"grad_P": norm_p, "grad_N": norm_n, "cosine": None, "ratio": None}
+    if norm_p * norm_n:
+        figures["cosine"] = float(on_positive @ on_negative) / (norm_p * norm_n)
+    if norm_n:
+        figures["ratio"] = norm_p / norm_n
+    return figures
 
 
-def open_log(folder: Path, first: int, total: int) -> list[dict]:
-    """The lines of metrics.jsonl up to step `first`; what was logged after the checkpoint will come again."""
-    path, log = folder / "metrics.jsonl", []
-    if first:
-        print0(f"{folder}: continuing from step {first} of {total}")
-        log = read_log(path)[:first]
+def seed_dropout(seed: int, step: int) -> None:
+    """Make the masks of a step a function of (seed, step, rank), so that a resumed run draws the same."""
+    rank, _ = rank_and_world()
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[list[int]]:
+    """Inside the block Ctrl-C and SIGTERM only fill the list; a second one acts at once."""
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def open_log(folder: Path, first_step: int, total_steps: int) -> list[dict]:
+    """The lines of metrics.jsonl up to the first step; what was logged after a checkpoint will come again."""
+    path = folder / "metrics.jsonl"
+    log = []
+    if first_step:
+        print0(f"{folder}: continuing from step {first_step} of {total_steps}")
+        log = read_log(path)[:first_step]
     wait_for_all()  # every rank has read it
     if rank_and_world()[0] == 0:
         write_rows(log, path)
@@ -660,29 +753,40 @@ def read_log(path: Path) -> list[dict]:
 def append_log(folder: Path, figures: dict, log: list[dict], bar: Any) -> None:
     """Log one step, on rank 0 to the file as well, and show it. Raises OSError naming the file."""
     log.append(figures)
-    shown = {"loss": "loss", "L_P": "P", "L_N": "N", "lambda": "lam", "tokens/s": "tok/s"}
-    pairs = [(name, figures[key]) for key, name in shown.items() if figures[key] is not None]
-    bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in pairs), refresh=False)
+    names = {"loss": "loss", "L_P": "P", "L_N": "N", "lambda": "lam", "tokens/s": "tok/s"}
+    shown = [f"{name} {figures[key]:.3g}" for key, name in names.items() if figures[key] is not None]
+    bar.set_postfix_str(" ".join(shown), refresh=False)
     bar.update()
     if rank_and_world()[0] > 0:
         return
+    path = folder / "metrics.jsonl"
     try:
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
     except OSError as error:
-        raise OSError(f"{folder / 'metrics.jsonl'}: could not be written ({error})") from None
+        raise OSError(f"{path}: could not be written ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------- options
 
+GROUPS = {  # of options, with what --help says of them
+    "rows": "The model and the rows. A run is continued where these hold the same, whatever they are called.",
+    "training": "Stage 4, and stage 1 where the setting says nothing else. A variant may change these.",
+    "unlearning": "Read by methods that unlearn. A variant may change these.",
+    "setting": "One for all of a run.",
+    "measuring": "What the table shows. It may change when a run is continued.",
+    "machine": "Where it runs, and what it writes. It may change when a run is continued.",
+}
 
-def option(default: Any, text: str, allowed: Any = None) -> Any:
-    """A field of Options: a default or a function that makes it, the line of --help, and what is allowed.
+
+def option(group: str, default: Any, text: str, allowed: Any = None) -> Any:
+    """A field of Options: group, default or a function that makes it, line of --help, what is allowed.
 
     allowed is an interval of numbers such as "(0, 1]", a tuple of words, or None for anything.
     """
     place = "default_factory" if callable(default) else "default"
-    return dataclasses.field(**{place: default}, metadata={"help": text, "allowed": allowed})
+    metadata = {"group": group, "help": text, "allowed": allowed}
+    return dataclasses.field(**{place: default}, metadata=metadata)
 
 
 def default_device() -> str:
@@ -692,80 +796,132 @@ def default_device() -> str:
 
 @dataclass
 class Options:
-    """The command line; the defaults are the paper's recipe."""
+    """The command line; the defaults are the paper's recipe. What follows another option begins as None."""
 
-    model: str | None = option(None, "checkpoint folder or Hub id, with an optional @revision")
-    data: list[str] = option(list, "rows: .jsonl or .json files, each with an optional :count")
-    reference_data: list[str] = option(list, "rows of D_ref that you trust; else D_ref is drawn from --data")
-    n_reference: int | None = option(None, "examples in D_ref [10,000; a sixth of a small pool]", "[1, inf)")
-    n_train: int | None = option(None, "examples in D_train [50,000; the rest of a small pool]", "[1, inf)")
-    max_length: int = option(2048, "tokens an example is cut to", "[1, inf)")
-    template: str = option("tulu", "of conversations; model: the checkpoint's own", ("tulu", "model"))
-    skip_bad_rows: bool = option(False, "train without the rows that cannot be used")
-    methods: list[str] = option(
-        lambda: ["base", "reference", "full", "ignoring", "forgetting"],
-        "rows of the table; a variant: forgetting:rho=0.5",
+    model: str = option("rows", None, "checkpoint folder or Hub id, with an optional @revision")
+    data: list[str] = option(
+        "rows", list, "rows: .jsonl, .json or .parquet files, each with an optional :count"
     )
-    seeds: list[int] = option(lambda: [0], "one training per method and seed", "[0, 2147483647]")
-    rho: float | None = option(None, "share of tokens kept as positive [0.7; ignoring 0.5]", "(0, 1]")
-    forget_rate: float | None = option(None, "share of tokens unlearned [1 - rho]", "[0, 1]")
-    lambda_schedule: str = option("linear", "of lambda", ("linear", "constant", "balanced"))
-    t_min: float = option(1e-5, "lambda rises from 0 to t-max - t-min (paper's 3B, 8B: 1e-4)", "[0, inf)")
-    t_max: float = option(0.25, "where lambda is going, but for t-min", "[0, inf)")
-    ceiling: float | None = option(None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)")
-    watch_gradients: int = option(0, "log both gradients every so many steps; 0: never", "[0, inf)")
-    rank: int = option(64, "LoRA rank", "[1, inf)")
-    alpha: float = option(16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
-    dropout: float = option(0.1, "LoRA dropout", "[0, 1)")
-    targets: list[str] = option(lambda: list(DEFAULT_TARGETS), "layers with an adapter, if they are there")
-    lr: float = option(1e-4, "peak learning rate of AdamW (no weight decay)", "(0, inf)")
-    warmup: float = option(0.03, "share of the steps in which the rate rises; then it falls", "[0, 1)")
-    batch_size: int = option(24, "sequences a step, over all ranks", "[1, inf)")
-    epochs: int = option(1, "passes over D_train", "[1, inf)")
-    reference_lr: float | None = option(None, "peak rate of the reference [--lr]", "(0, inf)")
-    reference_epochs: int | None = option(None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)")
-    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)")
-    device: str = option(default_device, "cpu or cuda")
+    reference_data: list[str] = option(
+        "rows", list, "rows of D_ref that you trust; else D_ref is drawn from --data"
+    )
+    n_reference: int | None = option(
+        "rows", None, "examples in D_ref [10,000; a sixth of a small pool]", "[1, inf)"
+    )
+    n_train: int | None = option(
+        "rows", None, "examples in D_train [50,000; the rest of a small pool]", "[1, inf)"
+    )
+    max_length: int = option("rows", 2048, "tokens an example is cut to", "[1, inf)")
+    skip_bad_rows: bool = option("rows", False, "train without the rows that cannot be used")
+
+    rho: float | str | None = option(
+        "training", None, "share of tokens kept as positive [0.7; ignoring 0.5]; positive: those of Q > 0"
+    )
+    lr: float = option("training", 1e-4, "peak learning rate of AdamW (no weight decay)", "(0, inf)")
+    warmup: float = option(
+        "training", 0.03, "share of the steps in which the rate rises; then it falls", "[0, 1)"
+    )
+    batch_size: int = option("training", 24, "sequences a step, over all ranks", "[1, inf)")
+    epochs: int = option("training", 1, "passes over D_train", "[1, inf)")
+    max_grad_norm: float = option(
+        "training", 0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)"
+    )
+    rank: int = option("training", 64, "LoRA rank", "[1, inf)")
+    alpha: float = option("training", 16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
+    dropout: float = option("training", 0.1, "LoRA dropout", "[0, 1)")
+
+    forget_rate: float | None = option("unlearning", None, "share of tokens unlearned [1 - rho]", "[0, 1]")
+    lambda_schedule: str = option("unlearning", "linear", "of lambda", ("linear", "constant", "balanced"))
+    t_min: float = option(
+        "unlearning", 1e-5, "lambda rises from 0 to t-max - t-min (paper's 3B, 8B: 1e-4)", "[0, inf)"
+    )
+    t_max: float = option("unlearning", 0.25, "where lambda is going, but for t-min", "[0, inf)")
+    ceiling: float | None = option(
+        "unlearning", None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)"
+    )
+    watch_gradients: int = option(
+        "unlearning", 0, "log both gradients every so many steps; 0: never", "[0, inf)"
+    )
+
+    template: str = option(
+        "setting", "tulu", "of conversations; model: the checkpoint's own", ("tulu", "model")
+    )
+    targets: list[str] = option(
+        "setting", lambda: list(DEFAULT_TARGETS), "layers with an adapter, if they are there"
+    )
+    reference_lr: float = option("setting", None, "peak rate of the reference [--lr]", "(0, inf)")
+    reference_epochs: int | None = option(
+        "setting", None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)"
+    )
     # not float16, whose gradients would underflow
-    dtype: str | None = option(None, "of the frozen weights [bfloat16; CPU float32]", ("bfloat16", "float32"))
-    score_dtype: str | None = option(None, "of the weights while scoring [--dtype]", tuple(sorted(DTYPES)))
-    micro_tokens: int | None = option(None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", "[1, inf)")
-    checkpoint_activations: bool = option(False, "less memory: blocks run twice")
-    compile: bool = option(False, "compile the blocks, on a GPU (no GPU has tried it)")
-    tasks: list[str] = option(list, "tasks of eval.py for the table")
-    data_dir: str = option("runs/data", "folder of the tasks' rows")
-    eval_data: list[str] = option(list, "rows held out: their response loss and perplexity, in the table")
-    eval_every: int = option(0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)")
-    skip_train_losses: bool = option(False, "leave L_P and L_N out of the table, which takes a pass less")
-    limit: int | None = option(None, "only the first LIMIT documents of each task", "[1, inf)")
-    out: str = option("runs/latest", "run folder, continued by the same command")
-    save_every: int = option(100, "steps between checkpoints, of training and of scoring", "[1, inf)")
+    dtype: str = option(
+        "setting", None, "of the frozen weights [bfloat16; CPU float32]", ("bfloat16", "float32")
+    )
+    score_dtype: str = option(
+        "setting", None, "of the weights while scoring [--dtype]", tuple(sorted(DTYPES))
+    )
+
+    methods: list[str] = option(
+        "measuring",
+        lambda: ["base", "reference", "full", "ignoring", "forgetting"],
+        "rows of the table, see below",
+    )
+    seeds: list[int] = option("measuring", lambda: [0], "one training per method and seed", "[0, 2147483647]")
+    eval_data: list[str] = option(
+        "measuring", list, "rows held out: their response loss and perplexity, in the table"
+    )
+    eval_every: int = option(
+        "measuring", 0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)"
+    )
+    skip_train_losses: bool = option(
+        "measuring", False, "leave L_P and L_N out of the table, which takes a pass less"
+    )
+    tasks: list[str] = option("measuring", list, "tasks of eval.py for the table")
+    data_dir: str = option("measuring", "runs/data", "folder of the tasks' rows")
+    limit: int | None = option("measuring", None, "only the first LIMIT documents of each task", "[1, inf)")
+
+    out: str = option("machine", "runs/latest", "run folder, continued by the same command")
+    save_every: int = option(
+        "machine", 100, "steps between checkpoints, of training and of scoring", "[1, inf)"
+    )
+    device: str = option("machine", default_device, "cpu or cuda")
+    micro_tokens: int = option("machine", None, "tokens a pass [8192; CPU 1024, bfloat16 4096]", "[1, inf)")
+    checkpoint_activations: bool = option("machine", False, "less memory: blocks run twice")
+    compile: bool = option("machine", False, "compile the blocks, on a GPU (no GPU has tried it)")
 
     def __post_init__(self) -> None:
         """Check each option, then those that go together, then fill in those that follow others."""
         for field in dataclasses.fields(self):
             check_option(field.name, getattr(self, field.name), field.metadata["allowed"])
+        check_shares(METHODS["forgetting"].rho if self.rho is None else self.rho, self.forget_rate)
         if self.eval_every and not self.eval_data:
             raise ValueError("--eval-every needs --eval-data, the rows whose loss it logs")
         if self.lambda_schedule == "balanced" and not self.watch_gradients:
             raise ValueError("--lambda-schedule balanced needs --watch-gradients, whose figures it follows")
         if self.t_max < self.t_min:
             raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
-        highest = 1 - (METHODS["forgetting"].rho if self.rho is None else self.rho)
-        if self.forget_rate is not None and self.forget_rate > highest + 1e-9:
-            raise ValueError(f"forget rate {self.forget_rate} is not allowed: 0 to 1 - rho = {highest:.4g}")
         self.methods = list(dict.fromkeys(self.methods))
         self.seeds = list(dict.fromkeys(self.seeds))
-        self.reference_lr = self.reference_lr or self.lr
-        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
-        self.score_dtype = self.score_dtype or self.dtype
-        on_cpu = 4096 if self.dtype == "bfloat16" else 1024  # small packs save memory; bfloat16 casts in each
-        self.micro_tokens = self.micro_tokens or (on_cpu if self.device == "cpu" else 8192)
+        if self.reference_lr is None:
+            self.reference_lr = self.lr
+        on_cpu = self.device == "cpu"
+        if self.dtype is None:
+            self.dtype = "float32" if on_cpu else "bfloat16"
+        if self.score_dtype is None:
+            self.score_dtype = self.dtype
+        if self.micro_tokens is None:
+            small_packs = 4096 if self.dtype == "bfloat16" else 1024  # save memory; bfloat16 is cast in each
+            self.micro_tokens = small_packs if on_cpu else 8192
+
+
+def options_of(*groups: str) -> list[str]:
+    """The names of the options of some groups."""
+    return [field.name for field in dataclasses.fields(Options) if field.metadata["group"] in groups]
 
 
 def check_option(name: str, value: Any, allowed: Any) -> None:
     """Raise ValueError for a value outside its interval or choice; a list is looked at value by value."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = "--" + name.replace("_", "-")
     for one in value if isinstance(value, list) else [value]:
         if one is None or allowed is None:
             continue
@@ -780,55 +936,83 @@ def check_option(name: str, value: Any, allowed: Any) -> None:
             raise ValueError(f"{flag} {one} is not in {allowed}")
 
 
-def value_types() -> dict[str, tuple[type, bool]]:
-    """For every option the type of a value, and whether there may be several."""
+def value_types() -> dict[str, tuple[Any, bool]]:
+    """For every option what makes a value of a text, and whether there may be several."""
     types = {}
     for name, hint in typing.get_type_hints(Options).items():
+        several = typing.get_origin(hint) is list
         parts = typing.get_args(hint)  # (str,) of list[str]; (int, NoneType) of int | None
-        types[name] = (parts[0] if parts else hint, typing.get_origin(hint) is list)
+        kind = parts[0] if parts else hint
+        types[name] = (read_rho if str in parts and not several else kind, several)
     return types
+
+
+def read_rho(text: str) -> float | str:
+    """A share, or the word that stands for Q > 0. Raises ValueError."""
+    return text if text == POSITIVE else float(text)
 
 
 def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
     """The command line as Options; `defaults` stand in for some of theirs. Raises ValueError."""
-    usage = "python forgetting.py --model M --data rows.jsonl --out RUN ... (--help lists the flags)"
     parser = argparse.ArgumentParser(
-        usage=usage,
-        description=__doc__,
+        usage="./run.sh --model M --data rows.jsonl --out RUN ... (--help lists the options)",
+        description=__doc__.partition("\n\ntests/plain.py")[0],
+        epilog=describe_methods(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    types = value_types()
+    headings = {name: parser.add_argument_group(name, sentence) for name, sentence in GROUPS.items()}
     for field in dataclasses.fields(Options):
-        kind, several = types[field.name]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        default = defaults.get(field.name, default)
-        text = field.metadata["help"]
-        if not (default is None or default == [] or default is False or "[" in text):
-            text += f" [{' '.join(map(str, default)) if several else default}]"
-        kinds = {"action": "store_true"} if kind is bool else {"type": kind}
-        kinds |= {"nargs": "+"} if several else {}
-        if isinstance(field.metadata["allowed"], tuple):
-            kinds["choices"] = field.metadata["allowed"]
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **kinds)
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory()
+        add_flag(headings[field.metadata["group"]], field, defaults.get(field.name, default))
     return Options(**vars(parser.parse_args(argv)))
+
+
+def add_flag(group: Any, field: dataclasses.Field, default: Any) -> None:
+    """Give an option its flag, in its group of --help."""
+    kind, several = value_types()[field.name]
+    text = field.metadata["help"]
+    if default not in (None, [], False) and "[" not in text:
+        shown = " ".join(map(str, default)) if several else default
+        text += f" [{shown}]"
+    settings: dict[str, Any] = {"default": default, "help": text}
+    if kind is bool:
+        settings["action"] = "store_true"
+    else:
+        settings["type"] = kind
+    if several:
+        settings["nargs"] = "+"
+    if isinstance(field.metadata["allowed"], tuple):
+        settings["choices"] = field.metadata["allowed"]
+    group.add_argument("--" + field.name.replace("_", "-"), **settings)
+
+
+def describe_methods() -> str:
+    """The methods with a line each, as they stand below the options in --help."""
+    meanings = UNTRAINED | {name: method.meaning for name, method in METHODS.items()}
+    lines = [f"  {name:<21} {meaning}" for name, meaning in meanings.items()]
+    variants = "  A variant changes options of training and unlearning: forgetting:rho=0.5,t_max=1.0"
+    return "\n".join(["methods:", *lines, variants])
 
 
 # ------------------------------------------------------------------------------------------------- data
 
 
-def select_data(options: "Options", tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
+def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
     """D_ref and D_train, the same for every seed and method."""
-    read = [read_rows(files, keep_bad=True) for files in (options.data, options.reference_data)]
+    read = [read_rows(options.data, keep_bad=True), read_rows(options.reference_data, keep_bad=True)]
     (rows, reference), notes = render_rows(read, tokenizer, options.skip_bad_rows)
-    *chosen, repeated = split_rows(rows, reference, options.n_reference, options.n_train)
+    for_reference, for_training, repeated = split_rows(rows, reference, options.n_reference, options.n_train)
     if repeated:
         notes.append(f"{repeated} of {len(rows) + len(reference)} rows are exact duplicates, and left out")
     if tokenizer.chat_template and tokenizer.template is None:
         notes.append("the model has a chat template of its own; conversations take Tulu's (--template)")
     for note in notes:
         print0(note)
-    d_ref, d_train = (encode_rows(part, tokenizer, options.max_length) for part in chosen)
+    d_ref = encode_rows(for_reference, tokenizer, options.max_length)
+    d_train = encode_rows(for_training, tokenizer, options.max_length)
     for name, corpus in (("D_ref", d_ref), ("D_train", d_train)):
         counts = f"{len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response"
         dropped = f"{corpus.dropped} rows dropped: no response within {options.max_length} tokens"
@@ -836,7 +1020,7 @@ def select_data(options: "Options", tokenizer: Tokenizer) -> tuple[Corpus, Corpu
     return d_ref, d_train
 
 
-def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
+def read_held_out(options: Options, tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
     """The rows of --eval-data, none without it. Raises ValueError if some are in D_ref or D_train."""
     if not options.eval_data:
         return trained[0].part(0, 0)  # an empty corpus
@@ -845,14 +1029,16 @@ def read_held_out(options: "Options", tokenizer: Tokenizer, *trained: Corpus) ->
     for note in notes:
         print0(f"--eval-data: {note}")
     held_out = encode_rows(unique_rows(rows), tokenizer, options.max_length)
-    known = {tokens.tobytes() for corpus in trained for tokens in corpus.split()}
+    known = set()
+    for corpus in trained:
+        known |= {tokens.tobytes() for tokens in corpus.split()}
     shared = sum(tokens.tobytes() in known for tokens in held_out.split())
     if shared:
         raise ValueError(f"--eval-data: {shared} of its {len(held_out)} rows are in D_ref or D_train, too")
     return held_out
 
 
-def reference_options(options: "Options", n_reference: int) -> "Options":
+def reference_options(options: Options, n_reference: int) -> Options:
     """The options of stage 1: --reference-lr, and --reference-epochs, or as many as make at least 8 steps."""
     # the rate begins at 0 and ends near it: fewer steps teach nothing, and all Q are equal
     steps = math.ceil(n_reference / options.batch_size)
@@ -863,14 +1049,15 @@ def reference_options(options: "Options", n_reference: int) -> "Options":
 
 
 def load_base(
-    options: "Options", checkpoint: Path, documents: list[Documents], *corpora: Corpus
+    options: Options, checkpoint: Path, documents: list[Documents], *corpora: Corpus
 ) -> Transformer:
     """theta, after all that can be wrong between model, tokens and LoRA targets has been looked for."""
     config = read_config(checkpoint)
-    check_room(documents, config.max_position_embeddings)
+    limit = config.max_position_embeddings
+    check_room(documents, limit)
     for corpus in corpora:
         check_ids(corpus.tokens, config.vocab_size, checkpoint)
-        longest, limit = int(corpus.lengths.max(initial=0)), config.max_position_embeddings
+        longest = int(corpus.lengths.max(initial=0))
         if config.rope is None and longest > limit:
             reason = f"an example of {longest} tokens exceeds the model's {limit} learned positions"
             raise ValueError(f"--max-length {options.max_length}: {reason}")
@@ -883,31 +1070,6 @@ def load_base(
 
 
 # --------------------------------------------------------------------------------------- the run folder
-
-# options that may change when a run is continued; model and rows are compared by their fingerprints instead
-MAY_CHANGE = (
-    "model",
-    "data",
-    "reference_data",
-    "n_reference",
-    "n_train",
-    "max_length",
-    "skip_bad_rows",
-    "out",
-    "methods",
-    "seeds",
-    "tasks",
-    "data_dir",
-    "limit",
-    "eval_data",
-    "eval_every",
-    "skip_train_losses",
-    "device",
-    "micro_tokens",
-    "save_every",
-    "checkpoint_activations",
-    "compile",
-)
 
 
 @contextmanager
@@ -936,77 +1098,98 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def open_run(options: "Options", checkpoint: Path, d_ref: Corpus, d_train: Corpus) -> Path:
+def open_run(options: Options, checkpoint: Path, d_ref: Corpus, d_train: Corpus) -> Path:
     """The run folder, with config.json: every option, the packages' versions, what the run is made from.
 
     Raises ValueError for a folder with files of somebody else, and for a run that was made from other inputs.
     """
-    out, config = Path(options.out), Path(options.out) / "config.json"
+    out = Path(options.out)
     inputs = {"model": model_fingerprint(checkpoint)}
     inputs |= {"reference data": d_ref.fingerprint(), "training data": d_train.fingerprint()}
-    inputs |= {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
-    if config.is_file():
-        before = read_object(config).get("inputs")
-        if not isinstance(before, dict):
-            raise ValueError(f"{out}: its config.json is not of a run: use another --out")
-        differing = [name for name in before | inputs if before.get(name) != inputs.get(name)]
-        if differing:
-            pairs = [f"{name} (there {before.get(name)!r}, now {inputs.get(name)!r})" for name in differing]
-            raise ValueError(f"{out} was made with other {'; '.join(pairs)}: use another --out")
-    elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} holds files that are not of a run: use another --out")
-    if (out / "scores.safetensors").is_file():
-        read_scores(out / "scores.safetensors", d_train)  # what is wrong is found before anything is written
+    inputs |= {name: getattr(options, name) for name in options_of("training", "unlearning", "setting")}
+    check_inputs(out, inputs)
+    scores = out / "scores.safetensors"
+    if scores.is_file():
+        read_scores(scores, d_train)  # what is wrong is found before anything is written
     wait_for_all()  # every rank has looked before rank 0 writes
     if rank_and_world()[0] == 0:
         versions = {package.__name__: package.__version__ for package in (torch, np, safetensors, tokenizers)}
         content = dataclasses.asdict(options) | {"versions": versions, "inputs": inputs}
-        write_text(json.dumps(content, indent=2) + "\n", config)
+        write_text(json.dumps(content, indent=2) + "\n", out / "config.json")
     print0(f"{out}: {options.model}")
     return out
+
+
+def check_inputs(out: Path, inputs: dict[str, Any]) -> None:
+    """Raise ValueError where a folder holds files, but not those of a run that was made from these inputs."""
+    config = out / "config.json"
+    if not config.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out} holds files that are not of a run: use another --out")
+        return
+    before = read_object(config).get("inputs")
+    if not isinstance(before, dict):
+        raise ValueError(f"{out}: its config.json is not of a run: use another --out")
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    differing = []
+    for name in before | inputs:
+        there = before.get(name, defaults.get(name))  # an option may be younger than the run
+        now = inputs.get(name)
+        if there != now:
+            differing.append(f"{name} (there {there!r}, now {now!r})")
+    if differing:
+        raise ValueError(f"{out} was made with other {'; '.join(differing)}: use another --out")
 
 
 # ----------------------------------------------------------------------- what a run says before stage 4
 
 
-def describe_plan(ref_options: "Options", plans: dict, d_ref: Corpus, d_train: Corpus, seeds: int) -> str:
+def describe_plan(ref_options: Options, trained: dict, d_ref: Corpus, d_train: Corpus, seeds: int) -> str:
     """How many steps, trainings and tokens are to come; a note where so few steps teach nothing."""
-    lines, notes = [], []
     trainings = [("the reference", d_ref, ref_options, 1)]
-    trainings += [(name, d_train, method_options, seeds) for name, (_, method_options) in plans.items()]
-    for name, corpus, method_options, times in trainings:
-        steps = method_options.epochs * math.ceil(len(corpus) / method_options.batch_size)
-        tokens = method_options.epochs * len(corpus.tokens) * times
-        lines.append([name, str(times), str(steps), f"{method_options.lr:g}", f"{tokens:,}"])
-        if steps == 1 and method_options.warmup:
-            notes.append("warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs")
-        elif steps * method_options.lr < 0.006:  # 17 steps at 3e-4 hardly told methods apart, 20 at 5e-4 did
-            note = f"note: {steps} steps at {method_options.lr:g}: expect little; for a few hundred rows try "
-            notes.append(note + "--lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs")
+    for name, (_, method_options) in trained.items():
+        trainings.append((name, d_train, method_options, seeds))
+    lines = []
+    notes: dict[str, None] = {}  # each once, in order
+    for name, corpus, options, times in trainings:
+        steps = options.epochs * math.ceil(len(corpus) / options.batch_size)
+        tokens = options.epochs * len(corpus.tokens) * times
+        lines.append([name, str(times), str(steps), f"{options.lr:g}", f"{tokens:,}"])
+        if steps == 1 and options.warmup:
+            notes["warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs"] = None
+        elif steps * options.lr < 0.006:  # 17 steps at 3e-4 hardly told methods apart, 20 at 5e-4 did
+            mend = (
+                "for a few hundred rows try --lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs"
+            )
+            notes[f"note: {steps} steps at {options.lr:g}: expect little; {mend}"] = None
     plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
-    return "\n".join([plan, *dict.fromkeys(notes)])
+    return "\n".join([plan, *notes])
 
 
 def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
     """What Q looks like and where it was cut, in three lines; all (C,), NaN where nothing is judged."""
     judged = np.isfinite(base_loss)
-    quality, signs = quality_scores(base_loss, ref_loss)[judged], signs[judged]  # (n,) each
+    base_loss, ref_loss, signs = base_loss[judged], ref_loss[judged], signs[judged]  # (n,) each
+    quality = quality_scores(base_loss, ref_loss)
     low, middle, high = np.quantile(quality, (0.05, 0.5, 0.95))
+    share = (quality > 0).mean()
     lines = [
         f"Q of {len(quality):,} response tokens: mean {quality.mean():.3f}, deviation {quality.std():.3f}, "
         f"5 / 50 / 95 % at {low:.3f} / {middle:.3f} / {high:.3f}",
-        f"mean loss {base_loss[judged].mean():.3f} under theta, {ref_loss[judged].mean():.3f} under theta'; "
-        f"{(quality > 0).mean():.0%} of the tokens have Q > 0, the paper's first guess for --rho",
+        f"mean loss {base_loss.mean():.3f} under theta, {ref_loss.mean():.3f} under theta'; "
+        f"{share:.0%} of the tokens have Q > 0, the paper's first guess for --rho",
     ]
-    kept, unlearned = quality[signs > 0], quality[signs < 0]
-    if len(unlearned):
-        lines.append(f"threshold {kept.min():.3f}: {len(kept):,} tokens in P, {len(unlearned):,} in N")
-    else:
+    positive, negative = quality[signs > 0], quality[signs < 0]
+    if len(positive) and len(negative):
+        lines.append(f"threshold {positive.min():.3f}: {len(positive):,} tokens in P, {len(negative):,} in N")
+    elif len(positive):
         lines.append("warning: no token is in N, forgetting is full: Q has too many ties, or rho is 1")
+    else:
+        lines.append("warning: no token is in P: nothing is learned, only unlearned")
     return "\n".join(lines)
 
 
-def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options: "Options") -> str:
+def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options: Options) -> str:
     """The trust gap: mean Q on rows that the user trusts minus mean Q on D_train. theta' is on the model."""
     origin = "D_ref is --reference-data"
     if not options.reference_data:
@@ -1014,7 +1197,8 @@ def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options
     if not len(held_out):
         return f"{origin}\nno --eval-data: only rows that you trust could tell whether Q points the right way"
     base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
-    trusted, noisy = (float(np.nanmean(q)) for q in (quality_scores(base_loss, ref_loss), quality))
+    trusted = float(np.nanmean(quality_scores(base_loss, ref_loss)))
+    noisy = float(np.nanmean(quality))
     rows = f"{trusted:.3f} on the {len(held_out)} rows of --eval-data"
     text = f"{origin}\ntrust gap {trusted - noisy:+.3f}: mean Q {rows}, {noisy:.3f} on D_train"
     if trusted > noisy:
@@ -1030,7 +1214,9 @@ def roc_auc(low: Array, high: Array) -> float:
     if not len(low) or not len(high):
         return math.nan
     ordered = np.sort(high)
-    above = len(high) - (np.searchsorted(ordered, low, "left") + np.searchsorted(ordered, low, "right")) / 2
+    below = np.searchsorted(ordered, low, "left")  # values of `high` below each of `low`
+    not_above = np.searchsorted(ordered, low, "right")  # and those equal to it
+    above = len(high) - (below + not_above) / 2
     return float(above.mean() / len(high))
 
 
@@ -1040,24 +1226,31 @@ def detection(quality: Array, negative: Array, corpus: Corpus) -> dict[str, floa
     negative (C,) bool is N. A kind's AUC is against what is no noise at all; a row's score is its mean Q. {}
     where no token is known to be noise.
     """
-    noisy, (means, _) = corpus.noisy, sequence_means(quality, corpus)
+    noisy = corpus.noisy  # (C,)
     if not noisy.any():
         return {}
-    kinds = {"": noisy} | {f" {kind}": known for kind, known in sorted(corpus.noise.items())}
-    rows = {kind: np.logical_or.reduceat(known, corpus.offsets[:-1]) for kind, known in kinds.items()}  # (E,)
-    clean, clean_rows = quality[corpus.response & ~noisy], means[~rows[""]]
+    means, _ = sequence_means(quality, corpus)  # (E,)
+    kinds = {"": noisy}
+    for kind in sorted(corpus.noise):
+        kinds[f" {kind}"] = corpus.noise[kind]
+    starts = corpus.offsets[:-1]
+    noisy_rows = {kind: np.logical_or.reduceat(known, starts) for kind, known in kinds.items()}  # (E,) each
+    clean = quality[corpus.response & ~noisy]
+    clean_rows = means[~noisy_rows[""]]
+
     figures = {"noise share": float(noisy.sum() / corpus.response.sum())}
-    figures |= {f"AUC{kind}": roc_auc(quality[known], clean) for kind, known in kinds.items()}
-    figures |= {f"row AUC{kind}": roc_auc(means[rows[kind]], clean_rows) for kind in kinds}
-    figures["precision of N"] = float((noisy & negative).sum() / max(negative.sum(), 1))
-    figures["recall of N"] = float((noisy & negative).sum() / max(noisy.sum(), 1))
+    for kind, known in kinds.items():
+        figures[f"AUC{kind}"] = roc_auc(quality[known], clean)
+    for kind, known in noisy_rows.items():
+        figures[f"row AUC{kind}"] = roc_auc(means[known], clean_rows)
+    found = (noisy & negative).sum()
+    figures["precision of N"] = float(found / max(negative.sum(), 1))
+    figures["recall of N"] = float(found / noisy.sum())
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def describe_noise(figures: dict[str, float]) -> str:
-    """detection() in a line; "" where nothing is known."""
-    if not figures:
-        return ""
+    """detection() in a line."""
     found = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
     return f"does a low Q find the known noise? (AUC of chance: 0.5) {found}"
 
@@ -1067,7 +1260,7 @@ def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int
     means, _ = sequence_means(quality, corpus)
     lines = ["rows of lowest Q, to look at first:"]
     for example in np.argsort(means, kind="stable")[:count]:
-        span = slice(*corpus.offsets[example : example + 2])
+        span = slice(corpus.offsets[example], corpus.offsets[example + 1])
         tokens, response = corpus.tokens[span], corpus.response[span]
         question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
         answer = tokenizer.decode(tokens[response].tolist())[:60]
@@ -1079,7 +1272,7 @@ def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class EvalSuite:
     """What every model of a run is measured by."""
 
     tokenizer: Tokenizer
@@ -1095,8 +1288,11 @@ def row_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str
     if not len(corpus):
         return []
     losses = response_losses(model, corpus, np.arange(len(corpus)), token_budget, label)
-    figures = zip(corpus.sources, *sequence_means(losses, corpus))
-    return [{"row": source, "loss": float(loss), "tokens": int(n)} for source, loss, n in figures]
+    means, counts = sequence_means(losses, corpus)  # (E,) each
+    rows = []
+    for source, loss, tokens in zip(corpus.sources, means.tolist(), counts.tolist()):
+        rows.append({"row": source, "loss": loss, "tokens": tokens})
+    return rows
 
 
 def mean_loss(rows: list[dict]) -> float:
@@ -1104,43 +1300,53 @@ def mean_loss(rows: list[dict]) -> float:
     for row in rows:
         if not math.isfinite(row["loss"]):
             raise ValueError(f"{row['row']}: its held-out loss is {row['loss']}")
-    return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    total = sum(row["loss"] * row["tokens"] for row in rows)
+    return total / sum(row["tokens"] for row in rows)
 
 
-def train_losses(model: Transformer, by: Yardstick, label: str) -> dict[str, float | None]:
+def train_losses(model: Transformer, suite: EvalSuite, label: str) -> dict[str, float | None]:
     """L_P and L_N over up to 512 examples of D_train, evenly spread; None where there is no token."""
-    count = len(by.d_train)
+    d_train = suite.d_train
+    count = len(d_train)
     sample = np.linspace(0, count - 1, min(512, count)).astype(int)
-    losses = response_losses(model, by.d_train, sample, by.token_budget, f"{label}: L_P and L_N")
-    places, means = by.d_train.places(sample), {}
-    for name, side in (("L_P", by.signs > 0), ("L_N", by.signs < 0)):
-        found = losses[places[side[places]]]
+    losses = response_losses(model, d_train, sample, suite.token_budget, f"{label}: L_P and L_N")  # (C,)
+    places = d_train.places(sample)
+    means: dict[str, float | None] = {}
+    for name, sign in (("L_P", 1), ("L_N", -1)):
+        on_side = places[suite.signs[places] == sign]
+        found = losses[on_side]
         means[name] = float(found.mean()) if len(found) else None
         if not np.isfinite(found).all():
             raise ValueError(f"{label}: {name} is {means[name]}")
     return means
 
 
-def measure(model: Transformer, by: Yardstick, folder: Path) -> dict:
+def measure(model: Transformer, suite: EvalSuite, folder: Path) -> dict:
     """The figures of one model, also in folder/results.json; those of rows and documents in files beside."""
-    path, label = folder / "results.json", "/".join(folder.parts[-2:])
-    identity = {task.name: task.identity for task in by.documents}
-    if len(by.held_out):
-        identity["held-out"] = by.held_out.fingerprint()
-    found = read_object(path) if path.is_file() else {}
-    if found.get("identity") == identity and (by.signs is None or "L_P" in found):
-        return found
+    path = folder / "results.json"
+    label = "/".join(folder.parts[-2:])
+    identity = {task.name: task.identity for task in suite.documents}
+    if len(suite.held_out):
+        identity["held-out"] = suite.held_out.fingerprint()
+    if path.is_file():
+        found = read_object(path)
+        has_losses = suite.signs is None or "L_P" in found
+        if found.get("identity") == identity and has_losses:
+            return found
+
     results: dict[str, Any] = {"identity": identity}
-    if by.signs is not None:
-        results |= train_losses(model, by, label)
-    if rows := row_losses(model, by.held_out, by.token_budget, f"{label}: held-out"):
+    if suite.signs is not None:
+        results |= train_losses(model, suite, label)
+    rows = row_losses(model, suite.held_out, suite.token_budget, f"{label}: held-out")
+    if rows:
         results["held-out"] = mean_loss(rows)
-    results["tasks"], samples = evaluate(model, by.tokenizer, by.documents)
+    results["tasks"], samples = evaluate(model, suite.tokenizer, suite.documents)
     wait_for_all()  # every rank has looked for results before rank 0 writes some
     if rank_and_world()[0] == 0:
-        for name, lines in (("held-out.jsonl", rows), ("samples.jsonl", samples)):
-            if lines:
-                write_rows(lines, folder / name)
+        if rows:
+            write_rows(rows, folder / "held-out.jsonl")
+        if samples:
+            write_rows(samples, folder / "samples.jsonl")
         write_text(json.dumps(results, indent=2) + "\n", path)
     wait_for_all()
     return results
@@ -1148,40 +1354,50 @@ def measure(model: Transformer, by: Yardstick, folder: Path) -> dict:
 
 def columns(figures: dict) -> dict[str, float]:
     """A model's row of the table: the average of its tasks, every metric in percent, and its losses."""
-    metrics = {}
+    row = {}
+    main_metrics = headlines(figures["tasks"])
+    if main_metrics:
+        row["average"] = sum(main_metrics.values()) / len(main_metrics)
     for task, result in figures["tasks"].items():
         for metric in metrics_of(result):
-            metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
-    first = headlines(figures["tasks"])
-    average = {"average": sum(first.values()) / len(first)} if first else {}
-    losses = {name: figures[name] for name in ("L_P", "L_N", "held-out") if figures.get(name) is not None}
-    if "held-out" in losses:
-        losses["held-out perplexity"] = math.exp(min(losses["held-out"], 700))
-    return average | metrics | losses
-
-
-def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
-    """mean +- sample standard deviation; the mean alone of a single value."""
-    deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.{digits}f}{deviation}"
+            scale = 1 if metric == "perplexity" else 100
+            row[f"{task} {metric}"] = result[metric] * scale
+    for name in ("L_P", "L_N", "held-out"):
+        if figures.get(name) is not None:
+            row[name] = figures[name]
+    if "held-out" in row:
+        row["held-out perplexity"] = math.exp(min(row["held-out"], 700))
+    return row
 
 
 LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
-Results = dict[str, dict[int, dict]]  # {method: {seed: figures}}
 
 
 def comparison(results: Results) -> str:
     """The table: a row per method, its figures as mean +- sample standard deviation over seeds."""
-    rows_by_method = {name: [columns(f) for f in seeds.values()] for name, seeds in results.items()}
-    names = list(dict.fromkeys(name for rows in rows_by_method.values() for row in rows for name in row))
+    rows_by_method = {}
+    names: dict[str, None] = {}  # of the columns, in order
+    for method, by_seed in results.items():
+        rows_by_method[method] = [columns(figures) for figures in by_seed.values()]
+        for row in rows_by_method[method]:
+            names |= dict.fromkeys(row)
     lines = []
     for method, rows in rows_by_method.items():
         cells = [method, str(len(rows))]
         for name in names:
             values = [row[name] for row in rows if name in row]
-            cells.append(spread(values, 3 if name in LOSSES else 1) if values else "")
+            digits = 3 if name in LOSSES else 1
+            cells.append(spread(values, digits) if values else "")
         lines.append(cells)
     return table(["method", "seeds", *names], lines)
+
+
+def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
+    """mean +- sample standard deviation; the mean alone of a single value."""
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f" +- {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 def bootstrap(differences: Array, weights: Array, draws: int = 2000) -> tuple[float, float, float]:
@@ -1190,77 +1406,108 @@ def bootstrap(differences: Array, weights: Array, draws: int = 2000) -> tuple[fl
     differences (S, R): by seed, a row's summed loss under one method minus that under another; weights (R,):
     the row's tokens.
     """
-    (seeds, rows), means, rng = differences.shape, [], np.random.default_rng(0)
+    seeds, rows = differences.shape
+    rng = np.random.default_rng(0)
+    means = []
     for _ in range(draws):
         drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds))  # (S,) how often each was drawn
         drawn_rows = rng.multinomial(rows, np.full(rows, 1 / rows))  # (R,)
-        means.append(drawn_seeds @ differences @ drawn_rows / (seeds * (drawn_rows @ weights)))
+        total = drawn_seeds @ differences @ drawn_rows
+        tokens = seeds * (drawn_rows @ weights)
+        means.append(total / tokens)
     low, high = np.quantile(means, (0.025, 0.975))
-    return float(differences.mean(0).sum() / weights.sum()), float(low), float(high)
+    mean = differences.mean(0).sum() / weights.sum()
+    return float(mean), float(low), float(high)
 
 
 def held_out_sums(out: Path, method: str, seeds: list[int]) -> tuple[Array, Array]:
     """Each held-out row's summed loss by seed (S, R), and its tokens (R,), as measure() wrote them."""
-    folders = [out / method if method in UNTRAINED else out / method / f"seed-{seed}" for seed in seeds]
-    rows = [read_rows([str(folder / "held-out.jsonl")]) for folder in folders]
-    sums = np.array([[row["loss"] * row["tokens"] for row in seed] for seed in rows])
-    return sums, np.array([row["tokens"] for row in rows[0]])
+    sums = []
+    tokens = np.empty(0)
+    for seed in seeds:
+        folder = out / method if method in UNTRAINED else out / method / f"seed-{seed}"
+        rows = read_rows([str(folder / "held-out.jsonl")])
+        losses = np.array([row["loss"] for row in rows])  # (R,)
+        tokens = np.array([row["tokens"] for row in rows])  # (R,)
+        sums.append(losses * tokens)
+    return np.stack(sums), tokens
+
+
+def pairs_to_compare(results: Results) -> list[tuple[str, str, list[int]]]:
+    """Methods whose held-out losses are compared, and the seeds that both have."""
+    pairs = [(name, "full") for name in results if name not in ("base", "full")]
+    pairs += [(name, "ignoring") for name in results if name.startswith("forgetting")]
+    found = []
+    for ours, theirs in pairs:
+        their_seeds = results.get(theirs, {})
+        seeds = set(their_seeds) if ours in UNTRAINED else set(their_seeds) & set(results[ours])
+        measured = [*results[ours].values(), *their_seeds.values()]
+        if seeds and all("held-out" in figures for figures in measured):
+            found.append((ours, theirs, sorted(seeds)))
+    return found
 
 
 def paired_losses(out: Path, results: Results) -> str:
     """Differences in held-out loss with their intervals, and what can be told apart; "" without rows."""
-    pairs = [(name, "full") for name in results if name not in ("base", "full")]
-    pairs += [(name, "ignoring") for name in results if name.startswith("forgetting")]
     lines, verdicts = [], []
-    for ours, theirs in pairs:
-        those = results.get(theirs, {})
-        seeds = sorted(those if ours in UNTRAINED else set(those) & set(results[ours]))
-        measured = [*results[ours].values(), *those.values()]
-        if not seeds or any("held-out" not in figures for figures in measured):
-            continue
-        (a, tokens), (b, _) = (held_out_sums(out, name, seeds) for name in (ours, theirs))
-        mean, low, high = bootstrap(a - b, tokens)
-        better = f"{((a - b).mean(0) < 0).sum()} of {len(tokens)}"
+    most_seeds = 0
+    for ours, theirs, seeds in pairs_to_compare(results):
+        our_sums, tokens = held_out_sums(out, ours, seeds)
+        their_sums, _ = held_out_sums(out, theirs, seeds)
+        differences = our_sums - their_sums  # (S, R)
+        mean, low, high = bootstrap(differences, tokens)
+        better = (differences.mean(0) < 0).sum()
         interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append([f"{ours} - {theirs}", interval, better, str(len(seeds))])
-        word = "is better than" if high < 0 else "is worse than" if low > 0 else "cannot be told from"
+        lines.append([f"{ours} - {theirs}", interval, f"{better} of {len(tokens)}", str(len(seeds))])
+        word = "cannot be told from"
+        if high < 0:
+            word = "is better than"
+        if low > 0:
+            word = "is worse than"
         verdicts.append(f"{ours} {word} {theirs}")
+        most_seeds = max(most_seeds, len(seeds))
     if not lines:
         return ""
     differences = table(["pair", "held-out loss, 95 % interval", "better on rows", "seeds"], lines)
-    over = "rows and seeds" if any(line[-1] != "1" for line in lines) else "rows; a second seed may differ"
+    over = "rows and seeds" if most_seeds > 1 else "rows; a second seed may differ"
     return f"{differences}\n\nBy held-out loss (bootstrap over {over}): {'; '.join(verdicts)}."
 
 
 def is_row(name: str) -> bool:
     """Whether a folder of a run has the name of a row of the table: a method, or a variant of one."""
-    stem, colon, changes = name.partition(":")
-    keys = [change.partition("=")[0] for change in changes.split(",")] if colon else []
-    return stem in (*UNTRAINED, *METHODS, "oracle") and all(key in VARIANT_OPTIONS for key in keys)
+    stem, has_changes, changes = name.partition(":")
+    if stem not in (*UNTRAINED, *METHODS, "oracle"):
+        return False
+    changed = [change.partition("=")[0] for change in changes.split(",")] if has_changes else []
+    return set(changed) <= set(options_of("training", "unlearning"))
 
 
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     """All that is finished in a run folder with the identity of `results`, and what is left out, and why."""
-    identity = next((figures["identity"] for seeds in results.values() for figures in seeds.values()), None)
-    everything, left_out = {name: dict(seeds) for name, seeds in results.items()}, []
+    everything = {name: dict(by_seed) for name, by_seed in results.items()}
+    identities = [figures["identity"] for by_seed in results.values() for figures in by_seed.values()]
+    identity = identities[0] if identities else None
+    left_out = []
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
-        method, _, seed = path.parent.relative_to(out).as_posix().partition("/seed-")
+        place = path.parent.relative_to(out)
+        method, _, seed = place.as_posix().partition("/seed-")
         if not is_row(method) or not re.fullmatch(r"\d*", seed):
             continue  # a copy that somebody keeps, say seed-0.bak
         found = read_object(path)
-        identity = found.get("identity") if identity is None else identity
+        if identity is None:
+            identity = found.get("identity")
         if found.get("identity") == identity:
             everything.setdefault(method, {}).setdefault(int(seed or 0), found)
         else:
-            left_out.append(f"{path.parent.relative_to(out)}: measured on other tasks or held-out rows")
+            left_out.append(f"{place}: measured on other tasks or held-out rows")
     return everything, left_out
 
 
 def warnings_of(results: Results) -> list[str]:
     """Methods whose held-out loss is above the base model's."""
     means = {}
-    for name, seeds in results.items():
-        losses = [figures["held-out"] for figures in seeds.values() if "held-out" in figures]
+    for name, by_seed in results.items():
+        losses = [figures["held-out"] for figures in by_seed.values() if "held-out" in figures]
         if losses:
             means[name] = sum(losses) / len(losses)
     base = means.get("base", math.inf)
@@ -1268,12 +1515,14 @@ def warnings_of(results: Results) -> list[str]:
     return [words.format(name, mean, base) for name, mean in means.items() if mean > base]
 
 
-def report(results: Results, options: "Options") -> None:
+def report(results: Results, options: Options) -> None:
     """The end of a run: the table of all that is finished, on screen and in results.md and results.json."""
     out = Path(options.out)
     results, left_out = finished(out, results)
-    notes = warnings_of(results) + ["mean +- sample standard deviation over seeds; tasks in percent"]
-    if any("L_P" in figures for seeds in results.values() for figures in seeds.values()):
+    notes = warnings_of(results)
+    notes.append("mean +- sample standard deviation over seeds; tasks in percent")
+    measured = [figures for by_seed in results.values() for figures in by_seed.values()]
+    if any("L_P" in figures for figures in measured):
         notes.append("L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns")
     if options.limit is not None:
         notes.append(f"only the first {options.limit} documents of each task (--limit)")
@@ -1283,7 +1532,7 @@ def report(results: Results, options: "Options") -> None:
     text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
-    print0(f"\n{text}\nevery token with its Q: python tests/tools/look.py {out}")
+    print0(f"\n{text}\nevery token with its Q: ./run.sh look {out}")
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -1296,9 +1545,10 @@ def main() -> None:
         if options.model is None or not options.data:
             raise ValueError("--model and --data are needed (./run.sh alone runs a demo that needs neither)")
         options.device = start_ranks(options.device)
-        with locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
+        is_main = rank_and_world()[0] == 0
+        with locked(Path(options.out)) if is_main else nullcontext():
             results = run(options)
-            if rank_and_world()[0] == 0:
+            if is_main:
                 report(results, options)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"forgetting.py: {error}", file=sys.stderr)

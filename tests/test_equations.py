@@ -20,6 +20,7 @@ from forgetting import (
     quality_scores,
     seed_dropout,
     token_weights,
+    weighted_and_token_losses,
     weighted_token_loss,
 )
 from lora import add_lora, lora_parameters
@@ -86,9 +87,8 @@ def test_equation_8_value_and_gradient(lam, empty):
         else torch.zeros_like(oracle_hidden)
     )
     hidden.requires_grad_()
-    loss, losses = weighted_token_loss(
-        hidden, head, targets, token_weights(positive, negative, lam), return_losses=True
-    )
+    weights = token_weights(positive, negative, lam)
+    loss, losses = weighted_and_token_losses(hidden, head, targets, weights)
     (3 * loss).backward()
     assert torch.isfinite(loss) and not losses.requires_grad and abs(loss.item() - oracle.item()) < 1e-5
     assert torch.allclose(hidden.grad.double(), 3 * oracle_gradient, atol=1e-7, rtol=1e-5)
@@ -279,7 +279,7 @@ def test_the_pieces_work_in_a_plain_loop():
         hidden, targets = model(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         good, judged = positive[:, 1:].flatten(), targets >= 0
         weights = token_weights(good & judged, ~good & judged, 0.1)
-        loss, losses = weighted_token_loss(hidden, model.lm_head.weight, targets, weights, return_losses=True)
+        loss, losses = weighted_and_token_losses(hidden, model.lm_head.weight, targets, weights)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

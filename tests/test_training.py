@@ -19,7 +19,7 @@ from forgetting import (
     response_losses,
     scheduled_lambda,
 )
-from forgetting import step_figures, step_gradient, train, watch_gradients
+from forgetting import step_gradient, train, watch_gradients
 from lora import add_lora, lora_disabled, lora_parameters, remove_lora
 from model import load_model, token_losses
 
@@ -359,9 +359,16 @@ def test_a_balanced_run_goes_on_the_same(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_step_without_positive_tokens_logs_null():
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_side_without_tokens_is_logged_as_null(tmp_path, side):
     """It logged 0.0, which the warning about lambda then read as a loss."""
-    assert step_figures([1.0, 0.0, 6.0], (0, 3), 0.1) == {"loss": 1.0, "L_P": None, "L_N": 2.0, "lambda": 0.1}
-    figures = step_figures([1.0, 4.0, 0.0], (2, 3), 0.0)
-    assert figures["L_N"] is None and figures["lambda"] == 0, "at lambda 0 N is not run"
-    assert step_figures([1.0, 4.0, 0.0], (2, 0), 0.1)["lambda"] is None, "nothing to unlearn"
+    model, corpus, signs = setting(tmp_path / "m")
+    signs = np.where(signs == side, signs, 0).astype(np.int8)
+    adapter_after(model, corpus, signs, tmp_path / "out", options_for(tmp_path))
+    first, *later = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    if side == 1:
+        assert all(line["L_P"] and line["L_N"] is None and line["lambda"] is None for line in [first, *later])
+    else:
+        assert all(line["L_P"] is None for line in [first, *later])
+        assert first["lambda"] == 0 and first["L_N"] is None, "at lambda 0 N is not run"
+        assert all(line["lambda"] and line["L_N"] for line in later)

@@ -306,8 +306,8 @@ def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = Tr
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, corpus, signs, folder, options, seed)
     table_signs = None if options.skip_train_losses else run.signs
-    by = forgetting.Yardstick(tokenizer, documents, held_out, corpus, table_signs, options.micro_tokens)
-    return forgetting.measure(model, by, folder)
+    suite = forgetting.EvalSuite(tokenizer, documents, held_out, corpus, table_signs, options.micro_tokens)
+    return forgetting.measure(model, suite, folder)
 
 
 def run_demo(options: forgetting.Options) -> tuple[dict, dict]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
-from forgetting import METHODS, UNLEARNING, VARIANT_OPTIONS  # noqa: E402
+from forgetting import METHODS, options_of  # noqa: E402
 from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, save_model, weight_files  # noqa: E402
 
@@ -196,7 +196,7 @@ def trained_options(name: str, config: dict) -> dict:
     for key in ("rho", "ceiling"):  # the method's own where none is given
         if config.get(key) is None or (key == "rho" and method.rho == 1):
             config[key] = getattr(method, key)
-    read = [key for key in VARIANT_OPTIONS if method.unlearn or key not in UNLEARNING]
+    read = options_of("training", "unlearning") if method.unlearn else options_of("training")
     return {key: config[key] for key in read if config.get(key) is not None}
 
 
