@@ -1,34 +1,134 @@
 #!/usr/bin/env bash
-# ./run.sh                                     the whole method on the embedded demo; prints its table
-# ./run.sh demo --seeds 3 4                    the same with other flags
-# ./run.sh test                                the tests
-# ./run.sh --model M --data rows.jsonl ...     forgetting.py with these flags, under torchrun where there are several GPUs
+# ./run.sh help lists what it starts. Everything runs in the environment that is active, or in .venv beside this
+# file, which is made at the first call.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+name="${1:-demo}"
 
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-    python="${PYTHON:-python3}"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "run.sh: Python 3.11 or newer is needed (PYTHON=/path/to/it ./run.sh)" >&2; exit 2; }
-    if [ ! -f "$root/.venv/bin/activate" ]; then
-        rm -rf "$root/.venv"
-        "$python" -m venv "$root/.venv"
+fail() {
+    echo "run.sh: $1" >&2
+    exit 2
+}
+
+help() {
+    cat <<'TEXT'
+./run.sh                     the demo: the whole method in a small world whose noise is known, 3 to 5 minutes
+./run.sh --model M --data rows.jsonl --reference-data trusted.jsonl --out RUN
+                             the method on your rows (forgetting.py; --help lists its options and methods)
+./run.sh NAME ...            one of these; ./run.sh NAME --help says more
+
+test         the tests; what follows goes to pytest
+demo         the demo with other seeds, methods or options
+plain        Algorithm 1 in a hundred plain lines, on your rows
+look         a page with every token of a run and its Q, or a run's rows in order of Q
+eval         benchmarks, your own questions, or answers side by side (eval.py)
+publish      a trained adapter, or the model with it merged in, ready for the Hub
+get_data     benchmarks and public instruction rows
+ablations    the paper's ablations in the demo's world
+real_run     the method on a real model and real rows whose noise is known
+bench        speed and memory beside transformers, PEFT, TRL and lm-evaluation-harness
+gpu_check    the comparisons that only a GPU can make, and its speed
+TEXT
+}
+
+# The lines of requirements.txt that the environment does not satisfy
+lacking() {
+    python - "$root/requirements.txt" <<'PYTHON'
+import sys
+from importlib import metadata
+
+for requirement in open(sys.argv[1]).read().split():
+    name, wanted = requirement.split("==")
+    try:
+        here = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        here = ""
+    if here.partition("+")[0] != wanted:  # 2.13.0+cpu is a build of 2.13.0
+        print(requirement)
+PYTHON
+}
+
+# What pip would replace in the environment, others' requirements included: lines of "NAME 1.0 -> 2.0"
+would_replace() {
+    local report
+    report="$(python -m pip install --dry-run --quiet --disable-pip-version-check --report - -r "$root/requirements.txt")"
+    python -c '
+import json, sys
+from importlib import metadata
+
+for change in json.load(sys.stdin)["install"]:
+    name, wanted = change["metadata"]["name"], change["metadata"]["version"]
+    if name == "setuptools":
+        continue  # every new environment has one, older than torch asks for
+    try:
+        print(name, metadata.version(name), "->", wanted)
+    except metadata.PackageNotFoundError:
+        pass  # new there
+' <<<"$report"
+}
+
+check_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && return
+    fail "$("$1" --version 2>&1) is too old: 3.11 or newer is needed ($2)"
+}
+
+prepare() {
+    local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+    if [ -n "$environment" ]; then
+        check_python python "deactivate $environment, and name another with PYTHON=/path/to/python3 ./run.sh"
+    else
+        environment="$root/.venv"
+        if [ ! -f "$environment/bin/activate" ]; then
+            check_python "${PYTHON:-python3}" "PYTHON=/path/to/python3 ./run.sh"
+            rm -rf "$environment"
+            "${PYTHON:-python3}" -m venv "$environment"
+        fi
+        source "$environment/bin/activate"
     fi
-    source "$root/.venv/bin/activate"
-fi
-installed="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.forgetting-requirements"
-if ! cmp -s "$root/requirements.txt" "$installed"; then
-    echo "installing requirements.txt (once)"
-    python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
-    cp "$root/requirements.txt" "$installed"
-fi
 
-export THP_MEM_ALLOC_ENABLE=1 # large buffers in huge pages: 5 to 10 % faster on a CPU
-case "${1:-demo}" in
-test) exec python -m pytest -q "$root/tests" "${@:2}" ;;
-demo) exec python "$root/tests/tools/demo.py" "${@:2}" ;;
+    local missing replaced
+    missing="$(lacking)"
+    [ -n "$missing" ] || return 0
+    if [ "$environment" != "$root/.venv" ]; then
+        replaced="$(would_replace)"
+        if [ -n "$replaced" ]; then
+            echo "run.sh: in $environment, which is active, these would be replaced:" >&2
+            sed 's/^/  /' <<<"$replaced" >&2
+            echo "Nothing was changed. Deactivate it (deactivate, conda deactivate), and ./run.sh makes a .venv beside itself;" >&2
+            fail "or change it yourself: python -m pip install -r $root/requirements.txt"
+        fi
+    fi
+    echo "installing into $environment, once: $(tr '\n' ' ' <<<"$missing")"
+    if grep -q '^torch' <<<"$missing"; then
+        echo "(a build of torch with CUDA takes several gigabytes; where a CPU build is installed already, it stays)"
+    fi
+    python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
+}
+
+# A program that knows ranks: under torchrun where there are several GPUs
+launch() {
+    local gpus
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" -gt 1 ]; then
+        exec torchrun --standalone --nproc_per_node="$gpus" "$@"
+    fi
+    exec python "$@"
+}
+
+case "$name" in
+help)
+    help
+    exit
+    ;;
+-* | test | plain | eval | demo | look | get_data | publish | ablations | real_run | bench | gpu_check) ;;
+*) fail "'$name' is none of its names: ./run.sh help lists them (options of a run begin with --)" ;;
 esac
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -gt 1 ]; then
-    exec torchrun --standalone --nproc_per_node="$gpus" "$root/forgetting.py" "$@"
-fi
-exec python "$root/forgetting.py" "$@"
+prepare
+export THP_MEM_ALLOC_ENABLE=1 # large buffers in huge pages: 5 to 10 % faster on a CPU
+case "$name" in
+-*) launch "$root/forgetting.py" "$@" ;;
+test) exec python -m pytest -q "$root/tests" "${@:2}" ;;
+plain) exec python "$root/tests/plain.py" "${@:2}" ;;
+eval) launch "$root/eval.py" "${@:2}" ;;
+*) exec python "$root/tests/tools/$name.py" "${@:2}" ;;
+esac
