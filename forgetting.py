@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress, rank_and_world
 from data import read_object, read_rows, render_rows, shift, split_rows, start_ranks, sum_over_ranks
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
-from eval import Documents, check_room, evaluate, headlines, metrics_of, prepare, table
+from eval import Documents, check_room, evaluate, primary_metrics, metrics_of, prepare, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
 from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model, model_fingerprint
@@ -1152,7 +1152,7 @@ def columns(figures: dict) -> dict[str, float]:
     for task, result in figures["tasks"].items():
         for metric in metrics_of(result):
             metrics[f"{task} {metric}"] = result[metric] * (1 if metric == "perplexity" else 100)
-    first = headlines(figures["tasks"])
+    first = primary_metrics(figures["tasks"])
     average = {"average": sum(first.values()) / len(first)} if first else {}
     losses = {name: figures[name] for name in ("L_P", "L_N", "held-out") if figures.get(name) is not None}
     if "held-out" in losses:
