@@ -14,6 +14,8 @@ Order: requests, log-likelihoods and generation, kinds of task, benchmarks, eval
 Shapes: T tokens of a pack; D width; V vocabulary; n tokens that are judged.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -24,7 +26,8 @@ import string
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable
 
@@ -33,12 +36,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Tokenizer, advance, check_ids, join_over_ranks, print0, progress, question_ids
-from data import rank_and_world, read_object, read_rows, split_by_tokens, start_ranks, sum_over_ranks
-from data import write_rows, write_text
+from data import Tokenizer, check_ids, question_ids
+from data import advance, progress
+from data import join_over_ranks, print0, rank_and_world, split_by_tokens, start_ranks, sum_over_ranks
+from data import read_object, read_rows, write_rows, write_text
 from lora import load_adapter, remove_lora
-from model import DTYPES, Cache, Transformer, checkpoint_folder, head_chunks, load_model, read_config
-from model import to_device
+from model import DTYPES, checkpoint_folder, load_model, read_config
+from model import Cache, Transformer, head_chunks, to_device
 
 # --------------------------------------------------------------------------------------------- requests
 
@@ -71,22 +75,27 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if not stripped:
-        ids = tokenizer.encode([continuation], special=False)[0][0]
-        ids = ids[1:] if ids[:1] == [tokenizer.start_id] else ids
-        if not ids:
-            raise ValueError("context and continuation are both empty")
-        return [tokenizer.start_id], ids
-    (whole, _), (context_ids, _) = tokenizer.encode([stripped + continuation, stripped])
+        return [tokenizer.start_id], _encode_alone(tokenizer, continuation)
+    whole, context_ids = (ids for ids, _ in tokenizer.encode([stripped + continuation, stripped]))
     if len(whole) <= len(context_ids):
         raise ValueError(f"continuation {continuation!r} adds no token to its context")
     return context_ids, whole[len(context_ids) :]
 
 
+def _encode_alone(tokenizer: Tokenizer, continuation: str) -> list[int]:
+    """Token ids of a continuation without a context, and without a bos."""
+    ids, _ = tokenizer.encode([continuation], special=False)[0]
+    if ids[:1] == [tokenizer.start_id]:
+        ids = ids[1:]
+    if not ids:
+        raise ValueError("context and continuation are both empty")
+    return ids
+
+
 def check_length(model: Transformer, continuation: list[int]) -> None:
     """A continuation must fit the model's positions whole: only contexts are cut."""
-    limit = model.config.max_position_embeddings
-    if len(continuation) > limit:
-        length = len(continuation)
+    length, limit = len(continuation), model.config.max_position_embeddings
+    if length > limit:
         raise ValueError(f"a continuation of {length} tokens exceeds the model's {limit} positions")
 
 
@@ -105,23 +114,29 @@ def loglikelihoods(
     An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
     one once; then all but the last token of every continuation run on from the cache. Ranks share the work.
     """
-    rank, world = rank_and_world()
     limit = model.config.max_position_embeddings
-    members: dict[tuple[int, ...], list[int]] = {}  # context: the pairs that begin with it
-    for i, (context, continuation) in enumerate(pairs):
+    followers: dict[tuple[int, ...], list[int]] = {}  # context: places in pairs of what continues it
+    for place, (context, continuation) in enumerate(pairs):
         check_length(model, continuation)
-        cut = (context + continuation)[-(limit + 1) : -len(continuation)]
-        members.setdefault(tuple(cut), []).append(i)
-    contexts = list(members)
-    sizes = [len(context) + sum(len(pairs[i][1]) - 1 for i in members[context]) for context in contexts]
-    results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.lm_head.weight.device)
+        fitting = (context + continuation)[-(limit + 1) : -len(continuation)]  # the last token is no input
+        followers.setdefault(tuple(fitting), []).append(place)
+    contexts = list(followers)
+    sizes = []  # of each context: the tokens that run for it
+    for context, places in followers.items():
+        later = sum(len(pairs[place][1]) - 1 for place in places)
+        sizes.append(len(context) + later)
+
+    device = model.lm_head.weight.device
+    results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
+    rank, world = rank_and_world()
     with progress(label, len(pairs), "requests") as bar:
         for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-            packed = [contexts[g] for g in group]
-            order = [i for context in packed for i in members[context]]
-            counts = [len(members[context]) for context in packed]
-            results[order] = _score_pack(model, packed, counts, [pairs[i][1] for i in order])
-            advance(bar, len(order))
+            packed = [contexts[number] for number in group]
+            places = [place for context in packed for place in followers[context]]
+            counts = [len(followers[context]) for context in packed]
+            continuations = [pairs[place][1] for place in places]
+            results[places] = _score_pack(model, packed, counts, continuations)
+            advance(bar, len(places))
     figures = sum_over_ranks(results).tolist()
     return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in figures]
 
@@ -129,48 +144,73 @@ def loglikelihoods(
 def _score_pack(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
     """(continuations, 2) float64: log-likelihood, and how many tokens were not the most probable.
 
-    For the context [a b] and the continuation [c d e]: a b run, then c d from the cache; the states of b, c
-    and d give the probabilities of c, d and e.
-    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on. All
-    indices are made on the CPU, so that a GPU never has to be waited for.
+    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on.
     """
-    on_device = partial(to_device, device=model.lm_head.weight.device)
-    lengths = [len(ids) for ids in continuations]
-    cache = Cache(model, sum(map(len, contexts)) + sum(lengths) - len(lengths))
+    states = _states_before(model, contexts, counts, continuations)  # (n, D)
+    device = states.device
+    lengths = torch.tensor([len(ids) for ids in continuations])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)  # (n,) whose token it is
+    owner = to_device(owner, device)
+    targets = torch.tensor([token for ids in continuations for token in ids])  # (n,)
+    targets = to_device(targets, device)
+    totals = torch.zeros(len(lengths), dtype=torch.float64, device=device)
+    misses = torch.zeros_like(totals)
+    for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
+        missed = logprobs.argmax(-1) != targets[part]
+        totals.index_add_(0, owner[part], -loss.double())
+        misses.index_add_(0, owner[part], missed.double())
+    return torch.stack([totals, misses], dim=1)
+
+
+def _states_before(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
+    """The hidden state before every token of every continuation, (n, D), in their order.
+
+    For the context [a b] and the continuation [c d e]: a b run, then c d from the cache; the states of b, c
+    and d stand before c, d and e. All indices are made on the CPU, so that a GPU never has to be waited for.
+    """
+    lengths = np.array([len(ids) for ids in continuations])
+    device = model.lm_head.weight.device
+    later = lengths.sum() - len(lengths)  # tokens of continuations that run
+    cache = Cache(model, sum(len(ids) for ids in contexts) + int(later))
     hidden, rows = _run(model, cache, contexts, None)
     context_of = np.repeat(np.arange(len(contexts)), counts)  # (continuations,)
-    ends = torch.tensor([len(ids) for ids in contexts]).cumsum(0) - 1
-    last = hidden[on_device(ends)]  # (contexts, D)
 
-    # the state before a continuation's first token is its context's last; all but the last token of each
-    # continuation run on from there, and give the states before the others
-    targets = torch.tensor([token for ids in continuations for token in ids])  # (n,)
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (n,) whose continuation's
-    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # (continuations,) place of its first target
-    is_later = torch.ones(len(targets), dtype=torch.bool).index_fill_(0, first, False)  # (n,)
-    later = is_later.nonzero().squeeze(1)  # places of all other targets
-    states = hidden.new_empty(len(targets), hidden.shape[1])  # (n, D)
-    states[on_device(first)] = last[on_device(torch.from_numpy(context_of))]
-    longer = [i for i, length in enumerate(lengths) if length > 1]
-    if longer:
+    # a context's last state stands before the first token of each of its continuations
+    starts = lengths.cumsum() - lengths  # (continuations,) places of first tokens among all n
+    first = to_device(torch.from_numpy(starts), device)
+    ends = _last_places(contexts)[torch.from_numpy(context_of)]
+    states = hidden.new_empty(int(lengths.sum()), hidden.shape[1])  # (n, D)
+    states[first] = hidden[to_device(ends, device)]
+
+    # all tokens of a continuation but its last run on, and stand before the next
+    longer = np.flatnonzero(lengths > 1)
+    if len(longer):
         inputs = [continuations[i][:-1] for i in longer]
-        states[on_device(later)] = _run(model, cache, inputs, [rows[context_of[i]] for i in longer])[0]
+        past = [rows[context_of[i]] for i in longer]
+        others = np.delete(np.arange(len(states)), starts)
+        others = to_device(torch.from_numpy(others), device)
+        states[others], _ = _run(model, cache, inputs, past)
+    return states
 
-    result = torch.zeros(len(lengths), 2, dtype=torch.float64, device=hidden.device)
-    targets, owner = on_device(targets), on_device(owner)
-    for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
-        result[:, 0].index_add_(0, owner[part], -loss.double())
-        result[:, 1].index_add_(0, owner[part], (logprobs.argmax(-1) != targets[part]).double())
-    return result
+
+def _last_places(sequences: list) -> Tensor:
+    """Where each sequence's last token lies when they lie end to end, (B,)."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return lengths.cumsum(0) - 1
 
 
 def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] | None) -> tuple[Tensor, list]:
     """Run token lists, each after the cache rows past[i]: hidden states (T, D), the rows each list took."""
+    device = model.lm_head.weight.device
     lengths = [len(ids) for ids in sequences]
-    tokens = torch.tensor([token for ids in sequences for token in ids])  # (T,)
-    rows = torch.arange(cache.used, cache.used + len(tokens)).split(lengths)
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
-    return model(to_device(tokens, model.lm_head.weight.device), boundaries, cache, past), list(rows)
+    boundaries = np.cumsum([0, *lengths], dtype=np.int32)
+    boundaries = torch.from_numpy(boundaries)  # (B+1,)
+    tokens = torch.tensor([token for ids in sequences for token in ids])
+    tokens = to_device(tokens, device)  # (T,)
+    first_row = cache.used
+    hidden = model(tokens, boundaries, cache, past)
+    rows = torch.arange(first_row, cache.used)
+    return hidden, list(rows.split(lengths))
 
 
 @torch.inference_mode()
@@ -209,28 +249,39 @@ def _generate_pack(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
 ) -> list[list[int]]:
     """The new token ids of each prompt."""
-    cache, head = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts)), model.lm_head.weight
+    cache = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts))
     written: list[list[int]] = [[] for _ in prompts]
-    active, inputs, past = list(range(len(prompts))), prompts, None
+    active = list(range(len(prompts)))  # prompts still being continued
+    inputs = prompts
+    past: list[Tensor] | None = None
     for _ in range(max_new_tokens):
         hidden, rows = _run(model, cache, inputs, past)
-        past = rows if past is None else [torch.cat(pair) for pair in zip(past, rows)]
-        ends = torch.tensor([len(ids) for ids in inputs]).cumsum(0) - 1
-        last = hidden[to_device(ends, hidden.device)]  # (active, D)
-        no_target = torch.zeros(len(last), dtype=torch.int64, device=last.device)  # logits alone count
-        best = [logprobs.argmax(-1) for _, logprobs, _ in head_chunks(last, head, no_target)]
-        unfinished = []
-        for place, (i, token) in enumerate(zip(active, torch.cat(best).tolist())):  # the one wait for a GPU
+        if past is not None:
+            rows = [torch.cat([before, new]) for before, new in zip(past, rows)]
+        last = to_device(_last_places(inputs), hidden.device)
+        tokens = _most_probable(hidden[last], model.lm_head.weight)  # (active,)
+        going_on, past = [], []
+        for i, token, own_rows in zip(active, tokens.tolist(), rows):  # tolist: the one wait for a GPU
             if token in tokenizer.stop_ids:
                 continue
             written[i].append(token)
             if not stop or stop not in tokenizer.decode(written[i]):
-                unfinished.append(place)
-        active, past = [active[p] for p in unfinished], [past[p] for p in unfinished]
+                going_on.append(i)
+                past.append(own_rows)
+        active = going_on
         inputs = [written[i][-1:] for i in active]
         if not active:
             break
     return written
+
+
+def _most_probable(states: Tensor, head_weight: Tensor) -> Tensor:
+    """The most probable next token (n,) after each state (n, D)."""
+    unused = states.new_zeros(len(states), dtype=torch.int64)  # targets, whose losses nobody reads
+    best = []
+    for _, logprobs, _ in head_chunks(states, head_weight, unused):
+        best.append(logprobs.argmax(-1))
+    return torch.cat(best)
 
 
 # ---------------------------------------------------------------------------------------- kinds of task
@@ -269,57 +320,71 @@ def choice_task(
     def requests(row: dict, _: Tokenizer) -> list[Request]:
         context, choices, gold = ask(row)
         if not choices or not 0 <= gold < len(choices):
-            raise ValueError(f"{row['_source']}: {len(choices)} choices, the right one is number {gold}")
+            raise ValueError(f"{len(choices)} choices, the right one is number {gold}")
         return [Request(context, delimiter + choice) for choice in choices]
 
     def score(row: dict, answers: list[Answer]) -> dict:
         _, choices, gold = ask(row)
         totals = [answer.loglikelihood for answer in answers]
-        by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
         best = totals.index(max(totals))
         metrics = {"acc": float(best == gold)}
         if normed:
-            metrics["acc_norm"] = float(by_length.index(max(by_length)) == gold)
+            by_length = [total / max(len(choice), 1) for total, choice in zip(totals, choices)]
+            best_normed = by_length.index(max(by_length))
+            metrics["acc_norm"] = float(best_normed == gold)
         return {"prediction": best, "target": gold, "metrics": metrics}
 
     return Task(file, version, requests, score, **rest)
 
 
 def exact_task(
-    file: str, version: int, ask: Callable[[dict], tuple[str, str]], perplexity: bool = False, **rest: Any
+    file: str,
+    version: int,
+    ask: Callable[[dict], tuple[str, str]],
+    perplexity: bool = False,
+    **rest: Any,
 ) -> Task:
     """The model must find every token of one target most probable (acc); on request its perplexity, too."""
 
     def requests(row: dict, _: Tokenizer) -> list[Request]:
-        return [Request(*ask(row))]
+        context, target = ask(row)
+        return [Request(context, target)]
 
     def score(row: dict, answers: list[Answer]) -> dict:
-        metrics = {"acc": float(answers[0].greedy)}
+        (answer,) = answers
+        _, target = ask(row)
+        metrics = {"acc": float(answer.greedy)}
         if perplexity:
-            metrics["perplexity"] = answers[0].loglikelihood  # summarise() makes it one
-        return {"prediction": answers[0].greedy, "target": ask(row)[1], "metrics": metrics}
+            metrics["perplexity"] = answer.loglikelihood  # summarise() makes it one
+        return {"prediction": answer.greedy, "target": target, "metrics": metrics}
 
     return Task(file, version, requests, score, **rest)
 
 
 def words_of(text: str) -> list[str]:
     """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    lower = text.lower()
+    letters = "".join(c for c in lower if c not in string.punctuation)
+    without_articles = re.sub(r"\b(a|an|the)\b", " ", letters)
+    return without_articles.split()
 
 
 def f1_score(prediction: str, answer: str) -> float:
     """Word overlap F1 of SQuAD, 0 to 1; 0 if nothing is shared."""
-    found, right = words_of(prediction), words_of(answer)
-    shared = sum((Counter(found) & Counter(right)).values())
-    return 2 * shared / (len(found) + len(right)) if shared else 0.0
+    found = Counter(words_of(prediction))
+    right = Counter(words_of(answer))
+    shared = (found & right).total()
+    if shared == 0:
+        return 0.0
+    return 2 * shared / (found.total() + right.total())
 
 
 def squad_score(reply: str, right: list[str]) -> dict:
     """F1 and exact match as SQuAD counts them, the best over the right answers."""
     f1 = max(f1_score(reply, answer) for answer in right)
-    exact = float(any(words_of(reply) == words_of(answer) for answer in right))
-    return {"prediction": reply, "target": right, "metrics": {"f1": f1, "exact_match": exact}}
+    same_words = [words_of(reply) == words_of(answer) for answer in right]
+    metrics = {"f1": f1, "exact_match": float(any(same_words))}
+    return {"prediction": reply, "target": right, "metrics": metrics}
 
 
 # ------------------------------------------------------------------------------------------- benchmarks
@@ -327,45 +392,57 @@ def squad_score(reply: str, right: list[str]) -> dict:
 
 def boolq(row: dict) -> tuple:
     """BoolQ: yes or no after a passage that begins with its title."""
-    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"]
+    context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return context, ["no", "yes"], row["label"]
 
 
 def logiqa(row: dict) -> tuple:
     """LogiQA: the options are listed with letters, and scored as texts."""
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", row["options"]))
+    options = row["options"]
+    listed = ""
+    for letter, option in zip("ABCD", options):
+        listed += f"\n{letter}. {option}"
     context = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:{listed}\nAnswer:"
-    return context, row["options"], "abcd".index(row["label"].strip())
+    right = row["label"].strip()
+    return context, options, "abcd".index(right)
 
 
 def arc_challenge(row: dict) -> tuple:
     """ARC: three to five choices, whatever their labels."""
+    context = f"Question: {row['question']}\nAnswer:"
     choices = row["choices"]
-    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
+    right = choices["label"].index(row["answerKey"])
+    return context, choices["text"], right
 
 
 def truthfulqa_mc1(row: dict) -> tuple:
     """TruthfulQA: six fixed pairs in front; the first choice is the true one."""
-    return f"{row['_prompt']}\n\nQ: {row['question']}\nA:", row["mc1_targets"]["choices"], 0
+    context = f"{row['_prompt']}\n\nQ: {row['question']}\nA:"
+    return context, row["mc1_targets"]["choices"], 0
 
 
 def truthfulqa_mc2_requests(row: dict, _: Tokenizer) -> list[Request]:
     """TruthfulQA mc2: every true and false answer."""
-    return [Request(truthfulqa_mc1(row)[0], " " + choice) for choice in row["mc2_targets"]["choices"]]
+    context, _, _ = truthfulqa_mc1(row)
+    choices = row["mc2_targets"]["choices"]
+    return [Request(context, " " + choice) for choice in choices]
 
 
 def truthfulqa_mc2_score(row: dict, answers: list[Answer]) -> dict:
     """The share of probability that true answers get."""
     labels = row["mc2_targets"]["labels"]
-    best = max(answer.loglikelihood for answer in answers)  # taken off everywhere, so that not all underflow
-    probabilities = [math.exp(answer.loglikelihood - best) for answer in answers]
+    totals = [answer.loglikelihood for answer in answers]
+    best = max(totals)
+    probabilities = [math.exp(total - best) for total in totals]  # over the best one's: not all underflow
     true = sum(p for p, label in zip(probabilities, labels) if label == 1)
     metrics = {"acc": true / sum(probabilities)}
-    return {"prediction": probabilities.index(1.0), "target": labels, "metrics": metrics}
+    return {"prediction": totals.index(best), "target": labels, "metrics": metrics}
 
 
 def truthfulqa_rows(rows: list[dict], folder: Path) -> list[dict]:
     """Each row with the fixed pairs."""
-    prompt = (folder / "truthfulqa_prompt.txt").read_text(encoding="utf-8")
+    path = folder / "truthfulqa_prompt.txt"
+    prompt = path.read_text(encoding="utf-8")
     return [row | {"_prompt": prompt} for row in rows]
 
 
@@ -377,12 +454,16 @@ def lambada(row: dict) -> tuple[str, str]:
 
 def asdiv(row: dict) -> tuple[str, str]:
     """ASDiv: the number alone, with no space in front."""
-    return f"{row['body']}\nQuestion:{row['question']}\nAnswer:", row["answer"].split(" (")[0]
+    context = f"{row['body']}\nQuestion:{row['question']}\nAnswer:"
+    number, *_ = row["answer"].split(" (")
+    return context, number
 
 
 def arithmetic(row: dict) -> tuple[str, str]:
     """Arithmetic: the GPT-3 rows, cleaned as lm-evaluation-harness cleans them."""
-    context = row["context"].strip().replace("\n\n", "\n").replace("Q:", "Question:").replace("A:", "Answer:")
+    context = row["context"].strip()
+    context = context.replace("\n\n", "\n")
+    context = context.replace("Q:", "Question:").replace("A:", "Answer:")
     return context, row["completion"]
 
 
@@ -397,14 +478,22 @@ def arithmetic_task(name: str) -> Task:
 
 def language_of(row: dict) -> str:
     """TydiQA: the first part of a row's id."""
-    return row["id"].split("-")[0]
+    language, _, _ = row["id"].partition("-")
+    return language
 
 
 def tydiqa_rows(rows: list[dict], folder: Path) -> list[dict]:
     """Each row with its language's words and demonstration."""
-    words = json.loads((folder / "tydiqa_templates.json").read_text(encoding="utf-8"))["with_context"]
-    shots = {language_of(row): row for row in read_rows([str(folder / "tydiqa_1shot.jsonl")])}
-    return [row | {"_words": words[language_of(row)], "_shot": shots[language_of(row)]} for row in rows]
+    templates = json.loads((folder / "tydiqa_templates.json").read_text(encoding="utf-8"))
+    words = templates["with_context"]
+    shots = {}
+    for shot in read_rows([str(folder / "tydiqa_1shot.jsonl")]):
+        shots[language_of(shot)] = shot
+    found = []
+    for row in rows:
+        language = language_of(row)
+        found.append(row | {"_words": words[language], "_shot": shots[language]})
+    return found
 
 
 def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
@@ -412,17 +501,21 @@ def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
     words, shot = row["_words"], row["_shot"]
 
     def question(of: dict) -> str:
-        ids = tokenizer.encode([of["context"]])[0][0]
-        passage = of["context"] if len(ids) <= 512 else tokenizer.decode(ids[:512], skip_special=False)
+        passage = of["context"]
+        ids, _ = tokenizer.encode([passage])[0]
+        if len(ids) > 512:
+            passage = tokenizer.decode(ids[:512], skip_special=False)
         return f"{words['passage']} {passage}\n{words['question']} {of['question']}\n{words['answer']}"
 
-    prompt = f"{words['instruction']}\n\n{question(shot)} {shot['answers']['text'][0]}\n\n{question(row)}"
+    shown = f"{question(shot)} {shot['answers']['text'][0]}"
+    prompt = f"{words['instruction']}\n\n{shown}\n\n{question(row)}"
     return [Request(prompt, max_new_tokens=50, stop="\n")]
 
 
 def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
     """SQuAD's figures, a mean over the languages."""
-    return squad_score(answers[0].text.strip(), row["answers"]["text"])
+    (answer,) = answers
+    return squad_score(answer.text.strip(), row["answers"]["text"])
 
 
 def mc(row: dict) -> tuple:
@@ -450,10 +543,14 @@ def qa_requests(row: dict, _: Tokenizer) -> list[Request]:
 
 def qa_score(row: dict, answers: list[Answer]) -> dict:
     """SQuAD's F1 and exact match."""
-    right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    if not right or not all(isinstance(answer, str) for answer in right):
+    (answer,) = answers
+    right = row["answer"]
+    if isinstance(right, str):
+        right = [right]
+    texts = isinstance(right, list) and all(isinstance(text, str) for text in right)
+    if not right or not texts:
         raise ValueError(f"answer {row['answer']!r} is no text, nor a list of texts")
-    return squad_score(answers[0].text.strip(), right)
+    return squad_score(answer.text.strip(), right)
 
 
 def ifeval_requests(row: dict, _: Tokenizer) -> list[Request]:
@@ -466,25 +563,37 @@ def ifeval_score(row: dict, answers: list[Answer]) -> dict:
 
     A row with an instruction whose package is missing is not scored. Raises ValueError for an unknown one.
     """
-    reply, names, arguments = answers[0].text, row["instruction_id_list"], row["kwargs"]
+    (answer,) = answers
+    reply, names, arguments = answer.text, row["instruction_id_list"], row["kwargs"]
     if len(names) != len(arguments):
         raise ValueError(f"{len(names)} instruction ids, but {len(arguments)} kwargs")
-    checks = list(zip(names, arguments))
-    if unknown := [name for name, _ in checks if name not in IFEVAL]:
+    if unknown := [name for name in names if name not in IFEVAL]:
         raise ValueError(f"unknown instruction id {unknown[0]!r}")
-    if missing := [name for name, _ in checks if not can_check(name)]:
+    if missing := [name for name in names if not can_check(name)]:
         return {"prediction": reply, "target": None, "metrics": {}, "not_scored": missing}
-    lines = reply.split("\n")
-    trimmed = [reply] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
-    variants = trimmed + [text.replace("*", "") for text in trimmed]
-    strict = [follows(reply, *check) for check in checks]
-    loose = [any(follows(variant, *check) for variant in variants) for check in checks]
-    metrics: dict[str, Any] = {}
-    for kind, kept in (("strict", strict), ("loose", loose)):
-        metrics[f"prompt_level_{kind}_acc"] = float(all(kept))
-    for kind, kept in (("strict", strict), ("loose", loose)):
-        metrics[f"inst_level_{kind}_acc"] = list(map(float, kept))
+    variants = trimmed_replies(reply)
+    strict, loose = [], []
+    for name, values in zip(names, arguments):
+        strict.append(follows(reply, name, values))
+        kept = [follows(variant, name, values) for variant in variants]
+        loose.append(any(kept))
+    metrics = {
+        "prompt_level_strict_acc": float(all(strict)),
+        "prompt_level_loose_acc": float(all(loose)),
+        "inst_level_strict_acc": [float(kept) for kept in strict],
+        "inst_level_loose_acc": [float(kept) for kept in loose],
+    }
     return {"prediction": reply, "target": None, "metrics": metrics}
+
+
+def trimmed_replies(reply: str) -> list[str]:
+    """IFEval's eight: without the first line, the last, both or none, each with and without asterisks."""
+    lines = reply.split("\n")
+    variants = [reply]
+    for rest in (lines[1:], lines[:-1], lines[1:-1]):
+        variants.append("\n".join(rest).strip())
+    without_asterisks = [text.replace("*", "") for text in variants]
+    return variants + without_asterisks
 
 
 SUBTASKS = [f"arithmetic_{kind}" for kind in "1dc 2da 2ds 2dm 3da 3ds 4da 4ds 5da 5ds".split()]
@@ -529,14 +638,26 @@ class Documents:
 
 def expand_tasks(names: list[str]) -> list[str]:
     """Task names with the groups spelled out; ValueError for a name that is neither."""
-    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
+    found: dict[str, None] = {}  # as an ordered set
+    unknown = []
+    for name in names:
+        if name in TASKS:
+            found[name] = None
+        elif name in GROUPS:
+            found |= dict.fromkeys(GROUPS[name])
+        else:
+            unknown.append(name)
     if unknown:
-        raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join([*TASKS, *GROUPS])}")
-    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+        known = ", ".join([*TASKS, *GROUPS])
+        raise ValueError(f"unknown task {', '.join(unknown)}; known: {known}")
+    return list(found)
 
 
 def prepare(
-    tasks: list[str], tokenizer: Tokenizer, data_dir: str | os.PathLike, limit: int | None = None
+    tasks: list[str],
+    tokenizer: Tokenizer,
+    data_dir: str | os.PathLike,
+    limit: int | None = None,
 ) -> list[Documents]:
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
@@ -546,12 +667,25 @@ def prepare(
         if not rows:
             raise ValueError(f"{Path(data_dir) / task.file}: no document of {name} to evaluate")
         requests = [requests_of(task, row, tokenizer) for row in rows]
-        content = [{key: value for key, value in row.items() if key[0] != "_"} for row in rows]
-        text = json.dumps([content, [[vars(request) for request in group] for group in requests]])
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        identity = {"version": task.version, "data_sha256": digest[:16], "limit": limit}
+        identity = {
+            "version": task.version,
+            "data_sha256": fingerprint(rows, requests),
+            "limit": limit,
+        }
         documents.append(Documents(name, task, rows, requests, identity))
     return documents
+
+
+def fingerprint(rows: list[dict], requests: list[list[Request]]) -> str:
+    """16 digits of the SHA-256 of rows and requests, without what was added to the rows (_doc, _source)."""
+    contents, asked = [], []
+    for row, group in zip(rows, requests):
+        content = {key: value for key, value in row.items() if not key.startswith("_")}
+        contents.append(content)
+        asked.append([vars(request) for request in group])
+    text = json.dumps([contents, asked])
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:16]
 
 
 def check_room(documents: list[Documents], positions: int) -> None:
@@ -565,14 +699,18 @@ def check_room(documents: list[Documents], positions: int) -> None:
 
 def task_rows(name: str, folder: Path) -> list[dict]:
     """All documents of a task, each with its number in the file. Raises ValueError where a file is not."""
-    path = folder / TASKS[name].file
+    task = TASKS[name]
+    path = folder / task.file
     if not path.is_file():
-        public = any(name in tasks for tasks in GROUPS.values())
-        fetch = f" (python tests/tools/get_data.py {name} --out {folder} fetches it)" if public else ""
-        raise ValueError(f"--data-dir {folder} has no {path.name}, the rows of {name}{fetch}")
-    rows = [row | {"_doc": i} for i, row in enumerate(read_rows([str(path)]))]
+        message = f"--data-dir {folder} has no {path.name}, the rows of {name}"
+        if any(name in tasks for tasks in GROUPS.values()):  # a public benchmark
+            message += f" (python tests/tools/get_data.py {name} --out {folder} fetches it)"
+        raise ValueError(message)
+    rows = []
+    for number, row in enumerate(read_rows([str(path)])):
+        rows.append(row | {"_doc": number})
     try:
-        return TASKS[name].prepare(rows, folder)
+        return task.prepare(rows, folder)
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         what = "a row, or what belongs beside the rows, is missing or malformed"
         raise ValueError(f"{path}: {what} ({type(error).__name__}: {error})") from None
@@ -582,22 +720,30 @@ def requests_of(task: Task, row: dict, tokenizer: Tokenizer) -> list[Request]:
     """A row's requests; a row that lacks what the task needs is a ValueError that names it."""
     try:
         requests = task.requests(row, tokenizer)
-        if not requests:
-            raise ValueError("no choices")
-        for request in requests:
-            if not isinstance(request.context, str):
-                raise ValueError(f"a prompt must be a text, not {type(request.context).__name__}")
-        task.score(row, [Answer()] * len(requests))  # a dry run: what scoring needs must be there
+        check_requests(requests)
+        answers = [Answer()] * len(requests)
+        task.score(row, answers)  # a dry run: what scoring needs must be there
     except KeyError as error:
         raise ValueError(f"{row['_source']}: no field {error}") from None
     except (TypeError, ValueError, IndexError, AttributeError, re.error) as error:
-        named = str(error).startswith(row["_source"])
-        raise ValueError(str(error) if named else f"{row['_source']}: {error}") from None
+        raise ValueError(f"{row['_source']}: {error}") from None
     return requests
 
 
+def check_requests(requests: list[Request]) -> None:
+    """A row asks something, and its prompts are texts."""
+    if not requests:
+        raise ValueError("no choices")
+    for request in requests:
+        if not isinstance(request.context, str):
+            raise ValueError(f"a prompt must be a text, not {type(request.context).__name__}")
+
+
 def evaluate(
-    model: Transformer, tokenizer: Tokenizer, documents: list[Documents], batch_tokens: int = 4096
+    model: Transformer,
+    tokenizer: Tokenizer,
+    documents: list[Documents],
+    batch_tokens: int = 4096,
 ) -> tuple[dict[str, dict], list[dict]]:
     """Put prepared tasks to a model; (results, samples).
 
@@ -608,38 +754,52 @@ def evaluate(
     results: dict[str, dict] = {}
     samples: list[dict] = []
     for prepared in documents:
-        name, task = prepared.name, prepared.task
-        answers = answer_requests(model, tokenizer, prepared, batch_tokens)
-        scored = []
-        for row, requests, replies in zip(prepared.rows, prepared.requests, answers):
-            shown: dict[str, Any] = {"text": replies[0].text}
-            if requests[0].continuation is not None:
-                shown = {
-                    "loglikelihoods": [reply.loglikelihood for reply in replies],
-                    "is_greedy": [reply.greedy for reply in replies],
-                }
-            scored.append({"task": name, "doc_id": row["_doc"]} | shown | task.score(row, replies))
-        groups = [task.group(row) for row in prepared.rows] if task.group else None
-        results[name] = summarise([document["metrics"] for document in scored], groups)
-        results[name] |= {"n": len(prepared.rows)} | prepared.identity
-        if not_scored := sum("not_scored" in document for document in scored):
-            results[name]["not_scored"] = not_scored
+        scored = score_documents(model, tokenizer, prepared, batch_tokens)
+        metrics = [sample["metrics"] for sample in scored]
+        group = prepared.task.group
+        groups = [group(row) for row in prepared.rows] if group else None
+        result = summarise(metrics, groups)
+        result["n"] = len(prepared.rows)
+        result |= prepared.identity
+        not_scored = sum("not_scored" in sample for sample in scored)
+        if not_scored:
+            result["not_scored"] = not_scored
+        results[prepared.name] = result
         samples += scored
     return results, samples
+
+
+def score_documents(
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+) -> list[dict]:
+    """A task's samples: for each document what the model answered, and what that is worth."""
+    answers = answer_requests(model, tokenizer, documents, batch_tokens)
+    samples = []
+    for row, requests, replies in zip(documents.rows, documents.requests, answers):
+        sample: dict[str, Any] = {"task": documents.name, "doc_id": row["_doc"]}
+        if requests[0].continuation is None:
+            sample["text"] = replies[0].text
+        else:
+            sample["loglikelihoods"] = [reply.loglikelihood for reply in replies]
+            sample["is_greedy"] = [reply.greedy for reply in replies]
+        samples.append(sample | documents.task.score(row, replies))
+    return samples
 
 
 def answer_requests(
     model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
 ) -> list[list[Answer]]:
     """The answers to a task's requests, document by document. Raises ValueError where one is not finite."""
-    requests = [request for group in documents.requests for request in group]
-    sources = [row["_source"] for row, group in zip(documents.rows, documents.requests) for _ in group]
-    answers: list[Answer] = [Answer()] * len(requests)
+    requests, sources = [], []
+    for row, group in zip(documents.rows, documents.requests):
+        requests += group
+        sources += [row["_source"]] * len(group)
     scored, pairs = [], []
     written: dict[tuple, list[int]] = {}  # (max_new_tokens, stop): the requests to write on from
     for i, request in enumerate(requests):
         if request.continuation is None:
-            written.setdefault((request.max_new_tokens, request.stop), []).append(i)
+            kind = request.max_new_tokens, request.stop
+            written.setdefault(kind, []).append(i)
             continue
         try:
             pair = encode_pair(tokenizer, request.context, request.continuation)
@@ -649,18 +809,25 @@ def answer_requests(
         check_ids(pair[0] + pair[1], model.config.vocab_size, model.folder)
         scored.append(i)
         pairs.append(pair)
-    for i, answer in zip(scored, loglikelihoods(model, pairs, batch_tokens, documents.name)):
-        if not math.isfinite(answer.loglikelihood):  # an argmax of NaN would look like an answer
-            raise ValueError(f"{sources[i]}: {documents.name} has the log-likelihood {answer.loglikelihood}")
+
+    answers = [Answer()] * len(requests)
+    found = loglikelihoods(model, pairs, batch_tokens, documents.name)
+    for i, answer in zip(scored, found):
+        total = answer.loglikelihood
+        if not math.isfinite(total):  # an argmax of NaN would look like an answer
+            raise ValueError(f"{sources[i]}: {documents.name} has the log-likelihood {total}")
         answers[i] = answer
-    for (max_new_tokens, stop), group in written.items():
-        prompts = [ids for ids, _ in tokenizer.encode([requests[i].context for i in group])]
-        check_ids([token for ids in prompts for token in ids], model.config.vocab_size, model.folder)
+    for (max_new_tokens, stop), places in written.items():
+        contexts = [requests[i].context for i in places]
+        prompts = [ids for ids, _ in tokenizer.encode(contexts)]
+        for ids in prompts:
+            check_ids(ids, model.config.vocab_size, model.folder)
         texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, documents.name)
-        for i, text in zip(group, texts):
+        for i, text in zip(places, texts):
             answers[i] = Answer(text=text)
-    ends = np.cumsum([len(group) for group in documents.requests]).tolist()
-    return [answers[start:end] for start, end in zip([0, *ends], ends)]
+
+    rest = iter(answers)
+    return [list(islice(rest, len(group))) for group in documents.requests]
 
 
 def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
@@ -670,44 +837,78 @@ def summarise(metrics: list[dict], groups: list[str] | None = None) -> dict:
     perplexity of a task is exp of minus the mean log-likelihood.
     """
     if groups is not None:
-        parts = [summarise([m for m, g in zip(metrics, groups) if g == name]) for name in sorted(set(groups))]
-        means = {key: sum(part[key] for part in parts) / len(parts) for key in metrics_of(parts[0])}
-        squares = {key: sum(part[f"{key}_stderr"] ** 2 for part in parts) for key in means}
-        return means | {f"{key}_stderr": math.sqrt(square) / len(parts) for key, square in squares.items()}
+        members: dict[str, list[dict]] = {}
+        for name, metric in zip(groups, metrics):
+            members.setdefault(name, []).append(metric)
+        return mean_of_summaries([summarise(members[name]) for name in sorted(members)])
+    pooled: dict[str, list[float]] = {}
+    for document in metrics:
+        for key, value in document.items():
+            values = value if isinstance(value, list) else [value]
+            pooled.setdefault(key, []).extend(values)
     summary = {}
-    for key in dict.fromkeys(key for one in metrics for key in one):
-        found = [one[key] for one in metrics if key in one]
-        values = [x for value in found for x in (value if isinstance(value, list) else [value])]
-        mean = sum(values) / len(values)
-        variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-        error = math.sqrt(variance / len(values))
+    for key, values in pooled.items():
+        mean, error = mean_and_error(values)
         if key == "perplexity":
             mean = math.exp(-mean) if mean > -700 else math.inf
             error *= mean
-        summary |= {key: mean, f"{key}_stderr": error}
+        summary[key] = mean
+        summary[f"{key}_stderr"] = error
     return summary
 
 
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, sample standard deviation over sqrt(n); 0 for a single value."""
+    count = len(values)
+    mean = sum(values) / count
+    squares = sum((value - mean) ** 2 for value in values)
+    variance = squares / max(count - 1, 1)
+    return mean, math.sqrt(variance / count)
+
+
+def mean_of_summaries(summaries: list[dict]) -> dict:
+    """The unweighted mean of every metric, and its standard error from those of the summaries."""
+    count, means, errors = len(summaries), {}, {}
+    for key in metrics_of(summaries[0]):
+        name = f"{key}_stderr"
+        means[key] = sum(summary[key] for summary in summaries) / count
+        squares = sum(summary[name] ** 2 for summary in summaries)
+        errors[name] = math.sqrt(squares) / count
+    return means | errors
+
+
 def metrics_of(result: dict) -> list[str]:
-    """The metrics of a task's result; the first stands for the task."""
+    """The metrics of a task's result; the first is its primary metric."""
     return [key for key in result if f"{key}_stderr" in result]
 
 
-def headlines(results: dict[str, dict]) -> dict[str, float]:
-    """What stands for each task, in percent: its first metric; arithmetic is one, the mean of ten."""
-    percents = {}
+def primary_metrics(results: dict[str, dict]) -> dict[str, float]:
+    """Each task's primary metric in percent; arithmetic's ten subtasks are one, their mean."""
+    percents, of_subtasks = {}, []
     for task, result in results.items():
-        for first in metrics_of(result)[:1]:  # none, if no document could be scored
-            percents[task] = 100 * result[first]
-    sums = [percents.pop(task) for task in SUBTASKS if task in percents]
-    return percents | ({"arithmetic": sum(sums) / len(sums)} if sums else {})
+        metrics = metrics_of(result)
+        if not metrics:  # no document could be scored
+            continue
+        percent = 100 * result[metrics[0]]
+        if task in SUBTASKS:
+            of_subtasks.append(percent)
+        else:
+            percents[task] = percent
+    if of_subtasks:
+        percents["arithmetic"] = sum(of_subtasks) / len(of_subtasks)
+    return percents
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table that also reads well on a screen."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    ruled = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in ruled)
+    columns = zip(header, *rows)
+    widths = [max(len(cell) for cell in column) for column in columns]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for cells in (header, rule, *rows):
+        padded = map(str.ljust, cells, widths)
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------- IFEval
@@ -719,30 +920,43 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def follows(reply: str, name: str, arguments: dict) -> bool:
     """Whether a reply that is not blank keeps one instruction."""
     given = {key: value for key, value in arguments.items() if value}
-    return bool(IFEVAL[name](reply, **given)) and bool(reply.strip())
+    keeps = IFEVAL[name]
+    return bool(keeps(reply, **given) and reply.strip())
 
 
 def related(count: int, relation: str, bound: int) -> bool:
     """The two relations of IFEval."""
-    if relation not in ("less than", "at least"):
-        raise ValueError(f"relation {relation!r} is not one of less than, at least")
-    return count < bound if relation == "less than" else count >= bound
+    if relation == "less than":
+        return count < bound
+    if relation == "at least":
+        return count >= bound
+    raise ValueError(f"relation {relation!r} is not one of less than, at least")
 
 
 def split_ends(text: str, pattern: str) -> list[str]:
     """Parts between separators; a blank first or last one is dropped, a blank one in between leaves none."""
     parts = re.split(pattern, text)
-    parts = parts[not parts[0].strip() : len(parts) - (not parts[-1].strip())]
-    return parts if all(part.strip() for part in parts) else []
+    if not parts[0].strip():
+        parts = parts[1:]
+    if parts and not parts[-1].strip():
+        parts = parts[:-1]
+    if all(part.strip() for part in parts):
+        return parts
+    return []
 
 
 def nth_first_word(v: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     """The first word of the nth of exactly so many paragraphs."""
-    parts, first_word = v.split("\n\n"), first_word.lower()
-    if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
+    paragraphs = v.split("\n\n")
+    not_blank = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    if len(not_blank) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
-    words = parts[nth_paragraph - 1].split()
-    return bool(words) and re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() == first_word
+    words = paragraphs[nth_paragraph - 1].split()
+    if not words:
+        return False
+    word = words[0].lstrip("'").lstrip('"')
+    word, *_ = re.split(r"[.,?!'\"]", word)  # it ends at the first of these
+    return word.lower() == first_word.lower()
 
 
 def postscript(v: str, postscript_marker: str) -> bool:
@@ -754,8 +968,10 @@ def postscript(v: str, postscript_marker: str) -> bool:
 
 def highlighted(v: str, num_highlights: int) -> bool:
     """Enough spans between asterisks that are not blank."""
-    spans = re.findall(r"\*[^\n\*]*\*", v) + re.findall(r"\*\*[^\n\*]*\*\*", v)
-    return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
+    spans = re.findall(r"\*[^\n\*]*\*", v)
+    spans += re.findall(r"\*\*[^\n\*]*\*\*", v)
+    not_blank = [span for span in spans if span.strip("*").strip()]
+    return len(not_blank) >= num_highlights
 
 
 def is_json(v: str) -> bool:
@@ -772,14 +988,22 @@ def is_json(v: str) -> bool:
 
 def two_responses(v: str) -> bool:
     """Exactly two different parts around six asterisks."""
-    parts = v.split("******")
-    found = [part.strip() for i, part in enumerate(parts) if part.strip() or 0 < i < len(parts) - 1]
-    return len(found) == 2 and all(found) and found[0] != found[1]
+    responses = [part.strip() for part in v.split("******")]
+    if not responses[0]:
+        responses = responses[1:]
+    if responses and not responses[-1]:
+        responses = responses[:-1]
+    if len(responses) != 2 or "" in responses:
+        return False
+    first, second = responses
+    return first != second
 
 
 def bullets(v: str) -> int:
     """Lines that begin with one asterisk or a dash."""
-    return len(re.findall(r"^\s*\*[^\*].*$", v, re.M)) + len(re.findall(r"^\s*-.*$", v, re.M))
+    asterisks = re.findall(r"^\s*\*[^\*].*$", v, re.M)
+    dashes = re.findall(r"^\s*-.*$", v, re.M)
+    return len(asterisks) + len(dashes)
 
 
 def detected(v: str, language: str) -> bool:
@@ -793,11 +1017,19 @@ def detected(v: str, language: str) -> bool:
         return True
 
 
-def pieces(v: str, of: str) -> list[str]:
-    """nltk's sentences or words of a text."""
+def sentences(v: str) -> list[str]:
+    """The sentences of a text, as nltk finds them."""
     import nltk
 
-    return nltk.sent_tokenize(v) if of == "sentences" else nltk.word_tokenize(v)
+    return nltk.sent_tokenize(v)
+
+
+def capital_words(v: str) -> int:
+    """How many words, as nltk finds them, are in capitals."""
+    import nltk
+
+    words = nltk.word_tokenize(v)
+    return sum(word.isupper() for word in words)
 
 
 IFEVAL = {
@@ -819,7 +1051,7 @@ IFEVAL = {
     ),
     "length_constraints:nth_paragraph_first_word": nth_first_word,
     "length_constraints:number_sentences": lambda v, num_sentences, relation: related(
-        len(pieces(v, "sentences")), relation, num_sentences
+        len(sentences(v)), relation, num_sentences
     ),
     "detectable_content:number_placeholders": lambda v, num_placeholders: (
         len(re.findall(r"\[.*?\]", v)) >= num_placeholders
@@ -848,7 +1080,7 @@ IFEVAL = {
     "change_case:english_capital": lambda v: v.isupper() and detected(v, "en"),
     "change_case:english_lowercase": lambda v: v.islower() and detected(v, "en"),
     "change_case:capital_word_frequency": lambda v, capital_frequency, capital_relation: related(
-        sum(word.isupper() for word in pieces(v, "words")), capital_relation, capital_frequency
+        capital_words(v), capital_relation, capital_frequency
     ),
 }
 IFEVAL_NEEDS = {
@@ -867,7 +1099,7 @@ def can_check(name: str) -> bool:
         if IFEVAL_NEEDS.get(name) == "langdetect":
             detected("One.", "en")
         if IFEVAL_NEEDS.get(name) == "nltk":
-            pieces("One. Two.", "sentences")
+            sentences("One. Two.")
     except (ImportError, LookupError):
         return False
     return True
@@ -933,26 +1165,35 @@ def prompts_of(argument: str) -> list[str]:
 
 def write_results(results: dict[str, dict], samples: list[dict], arguments: argparse.Namespace) -> None:
     """Print the table, and write what --output and --samples ask for."""
+    print0(table(["task", "metric", "value", "stderr", "n"], table_rows(results)))
+    if arguments.limit is not None:
+        print0(f"only the first {arguments.limit} documents of each task (--limit)")
+    if rank_and_world()[0] != 0:
+        return
+    if arguments.output:
+        source = {"model": arguments.model, "adapter": None, "dtype": arguments.dtype}
+        if arguments.adapter:
+            source["adapter"] = arguments.adapter[0]
+        with_source = {task: result | source for task, result in results.items()}
+        write_text(json.dumps(with_source, indent=2) + "\n", arguments.output)
+    if arguments.samples:
+        write_rows(samples, arguments.samples)
+
+
+def table_rows(results: dict[str, dict]) -> list[list[str]]:
+    """Task, metric, value, standard error and number of documents, a line each; last the tasks' average."""
     rows = []
     for task, result in results.items():
         for metric in metrics_of(result):
-            cells = [f"{result[metric]:.4f}", f"{result[metric + '_stderr']:.4f}", str(result["n"])]
-            rows.append([task, metric, *cells])
+            value, error = result[metric], result[f"{metric}_stderr"]
+            rows.append([task, metric, f"{value:.4f}", f"{error:.4f}", str(result["n"])])
         if "not_scored" in result:
             what = "not scored (a checker's package is missing)"
             rows.append([task, what, "", "", str(result["not_scored"])])
-    percents = headlines(results).values()
+    percents = primary_metrics(results).values()
     average = sum(percents) / max(len(percents), 1)
     rows.append(["average", "of the tasks' first metrics, percent", f"{average:.2f}", "", ""])
-    print0(table(["task", "metric", "value", "stderr", "n"], rows))
-    if arguments.limit is not None:
-        print0(f"only the first {arguments.limit} documents of each task (--limit)")
-    source = {"model": arguments.model, "adapter": (arguments.adapter or [None])[0], "dtype": arguments.dtype}
-    results = {task: result | source for task, result in results.items()}
-    if arguments.output and rank_and_world()[0] == 0:
-        write_text(json.dumps(results, indent=2) + "\n", arguments.output)
-    if arguments.samples and rank_and_world()[0] == 0:
-        write_rows(samples, arguments.samples)
+    return rows
 
 
 def template_of(adapters: list[str]) -> str:
@@ -960,8 +1201,11 @@ def template_of(adapters: list[str]) -> str:
     found = set()
     for adapter in adapters:
         above = Path(adapter).resolve().parents  # RUN/METHOD/seed-S or RUN/reference
-        configs = [folder / "config.json" for folder in above[:2]]
-        found |= {read_object(path).get("template", "tulu") for path in configs if path.is_file()}
+        for folder in above[:2]:
+            path = folder / "config.json"
+            if path.is_file():
+                config = read_object(path)
+                found.add(config.get("template", "tulu"))
     if len(found) > 1:
         raise ValueError("the adapters were trained with different templates: give --template")
     return found.pop() if found else "tulu"

@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress, rank_and_world
 from data import read_object, read_rows, render_rows, shift, split_rows, start_ranks, sum_over_ranks
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
-from eval import Documents, check_room, evaluate, headlines, metrics_of, prepare, table
+from eval import Documents, check_room, evaluate, metrics_of, prepare, primary_metrics, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
 from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model, model_fingerprint
@@ -1355,7 +1355,7 @@ def measure(model: Transformer, suite: EvalSuite, folder: Path) -> dict:
 def columns(figures: dict) -> dict[str, float]:
     """A model's row of the table: the average of its tasks, every metric in percent, and its losses."""
     row = {}
-    main_metrics = headlines(figures["tasks"])
+    main_metrics = primary_metrics(figures["tasks"])
     if main_metrics:
         row["average"] = sum(main_metrics.values()) / len(main_metrics)
     for task, result in figures["tasks"].items():

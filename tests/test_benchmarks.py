@@ -23,7 +23,7 @@ from eval import (
     expand_tasks,
     f1_score,
     follows,
-    headlines,
+    primary_metrics,
     ifeval_score,
 )
 from eval import prepare, requests_of, summarise, task_rows, words_of
@@ -234,7 +234,7 @@ def test_arithmetic_counts_once_in_an_average():
     results = {name: {"acc": 1.0, "acc_stderr": 0.0, "n": 1} for name in SUBTASKS} | {
         "boolq": {"acc": 0.0, "acc_stderr": 0.0}
     }
-    assert headlines(results) == {"boolq": 0.0, "arithmetic": 100.0}
+    assert primary_metrics(results) == {"boolq": 0.0, "arithmetic": 100.0}
 
 
 def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypatch):
@@ -258,7 +258,9 @@ def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypat
     )
     assert summary["inst_level_loose_acc"] == 1.0  # without the first line there is no comma
     assert documents[2]["not_scored"] == ["language:response_language"]
-    assert headlines({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}}) == {}  # nothing could be scored
+    assert (
+        primary_metrics({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}}) == {}
+    )  # nothing could be scored
     assert not follows(" \n", "punctuation:no_comma", {}) and len(CHECKERS) == 25
 
 

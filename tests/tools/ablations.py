@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import demo  # noqa: E402
 import forgetting  # noqa: E402
 from data import read_rows, write_rows, write_text  # noqa: E402
-from eval import headlines, table  # noqa: E402
+from eval import primary_metrics, table  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dic
         for panel in ablation.panels:
             results = forgetting.run(demo.panel_options(options, panel, seed, methods))
             for method, by_seed in results.items():
-                percents = headlines(by_seed[seed]["tasks"]).values()
+                percents = primary_metrics(by_seed[seed]["tasks"]).values()
                 found[panel][method].append(sum(percents) / len(percents))
     return found
 
