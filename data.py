@@ -817,7 +817,7 @@ def _content_of(path: Path) -> str | list:
         raise ValueError(f"{path}: GGUF, a model, not rows; transformers converts it (gguf_file=)")
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "no such file"
-        raise ValueError(f"{path}: {what} (public sets: python tests/tools/get_data.py --help)")
+        raise ValueError(f"{path}: {what} (public sets: ./run.sh get_data --help)")
     if kind == ".parquet" and path.suffix.lower() == kind:
         with suppress(ImportError):
             return _read_parquet(path)

@@ -1,10 +1,10 @@
 """Log-likelihoods, greedy generation, and the benchmarks that are made of them. For any model and adapter.
 
-    python tests/tools/get_data.py boolq arc_challenge           # their rows, into runs/data
-    python eval.py --model M --tasks boolq arc_challenge
-    python eval.py --model M --adapter RUN/forgetting/seed-0 --tasks paper --output results.json
-    python eval.py --model M --tasks mc qa --data-dir my/rows    # your own questions: mc.jsonl, qa.jsonl
-    python eval.py --model M --adapter RUN/full/seed-0 RUN/forgetting/seed-0 --prompt "Why is the sky blue?"
+    ./run.sh get_data boolq arc_challenge           # their rows, into runs/data
+    ./run.sh eval --model M --tasks boolq arc_challenge
+    ./run.sh eval --model M --adapter RUN/forgetting/seed-0 --tasks paper --output results.json
+    ./run.sh eval --model M --tasks mc qa --data-dir my/rows    # your own questions: mc.jsonl, qa.jsonl
+    ./run.sh eval --model M --adapter RUN/full/seed-0 RUN/forgetting/seed-0 --prompt "Why is the sky blue?"
     torchrun --nproc_per_node=2 eval.py ...                      # documents spread over ranks, same results
 
 A task turns a row into requests, and the answers into figures. Prompts, delimiters and metrics are those of
@@ -704,7 +704,7 @@ def task_rows(name: str, folder: Path) -> list[dict]:
     if not path.is_file():
         message = f"--data-dir {folder} has no {path.name}, the rows of {name}"
         if any(name in tasks for tasks in GROUPS.values()):  # a public benchmark
-            message += f" (python tests/tools/get_data.py {name} --out {folder} fetches it)"
+            message += f" (./run.sh get_data {name} --out {folder} fetches it)"
         raise ValueError(message)
     rows = []
     for number, row in enumerate(read_rows([str(path)])):
@@ -1110,7 +1110,7 @@ def can_check(name: str) -> bool:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises ValueError, before any work, for what cannot be meant."""
-    usage = "python eval.py --model M --tasks T ... (--help lists the flags)"
+    usage = "./run.sh eval --model M --tasks T ... (--help lists the flags)"
     parser = argparse.ArgumentParser(
         usage=usage,
         description=__doc__,

@@ -187,7 +187,7 @@ def check_shares(rho: float | str, forget_rate: float | None) -> None:
         return
     highest = 1 - rho
     if not 0 <= forget_rate <= highest + 1e-9:
-        raise ValueError(f"forget rate {forget_rate} is not allowed: from 0 to 1 - rho = {highest:.4g}")
+        raise ValueError(f"forget rate {forget_rate} is not allowed: 0 to 1 - rho = {highest:.4g}")
 
 
 def lambda_at(step: int, total_steps: int, t_min: float, t_max: float) -> float:
@@ -815,7 +815,10 @@ class Options:
     skip_bad_rows: bool = option("rows", False, "train without the rows that cannot be used")
 
     rho: float | str | None = option(
-        "training", None, "share of tokens kept as positive [0.7; ignoring 0.5]; positive: those of Q > 0"
+        "training",
+        None,
+        "share of tokens kept as positive [0.7; ignoring 0.5]; positive: those of Q > 0",
+        "(0, 1]",
     )
     lr: float = option("training", 1e-4, "peak learning rate of AdamW (no weight decay)", "(0, inf)")
     warmup: float = option(
@@ -928,6 +931,8 @@ def check_option(name: str, value: Any, allowed: Any) -> None:
         if isinstance(allowed, tuple):
             if one not in allowed:
                 raise ValueError(f"{flag} {one} is not one of {', '.join(allowed)}")
+            continue
+        if name == "rho" and one == POSITIVE:
             continue
         low, high = map(float, allowed[1:-1].split(","))
         above = low <= one if allowed[0] == "[" else low < one

@@ -1,6 +1,6 @@
 """Algorithm 1 of "Forgetting" (arXiv 2508.04329), as plain as it can be: the file to read first.
 
-    python tests/plain.py --model tests/demo_model --data rows.jsonl --reference-data trusted.jsonl
+    ./run.sh plain --model tests/demo_model --data rows.jsonl --reference-data trusted.jsonl
 
     1. reference   theta' = a brief fine-tune of theta on D_ref, rows that are trusted
     2. scores      Q = loss under theta - loss under theta', for each response token of D_train
@@ -157,7 +157,7 @@ def main(arguments=None):
     forgetting.py ends in the same adapter with --dropout 0 and as many --reference-epochs as --epochs.
     """
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(prog="./run.sh plain", description=__doc__, formatter_class=as_written)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--data", nargs="+", required=True, help="rows of D_train (FILE:100: its first 100)")
     parser.add_argument("--reference-data", nargs="+", default=[], help="rows of D_ref [a sixth of --data]")

@@ -88,7 +88,7 @@ def test_the_first_line_is_the_command(runner, monkeypatch, tmp_path):
     call(monkeypatch, "level", "--out", tmp_path / "my out")
     table = tmp_path / "committed" / "level.md"
     head, _, title, *_ = table.read_text().splitlines()
-    command = f"python tests/tools/ablations.py level --out '{tmp_path / 'my out'}'"
+    command = f"./run.sh ablations level --out '{tmp_path / 'my out'}'"
     assert head == f"`{command}`: seeds 10 11 12 13 14. Intervals: 95 %, bootstrap over seeds."
     assert title == "# tokens or whole sequences"
     check_drawing(table.with_suffix(".svg"), head)

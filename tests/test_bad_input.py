@@ -295,10 +295,8 @@ CASES = [
         "balanced: --lambda-schedule balanced needs --watch-gradients",
     ),
     flag_case("--methods full:rho=0.5", "--methods full:rho=0.5: full does not read rho"),
-    flag_case(
-        "--methods forgetting:rho=", "'rho=' is not option=value; options: rho, forget_rate, lambda_schedule"
-    ),
-    flag_case("--methods forgetting:rh=0.5", "'rh=0.5' is not option=value; options: rho, forget_rate"),
+    flag_case("--methods forgetting:rho=", "'rho=' is not option=value; options: rho, lr, warmup"),
+    flag_case("--methods forgetting:rh=0.5", "'rh=0.5' is not option=value; options: rho, lr"),
     flag_case("--methods forgetting:dtype=float16", "'dtype=float16' is not option=value; options: rho"),
     flag_case("--methods forgetting:t_max=0", "--t-max 0.0 is below --t-min 1e-05"),
     flag_case("--methods base:rho=0.5", "unknown method base; known"),
@@ -317,11 +315,11 @@ CASES = [
         "--tasks boolq --data-dir {here}/nowhere",
         "--data-dir",
         "nowhere has no boolq.jsonl, the rows of boolq",
-        "(python tests/tools/get_data.py boolq --out",
+        "(./run.sh get_data boolq --out",
         "nowhere fetches it)",
     ),
     flag_case("--tasks mc", "--data-dir runs/data has no mc.jsonl, the rows of mc\n"),
-    flag_case("--data flan_v2", "flan_v2: no such file (public sets: python tests/tools/get_data.py --help)"),
+    flag_case("--data flan_v2", "flan_v2: no such file (public sets: ./run.sh get_data --help)"),
     flag_case("--eval-every 3", "--eval-every needs --eval-data"),
     Case(
         "a model without data",
@@ -474,7 +472,9 @@ CASES = [
     Case("two adapters for tasks", f"{EVAL} --adapter a b", ("--tasks take one --adapter at a time, not 2",)),
     Case("an absent GPU", f"{EVAL} --device cuda", ("--device cuda: torch sees no CUDA device here",)),
     Case(
-        "missing rows", f"{EVAL} --tasks mc boolq", ("has no boolq.jsonl, the rows of boolq (python tests",)
+        "missing rows",
+        f"{EVAL} --tasks mc boolq",
+        ("has no boolq.jsonl, the rows of boolq (./run.sh get_data",),
     ),
     Case(
         "a row that lacks a field",
@@ -645,7 +645,7 @@ def test_a_line_exit_code_2_and_nothing_written(case, finished, demo_model, tmp_
     assert stop.value.code == 2
     *usage, last = said.splitlines(keepends=True)
     assert last.startswith(f"{sys.argv[0]}: ") and last.endswith("\n"), said
-    assert len(usage) <= 1 and all(line.startswith(f"usage: python {sys.argv[0]} ") for line in usage), said
+    assert len(usage) <= 1 and all(line.startswith(f"usage: ./run.sh ") for line in usage), said
     assert [part for part in case.message if part not in last] == [], said
     assert contents(tmp_path) == before
 

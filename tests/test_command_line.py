@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import forgetting
 from data import write_rows
-from forgetting import METHODS, Options, locked, method_of, parse_options
+from forgetting import GROUPS, METHODS, Options, locked, method_of, options_of, parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -98,7 +98,7 @@ def finished(setting) -> Path:
         setting,
     )
     assert "| forgetting-sequence | 2 " in done.stdout and "D_train 24 examples" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"every token with its Q: python tests/tools/look.py {out}"
+    assert done.stdout.splitlines()[-1] == f"every token with its Q: ./run.sh look {out}"
     return out
 
 
@@ -969,36 +969,133 @@ def test_help_and_the_papers_defaults(capsys):
     assert options.lr == options.reference_lr == 1 and options.seeds == [0, 1, 2]
 
 
+# what a variant could change, and what made two runs the same, at 14fe823, where three lists were kept by hand
+VARIANT = "rho forget_rate lambda_schedule t_min t_max ceiling watch_gradients lr epochs warmup batch_size"
+VARIANT += " max_grad_norm rank alpha dropout"
+SAME_RUN = VARIANT + " template targets reference_lr reference_epochs dtype score_dtype"
+
+
+def test_the_groups_of_options_say_what_three_lists_said(tmp_path):
+    assert set(options_of("training", "unlearning")) == set(VARIANT.split())
+    assert set(options_of("training", "unlearning", "setting")) == set(SAME_RUN.split())
+    assert set(options_of(*GROUPS)) == {field.name for field in dataclasses.fields(Options)}
+    only_unlearning = {"forget_rate", "lambda_schedule", "t_min", "t_max", "ceiling", "watch_gradients"}
+    assert set(options_of("unlearning")) == only_unlearning
+
+
+def test_help_has_six_headings_and_the_methods(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    said = capsys.readouterr().out
+    for name, sentence in GROUPS.items():
+        assert f"\n{name}:\n  {sentence}\n" in said
+    listed = re.findall(r"^  ([\w-]+) {2,}\S", said.partition("\nmethods:\n")[2], re.MULTILINE)
+    assert listed == ["base", "reference", *METHODS]
+
+
+def test_rho_positive(tmp_path):
+    """As an option and in a variant; only where Q is looked at."""
+    assert parse_options(["--rho", "positive"]).rho == "positive"
+    assert method_of("forgetting:rho=positive", Options())[1].rho == "positive"
+    assert method_of("full", Options(rho="positive"))[0].rho == 1
+    for name in ("ignoring-random", "ignoring-loss", "full-P"):
+        with pytest.raises(ValueError, match=f"{name} does not look at Q: rho must be a number"):
+            method_of(name, Options(rho="positive"))
+    with pytest.raises(ValueError, match="forget rate 0.1 needs a rho that is a number"):
+        Options(rho="positive", forget_rate=0.1)
+    with pytest.raises(ValueError, match="'best' is not a value of rho"):
+        method_of("forgetting:rho=best", Options())
+
+
+STAND_IN = """#!/bin/sh
+case "$1 $2" in
+"- "*) cat "$0.lacks" ;;                                      # what the environment lacks
+"-c import torch"*) echo {gpus} ;;
+"-c import sys; sys.exit"*) exit {too_old} ;;
+"-c "*) exec {real} "$@" ;;
+--version*) echo Python 3.9.1 ;;
+"-m pip") echo "pip $*" >> "$0.log"; cat "$0.report" ;;
+*) echo {name} "$@" ;;
+esac
+"""
+
+
+def run_sh(folder: Path, *words, gpus=0, too_old=0, lacks="", report="") -> subprocess.CompletedProcess:
+    """run.sh from another folder, with stand-ins for python and torchrun that print what they are called with."""
+    for name in ("python", "torchrun"):
+        path = folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(STAND_IN.format(gpus=gpus, too_old=too_old, name=name, real=sys.executable))
+        path.chmod(0o755)
+    (folder / "bin/python.lacks").write_text(lacks)
+    (folder / "bin/python.report").write_text(report)
+    changed = {"VIRTUAL_ENV": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    environment = os.environ | changed
+    return subprocess.run(
+        [ROOT / "run.sh", *words], capture_output=True, text=True, env=environment, cwd=folder
+    )
+
+
+RUN = "{root}/forgetting.py --model m --data d"
+PROGRAMS = ("demo", "look", "get_data", "publish", "ablations", "real_run", "bench", "gpu_check")
+
+
 @pytest.mark.parametrize(
     "words, gpus, command",
     [
         ("", 0, "python {root}/tests/tools/demo.py"),
-        ("demo --seeds 3 4", 0, "python {root}/tests/tools/demo.py --seeds 3 4"),
+        *((f"{name} a --b", 4, f"python {{root}}/tests/tools/{name}.py a --b") for name in PROGRAMS),
+        ("plain --help", 4, "python {root}/tests/plain.py --help"),
         ("test -k model", 0, "python -m pytest -q {root}/tests -k model"),
-        ("--model m --data d", 0, "python {root}/forgetting.py --model m --data d"),
-        ("--model m --data d", 1, "python {root}/forgetting.py --model m --data d"),
-        (
-            "--model m --data d",
-            4,
-            "torchrun --standalone --nproc_per_node=4 {root}/forgetting.py --model m --data d",
-        ),
+        ("--model m --data d", 0, f"python {RUN}"),
+        ("--model m --data d", 1, f"python {RUN}"),
+        ("--model m --data d", 4, f"torchrun --standalone --nproc_per_node=4 {RUN}"),
+        ("eval --model m", 1, "python {root}/eval.py --model m"),
+        ("eval --model m", 4, "torchrun --standalone --nproc_per_node=4 {root}/eval.py --model m"),
     ],
 )
 def test_what_run_sh_starts(tmp_path, words, gpus, command):
-    """With stand-ins for python and torchrun that print what they are called with."""
-    for name in ("python", "torchrun"):
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else echo {name} "$@"; fi\n')
-        path.chmod(0o755)
-    shutil.copy(
-        ROOT / "requirements.txt", tmp_path / ".forgetting-requirements"
-    )  # nothing is to be installed
-    changed = {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [ROOT / "run.sh", *words.split()], capture_output=True, text=True, env=os.environ | changed
-    )
+    done = run_sh(tmp_path, *words.split(), gpus=gpus)
     assert (done.returncode, done.stdout, done.stderr) == (0, command.format(root=ROOT) + "\n", "")
+
+
+def test_run_sh_help_lists_what_it_starts(tmp_path):
+    done = run_sh(tmp_path, "help")
+    listed = re.findall(r"^(\w+) {2,}\S", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and set(listed) == {*PROGRAMS, "test", "plain", "eval"}
+    tools = {path.stem for path in (ROOT / "tests/tools").glob("*.py") if not path.stem.startswith("make_")}
+    assert tools <= {*PROGRAMS, "density"}, "a tool that no door leads to"
+
+
+def test_run_sh_refuses_a_name_it_does_not_know(tmp_path):
+    done = run_sh(tmp_path, "lok", "runs/mine")
+    assert done.returncode == 2 and "'lok' is none of its names: ./run.sh help" in done.stderr
+
+
+def test_run_sh_checks_the_python_of_an_active_environment(tmp_path):
+    done = run_sh(tmp_path, "look", too_old=1)
+    assert done.returncode == 2 and "Python 3.9.1 is too old: 3.11 or newer" in done.stderr
+    assert f"deactivate {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "package, version", [("numpy", np.__version__), ("setuptools", "0"), ("new-one", "0")]
+)
+def test_run_sh_replaces_nothing_in_an_active_environment(tmp_path, package, version):
+    """It ran pip in conda's base, which took the user's torch. setuptools, of which every environment has an old one,
+    and what is not there yet may come."""
+    report = json.dumps({"install": [{"metadata": {"name": package, "version": "99.0"}}]})
+    done = run_sh(tmp_path, "look", lacks="torch==2.13.0\n", report=report)
+    installs = [
+        line for line in (tmp_path / "bin/python.log").read_text().splitlines() if "--dry-run" not in line
+    ]
+    if package == "numpy":
+        assert done.returncode == 2 and installs == []
+        assert f"  numpy {version} -> 99.0\n" in done.stderr and "makes a .venv beside itself" in done.stderr
+    else:
+        assert done.returncode == 0 and len(installs) == 1
+        assert f"installing into {tmp_path}, once: torch==2.13.0" in done.stdout
+        assert "takes several gigabytes" in done.stdout
 
 
 def test_prompts_take_the_template_of_the_run(tmp_path):

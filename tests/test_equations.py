@@ -163,6 +163,17 @@ def test_partition_refuses_shares_out_of_range(rho, rate):
         partition(np.float32([1, np.nan, np.inf]), 0.5)
 
 
+def test_rho_positive_keeps_what_the_reference_finds_easier():
+    """The paper's first threshold, Q > 0: it keeps another share on every corpus, and a tie with 0 is not kept."""
+    quality = np.float32([-1, 0, 0.5, -0.0, 2])
+    positive, negative = partition(quality, "positive")
+    assert positive.tolist() == [False, False, True, False, True] and (negative == ~positive).all()
+    with pytest.raises(ValueError, match="forget rate 0.1 needs a rho that is a number"):
+        partition(quality, "positive", 0.1)
+    with pytest.raises(ValueError, match="rho best is not allowed"):
+        partition(quality, "best")
+
+
 def test_warmup_and_decay_are_those_of_transformers():
     """get_linear_schedule_with_warmup: the first step has rate 0, the last is one slope above 0."""
     rates = [learning_rate_at(step, 100, 2.0, 0.03) for step in range(100)]

@@ -14,6 +14,9 @@ import pytest
 from forgetting import Options
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests/tools"))
+import density  # noqa: E402
+
 LEAVES = {"model", "lora", "data"}
 BELOW = dict.fromkeys(sorted(LEAVES), set()) | {
     "eval": LEAVES,
@@ -119,6 +122,25 @@ def announced(source: str) -> list[str]:
     )
     names = re.split(r"[,;|]\s+", re.sub(r"\s*\(.*?\)", "", " ".join(order.split())))
     return [name.strip() for name in names]
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_no_line_has_to_be_read_twice(name):
+    """No limit on lines: where one bound, code was squeezed. Tokens a line of code are what is limited."""
+    source = source_of(name)
+    dense = {
+        f: round(d, 1) for f, d in density.functions_of(source).items() if d >= density.MOST_IN_A_FUNCTION
+    }
+    assert dense == {}
+    assert density.tokens_a_line(density.lines_of_tokens(source)) < density.MOST_IN_A_FILE
+
+
+def test_density_counts_tokens_on_lines_of_code():
+    source = '''"""Not counted."""\n\nx = 1  # nor this\n\n\ndef f(a):\n    "Nor this."\n    y = f"{a} {x}"\n    return y + x\n'''
+    assert density.lines_of_tokens(source) == [3] * 3 + [6] * 6 + [8] * 3 + [9] * 4
+    assert density.tokens_a_line(density.lines_of_tokens(source)) == 4
+    longer = "def g():\n" + "    x = [1, 2]\n" * 4 + "    def h():\n        return 1\n"
+    assert density.functions_of(source) == {} and list(density.functions_of(longer)) == ["g:1"]
 
 
 @pytest.mark.parametrize("name", BELOW)

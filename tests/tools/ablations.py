@@ -1,7 +1,7 @@
 """The paper's ablations in the demo's world, where the noise is known: one Markdown table and one SVG each.
 
-    python tests/tools/ablations.py                    # all of them, seeds 10 to 14; the same command goes on
-    python tests/tools/ablations.py rho t_max --seeds 10 11
+    ./run.sh ablations                    # all of them, seeds 10 to 14; the same command goes on
+    ./run.sh ablations rho t_max --seeds 10 11
 
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
 difference to the baseline with a 95 % bootstrap interval over seeds.
@@ -254,7 +254,7 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
 
 def head_of(name: str, options: forgetting.Options) -> str:
     """The first line of a table: the command."""
-    command = f"python tests/tools/ablations.py {name}"
+    command = f"./run.sh ablations {name}"
     if options.seeds != SEEDS:
         command += " --seeds " + " ".join(map(str, options.seeds))
     if options.out != OUT:
@@ -276,7 +276,7 @@ def make(name: str, options: forgetting.Options) -> Path:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=f"any of {', '.join(ABLATIONS)}"

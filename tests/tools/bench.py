@@ -1,9 +1,9 @@
 """Time this project against the usual stack on one machine, interleaved: ours, theirs, ours, theirs, ...
 
-    python tests/tools/bench.py train    --model SMOLLM2 --data rows.jsonl --peers /path/to/peers/bin/python
-    python tests/tools/bench.py score    --model SMOLLM2 --data rows.jsonl --peers ... --dtypes float32 bfloat16
-    python tests/tools/bench.py evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ...
-    python tests/tools/bench.py partition
+    ./run.sh bench train    --model SMOLLM2 --data rows.jsonl --peers /path/to/peers/bin/python
+    ./run.sh bench score    --model SMOLLM2 --data rows.jsonl --peers ... --dtypes float32 bfloat16
+    ./run.sh bench evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ...
+    ./run.sh bench partition
 
 Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other examples
 (evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding),
@@ -364,7 +364,7 @@ def compare(arguments: argparse.Namespace, dtype: str) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("job", choices=list(WORKERS))
     parser.add_argument("--model", help="a checkpoint folder")

@@ -1,8 +1,8 @@
 """The demo: Algorithm 1 in a small world whose noise is known, written with the public functions of forgetting.py.
 
-    python tests/tools/demo.py                                   # also: ./run.sh, ./run.sh demo --seeds 3 4
-    python tests/tools/demo.py --world random --seeds 3 4 5      # all flags of forgetting.py but --tasks and --data*
-    python tests/tools/demo.py --svg tests/tokens.svg            # and the picture of README, from the first seed
+    ./run.sh demo                                   # also: ./run.sh, ./run.sh demo --seeds 3 4
+    ./run.sh demo --world random --seeds 3 4 5      # all flags of forgetting.py but --tasks and --data*
+    ./run.sh demo --svg tests/tokens.svg            # and the picture of README, from the first seed
 
 For each seed a corpus of its own, and the method twice: with a reference trained on clean rows, and with one trained
 on rows as noisy as the training set. Methods that do not look at the reference are trained once and shown twice.
@@ -400,9 +400,19 @@ def draw_tokens(runs: dict[str, look.Run]) -> str:
 
 def parse_demo(argv: list[str] | None) -> tuple[forgetting.Options, argparse.Namespace]:
     """The flags of forgetting.py with the demo's defaults, and the demo's own two."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--world", choices=["popular", "random"], default="popular")
-    parser.add_argument("--svg")
+    defaults = "  ".join(
+        f"{name} {value}" for name, value in DEMO.items() if name not in ("model", "methods")
+    )
+    parser = argparse.ArgumentParser(
+        prog="./run.sh demo",
+        description=__doc__,
+        epilog=f"Other options: those of ./run.sh --help, with the demo's defaults: {defaults}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    worlds = "which wrong answers the rows carry: one that is popular, or random ones [popular]"
+    parser.add_argument("--world", choices=["popular", "random"], default="popular", help=worlds)
+    parser.add_argument("--svg", help="also draw the tokens of six rows of the first seed into this file")
     own, rest = parser.parse_known_args(argv)
     out = "runs/demo" if own.world == "popular" else "runs/demo-random"
     options = forgetting.parse_options(rest, **(DEMO | {"out": out}))
@@ -430,7 +440,7 @@ def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> 
     write_text(json.dumps(content, indent=2) + "\n", out / "results.json")
     write_text("\n\n".join(parts) + "\n", out / "results.md")
     print0("\n" + "\n\n".join(parts))
-    print0(f"\nwritten to {out / 'results.md'}; every token with its Q: python tests/tools/look.py {out}")
+    print0(f"\nwritten to {out / 'results.md'}; every token with its Q: ./run.sh look {out}")
     if svg:
         world = out / f"world-{options.seeds[0]}"
         runs = {

@@ -1,8 +1,8 @@
 """Fetch public rows into runs/data, where eval.py looks for a task's: benchmarks, and training sets.
 
-    python tests/tools/get_data.py boolq arithmetic paper      # tasks of eval.py, and groups of them
-    python tests/tools/get_data.py flan_v2 dolly alpaca        # training sets: --data runs/data/flan_v2.jsonl
-    python tests/tools/get_data.py hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows
+    ./run.sh get_data boolq arithmetic paper      # tasks of eval.py, and groups of them
+    ./run.sh get_data flan_v2 dolly alpaca        # training sets: --data runs/data/flan_v2.jsonl
+    ./run.sh get_data hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows
 
 They are converted once, checked where their sha256 is known, kept under the Hugging Face cache (HF_HOME), and copied.
 """
@@ -394,8 +394,9 @@ def main(argv: list[str] | None = None) -> None:
     """Fetch what is named, and say where it is."""
     benchmarks = [name for name in [*GROUPS, *TASKS] if benchmark_files(name)]
     known = ", ".join([*benchmarks, *RECIPES, f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
-    usage = "python tests/tools/get_data.py NAME ... [--out FOLDER] (--help lists the names)"
+    usage = "./run.sh get_data NAME ... [--out FOLDER] (--help lists the names)"
     parser = argparse.ArgumentParser(
+        prog="./run.sh get_data",
         usage=usage,
         description=__doc__,
         allow_abbrev=False,

@@ -1,11 +1,11 @@
 """The first hour on a GPU, in one command: is the CUDA path right, and how fast is it?
 
-    python tests/tools/gpu_check.py                                   # tiny models, seconds
-    python tests/tools/gpu_check.py --model meta-llama/Llama-3.2-1B   # and its tokens/s, MFU, peak memory
-    python tests/tools/gpu_check.py --device cpu                      # the same comparisons against itself: a rehearsal
+    ./run.sh gpu_check                                   # tiny models, seconds
+    ./run.sh gpu_check --model meta-llama/Llama-3.2-1B   # and its tokens/s, MFU, peak memory
+    ./run.sh gpu_check --device cpu                      # the same comparisons against itself: a rehearsal
 
 Every line compares the device with float32 on the CPU; the exit code is 1 if one of them differs by more than allowed.
-The usual stack is timed beside ours by bench.py: python tests/tools/bench.py train --device cuda --micro-tokens 8192 ...
+The usual stack is timed beside ours by bench.py: ./run.sh bench train --device cuda --micro-tokens 8192 ...
 """
 
 import argparse
@@ -196,7 +196,7 @@ def measure_speed(name: str, peak_tflops: float) -> list[list[str]]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a checkpoint to time")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

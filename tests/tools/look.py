@@ -1,10 +1,10 @@
 """What a run found, to look at: its table, and every token with its Q, in RUN/report.html.
 
-    python tests/tools/look.py runs/mine                     # writes runs/mine/report.html, which opens offline
-    python tests/tools/look.py runs/mine --rows by-q.jsonl   # each row of D_train with its figures, lowest Q first
-    python tests/tools/look.py runs/mine --text              # rows coloured in the terminal
-    python tests/tools/look.py runs/split-0 runs/split-1     # one table of several runs, with paired differences
-    python tests/tools/look.py runs/demo                     # a page for every run of the demo
+    ./run.sh look runs/mine                     # writes runs/mine/report.html, which opens offline
+    ./run.sh look runs/mine --rows by-q.jsonl   # each row of D_train with its figures, lowest Q first
+    ./run.sh look runs/mine --text              # rows coloured in the terminal
+    ./run.sh look runs/split-0 runs/split-1     # one table of several runs, with paired differences
+    ./run.sh look runs/demo                     # a page for every run of the demo
 
 Blue tokens are in P, orange ones in N, stronger the farther Q is from the threshold. Where rows have a field `noise`,
 [[start, end, kind], ...] in characters of the response, its tokens are underlined, and the page says how well a low Q
@@ -473,7 +473,7 @@ def runs_in(folder: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit code 2, and one line, for what the user can mend."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh look", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, help="folder of a run, or of a demo; several: one table"

@@ -1,7 +1,7 @@
 """Publish an adapter of a run: a new folder for the Hub, with card, tokenizer and chat template.
 
-    python tests/tools/publish.py RUN/forgetting/seed-0 OUT              # the adapter, for PEFT and vLLM
-    python tests/tools/publish.py RUN/forgetting/seed-0 OUT --merged     # base model and adapter in one checkpoint
+    ./run.sh publish RUN/forgetting/seed-0 OUT              # the adapter, for PEFT and vLLM
+    ./run.sh publish RUN/forgetting/seed-0 OUT --merged     # base model and adapter in one checkpoint
     hf upload you/name OUT
 
 A run that read its base model from a folder does not know the model's name on the Hub: --base-model owner/name gives it.
@@ -247,7 +247,7 @@ Conversations take the template in `chat_template.jinja`. Served by vLLM, where 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "adapter", type=Path, help="folder of one adapter of a run: RUN/METHOD/seed-S, RUN/reference"

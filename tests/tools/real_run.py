@@ -1,6 +1,6 @@
 """The method on a real model and real rows, 40 % of them noise that is known; the result is in tests/README.md.
 
-    python tests/tools/real_run.py --model SMOLLM2 --rows instruction_raschka.jsonl alpaca_gpt4_demo.jsonl
+    ./run.sh real_run --model SMOLLM2 --rows instruction_raschka.jsonl alpaca_gpt4_demo.jsonl
 
 For each split, of short rows: 80 in D_ref, 200 in D_train, 80 clean ones held out. Noise in D_train: a fifth of the rows
 refuses, a tenth begins with boilerplate, a tenth has the answer of another row. Panels: a clean D_ref, and one as noisy as
@@ -154,7 +154,7 @@ def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh real_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", nargs="+", required=True)
