@@ -1063,7 +1063,7 @@ def load_base(
     for corpus in corpora:
         check_ids(corpus.tokens, config.vocab_size, checkpoint)
         longest = int(corpus.lengths.max(initial=0))
-        if config.rope is None and longest > limit:
+        if not config.rope and longest > limit:
             reason = f"an example of {longest} tokens exceeds the model's {limit} learned positions"
             raise ValueError(f"--max-length {options.max_length}: {reason}")
     model = load_model(checkpoint, options.device, DTYPES[options.dtype])

@@ -9,6 +9,8 @@ y = x W^T + alpha / r * dropout(x) A^T B^T      x (..., in)   A (r, in)   B (out
 Order: LoRA layers, PEFT's files, checkpoints.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -33,17 +35,24 @@ DEFAULT_TARGETS += ("out_proj", "c_fc", "c_proj")
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """0 with probability p, else 1, for every element of x; uint8. The factor 1 / (1 - p) is the caller's."""
     if x.is_cuda:
-        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
+        keep = torch.empty_like(x, dtype=torch.uint8)
+        return keep.bernoulli_(1 - p)
     # Random bits cost more than the product they mask on a CPU: each int64 is cut into four int16 draws. So p
     # becomes a multiple of 1/65536: of the values -32768 to 32767 the lowest p * 65536 mean "drop".
-    draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    dropped = min(round(p * 2**16), 2**16 - 1)  # how many of the values; the last one is always kept
-    return (draws[: x.numel()].view_as(x) >= dropped - 2**15).view(torch.uint8)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+    bits.random_(-(2**63), None)
+    draws = bits.view(torch.int16)[: x.numel()]
+    dropped = round(p * 65536)
+    dropped = min(dropped, 65535)  # the highest value is always kept
+    keep = draws >= dropped - 32768
+    return keep.view(torch.uint8).view_as(x)
 
 
 def apply_mask(x: Tensor, keep: Tensor) -> Tensor:
     """x * keep in x's dtype. CUDA's product reads the bytes as they are; a CPU's is faster after a cast."""
-    return x * keep if x.is_cuda else keep.to(x.dtype).mul_(x)
+    if x.is_cuda:
+        return x * keep
+    return keep.to(x.dtype).mul_(x)
 
 
 class _LoRAProduct(torch.autograd.Function):
@@ -57,14 +66,18 @@ class _LoRAProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, keep, scaling, float32_output):
         if any(ctx.needs_input_grad[1:3]):
             raise ValueError("a layer with an adapter requires a gradient, which is not computed: freeze it")
-        weight, bias, a, b = (None if w is None else w.to(x.dtype) for w in (weight, bias, a, b))
+        weight, a, b = weight.to(x.dtype), a.to(x.dtype), b.to(x.dtype)
+        if bias is not None:
+            bias = bias.to(x.dtype)
         masked_x = x if keep is None else apply_mask(x, keep)  # (n, in)
-        low = F.linear(masked_x, a).mul_(scaling)  # (n, r)
+        low = F.linear(masked_x, a)  # (n, r)
+        low *= scaling
         ctx.save_for_backward(x, weight, a, b, low, keep)
         ctx.scaling = scaling
         y = F.linear(x, weight, bias)  # (n, out)
         if float32_output and x.dtype != torch.float32:
-            return y.float().add_(F.linear(low, b))
+            side = F.linear(low, b)
+            return y.float().add_(side)
         return y.addmm_(low, b.T)
 
     @staticmethod
@@ -73,14 +86,16 @@ class _LoRAProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             grad = grad.to(x.dtype)  # (n, out)
             grad_b = grad.T @ low  # (out, r): low has the scaling in it
-            grad_low = (grad @ b).mul_(ctx.scaling)  # (n, r)
+            grad_low = grad @ b  # (n, r)
+            grad_low *= ctx.scaling
+            masked_x = x if keep is None else apply_mask(x, keep)  # (n, in)
+            grad_a = grad_low.T @ masked_x  # (r, in)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = grad_low @ a  # (n, in), through the adapter
-                grad_x = grad_x if keep is None else apply_mask(grad_x, keep)
+                if keep is not None:
+                    grad_x = apply_mask(grad_x, keep)
                 grad_x.addmm_(grad, weight)  # and through the frozen weight
-            masked_x = x if keep is None else apply_mask(x, keep)  # (n, in)
-            grad_a = grad_low.T @ masked_x  # (r, in)
         return grad_x, None, None, grad_a.float(), grad_b.float(), None, None, None
 
 
@@ -94,18 +109,27 @@ class LoRALinear(nn.Module):
     bury them; training can bear the rounding.
     """
 
+    base_layer: nn.Linear
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool = False):
         super().__init__()
         self.base_layer = base
-        options = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, r, **options)
-        self.lora_B = nn.utils.skip_init(nn.Linear, r, base.out_features, **options)
-        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        new = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, r, **new)
+        self.lora_B = nn.utils.skip_init(nn.Linear, r, base.out_features, **new)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.rslora = rslora
         self.enabled = True
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        if self.rslora:
+            return self.alpha / math.sqrt(self.r)
+        return self.alpha / self.r
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if not self.enabled:
@@ -114,19 +138,22 @@ class LoRALinear(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        p = self.dropout if self.training else 0.0
-        keep = dropout_mask(rows, p) if p > 0 else None  # (n, in)
+        p, keep = 0.0, None
+        if self.training and self.dropout > 0:
+            p = self.dropout
+            keep = dropout_mask(rows, p)  # (n, in)
         scaling = self.scaling / (1 - p)  # with dropout's factor: a product with (n, r), not with (n, in)
-        weights = self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight
-        float32_output = not self.training and getattr(self.base_layer, "float32_output", False)
+        base, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
+        float32_output = not self.training and getattr(base, "float32_output", False)
         with torch.autocast(device, enabled=False):  # sums in place need one dtype: it is chosen above
-            y = _LoRAProduct.apply(rows, *weights, keep, scaling, float32_output)
+            y = _LoRAProduct.apply(rows, base.weight, base.bias, a, b, keep, scaling, float32_output)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoRALinear)}
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -161,9 +188,11 @@ def add_lora(
     chosen = target_layers(model, targets)
     model.requires_grad_(False)
     for name, linear in chosen.items():
-        layer = LoRALinear(linear, r, alpha, dropout, rslora).train(linear.training)
+        layer = LoRALinear(linear, r, alpha, dropout, rslora)
+        layer.train(linear.training)
+        a = torch.empty(r, linear.in_features)
         bound = 1 / math.sqrt(linear.in_features)
-        a = torch.empty(r, linear.in_features).uniform_(-bound, bound, generator=generator)
+        a.uniform_(-bound, bound, generator=generator)
         layer.lora_A.weight.data.copy_(a)
         layer.lora_B.weight.data.zero_()
         _replace(model, name, layer)
@@ -188,25 +217,37 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] = DEFAULT_TARGETS) 
         raise ValueError("lm_head cannot be a LoRA target here: losses are computed from its weight directly")
     found = matching_layers(model, targets)
     unknown = sorted(target for target, names in found.items() if not names)
-    if unknown and (tuple(targets) != DEFAULT_TARGETS or len(unknown) == len(found)):
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
-        names = ", ".join(unknown[:3]) + (f" (and {len(unknown) - 3} more)" if len(unknown) > 3 else "")
-        raise ValueError(f"LoRA target {names} names no linear layer of the model; it has {known}")
-    chosen = {name for names in found.values() for name in names}
+    may_lack = tuple(targets) == DEFAULT_TARGETS and len(unknown) < len(targets)
+    if unknown and not may_lack:
+        known = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+        names = ", ".join(unknown[:3])
+        if len(unknown) > 3:
+            names += f" (and {len(unknown) - 3} more)"
+        raise ValueError(f"LoRA target {names} names no linear layer of the model; it has {', '.join(known)}")
+    chosen = set()
+    for names in found.values():
+        chosen.update(names)
     return {name: layer for name, layer in linear_layers(model).items() if name in chosen}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers that may have an adapter, by name, in the model's order; lm_head is none of them."""
     # no subclass of Linear: torch's MultiheadAttention, for one, reads its out_proj.weight past an adapter
-    modules = model.named_modules()
-    return {name: m for name, m in modules if type(m) is nn.Linear and not name.endswith("lm_head")}
+    layers = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not name.endswith("lm_head"):
+            layers[name] = module
+    return layers
 
 
 def matching_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str]]:
     """For each target the linear layers whose name is the target, or ends in it after a dot."""
-    names = list(linear_layers(model))
-    return {target: [n for n in names if n == target or n.endswith("." + target)] for target in targets}
+    layers = list(linear_layers(model))
+    found = {}
+    for target in targets:
+        end = "." + target
+        found[target] = [name for name in layers if name == target or name.endswith(end)]
+    return found
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -219,9 +260,11 @@ def remove_lora(model: nn.Module) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Fold the adapter into the weights, W + s B A computed in float32 and cast once, and drop it."""
     for layer in lora_layers(model).values():
-        delta = layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)  # (out, in)
+        delta = layer.lora_B.weight @ layer.lora_A.weight  # (out, in)
+        delta *= layer.scaling
         weight = layer.base_layer.weight
-        merged = (weight.float() + delta).to(weight.dtype)
+        merged = weight.float() + delta
+        merged = merged.to(weight.dtype)
         layer.base_layer.weight = nn.Parameter(merged, requires_grad=False)
     remove_lora(model)
 
@@ -294,8 +337,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
         "modules_to_save": None,
     }
     text = json.dumps(config, indent=2) + "\n"
-    parameters = {name: parameter.detach().float() for name, parameter in lora_parameters(model).items()}
-    tensors = {KEY_PREFIX + name: parameter.cpu().contiguous() for name, parameter in parameters.items()}
+    tensors = {}
+    for name, parameter in lora_parameters(model).items():
+        tensors[KEY_PREFIX + name] = parameter.detach().float().cpu().contiguous()
     _write_whole(
         {
             folder / "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
@@ -321,21 +365,30 @@ def read_adapter_config(path: Path) -> dict:
     for key, values in PLAIN.items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {values[0]!r}")
-    for key, types in (("r", (int,)), ("lora_alpha", (int, float))):
-        if type(raw.get(key)) not in types or not 0 < raw[key] < math.inf:
-            whole = ", a whole one" if key == "r" else ""
-            raise ValueError(f"{path}: {key} = {raw.get(key)!r} is not a number above 0{whole}")
-    names = raw.get("target_modules")  # a list, a regular expression or "all-linear"
-    some_layers = raw.get("layers_to_transform") not in (None, [])  # it may be 0, the first layer
-    exceptions = some_layers or raw.get("exclude_modules")
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names) and not exceptions
+    rank = raw.get("r")
+    alpha = raw.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path}: r = {rank!r} is not a number above 0, a whole one")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{path}: lora_alpha = {alpha!r} is not a number above 0")
     return {
-        "r": raw["r"],
-        "alpha": raw["lora_alpha"],
+        "r": rank,
+        "alpha": alpha,
         "dropout": raw.get("lora_dropout") or 0.0,
-        "targets": tuple(names) if listed else None,
+        "targets": listed_targets(raw),
         "rslora": bool(raw.get("use_rslora")),
     }
+
+
+def listed_targets(raw: dict) -> tuple[str, ...] | None:
+    """The names in target_modules; None where they alone do not say which layers have an adapter."""
+    names = raw.get("target_modules")  # a list, a regular expression or "all-linear"
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    some_layers = raw.get("layers_to_transform") not in (None, [])  # it may be 0, the first layer
+    if some_layers or raw.get("exclude_modules"):
+        return None
+    return tuple(names)
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -350,9 +403,10 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"{folder}: no {file.name} in it, so it is not an adapter folder")
     config = read_adapter_config(config_path)
     try:
-        return config, {name.removeprefix(KEY_PREFIX): tensor for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    return config, {name.removeprefix(KEY_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -373,21 +427,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     except ValueError as error:
         raise ValueError(f"{folder}: does not fit this model: {error}") from None
     parameters = lora_parameters(model)
-    wrong = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
-    wrong += [f"{name} is of no layer that has an adapter" for name in tensors.keys() - parameters.keys()]
-    for name in parameters.keys() & tensors.keys():
-        found, needed = tuple(tensors[name].shape), tuple(parameters[name].shape)
-        if found != needed:
-            wrong.append(f"{name} has shape {found}, the model needs {needed}")
-        elif not torch.isfinite(tensors[name]).all():
-            wrong.append(f"{name} holds values that are not finite")
-    if wrong:
+    if wrong := mismatches(parameters, tensors):
         remove_lora(model)
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         where = folder / "adapter_model.safetensors"
-        raise ValueError(f"{where}: does not fit this model: {min(wrong)}{more}")
+        raise ValueError(f"{where}: does not fit this model: {wrong[0]}{more}")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
+
+
+def mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:
+    """What keeps the tensors of a file from being these parameters, in sentences, sorted."""
+    wrong = []
+    for name in parameters.keys() | tensors.keys():
+        if name not in tensors:
+            wrong.append(f"{name} is missing")
+        elif name not in parameters:
+            wrong.append(f"{name} is of no layer that has an adapter")
+        elif tensors[name].shape != parameters[name].shape:
+            found, needed = tuple(tensors[name].shape), tuple(parameters[name].shape)
+            wrong.append(f"{name} has shape {found}, the model needs {needed}")
+        elif not torch.isfinite(tensors[name]).all():
+            wrong.append(f"{name} holds values that are not finite")
+    return sorted(wrong)
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
@@ -400,9 +462,11 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         state = optimizer.state[parameter]
         if not state:  # what a fused AdamW begins with at its first step
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         tensors[name] = parameter.detach()
-        tensors |= {f"{name}.{key}": state[key].detach() for key in ("step", "exp_avg", "exp_avg_sq")}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            tensors[f"{name}.{key}"] = state[key].detach()
     return tensors
 
 

@@ -29,7 +29,7 @@ import shutil
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class Config:
     max_position_embeddings: int
     norm_eps: float
     tie_word_embeddings: bool
-    rope: dict | None  # rope_type, rope_theta and what the type needs; None: positions are learned
+    rope: dict  # rope_type, rope_theta and what the type needs; empty: positions are learned
     rotates: tuple[bool, ...]  # by layer: whether q and k are rotated
     windows: tuple[int | None, ...]  # by layer: tokens that a query sees, itself included; None: all before
     score_scale: float  # of the attention scores: 1/sqrt(K), but 1 in GPT-Neo
@@ -74,7 +74,7 @@ class Config:
 
 
 @dataclass
-class Layout:
+class PackedSequences:
     """Where the sequences of a pack lie, and their angles, worked out once for all layers.
 
     The rule of attention: a query sees the keys of its own sequence, up to itself.
@@ -83,8 +83,9 @@ class Layout:
     positions: Tensor  # (T,) place of each token in its own sequence, counted from 0
     cu_seqlens_q: Tensor  # (B+1,) int32: where each sequence's queries begin, and the end
     cu_seqlens_k: Tensor  # (B+1,) int32, of keys: the same unless a cache holds earlier tokens
-    lengths: list[tuple[int, int]]  # B pairs (queries, keys)
-    longest: tuple[int, int]  # the greatest of each: all that the kernel, and so a compiled block, asks for
+    runs: list[tuple[int, int, int]]  # neighbours of equal lengths: (sequences, queries each, keys each)
+    longest_q: int  # the greatest lengths are all that the kernel, and so a compiled block, asks for
+    longest_k: int
     key_rows: Tensor | None  # rows of the cache in the order of cu_seqlens_k; None: the pack's own tokens
     rotation: tuple[Tensor, Tensor] | None = None  # cosines, sines (T, 1, K); None: positions are learned
 
@@ -96,27 +97,41 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def make_layout(
-    cu_seqlens: Tensor, device: torch.device, past: list[Tensor] | None = None, first_row: int = 0
-) -> Layout:
-    """Lay out a pack with boundaries cu_seqlens (B+1,), best kept on the CPU: reading a GPU's makes it wait.
+def locate_sequences(
+    cu_seqlens: Tensor,
+    device: torch.device,
+    past: list[Tensor] | None = None,
+    first_row: int = 0,
+) -> PackedSequences:
+    """Say where the sequences of a pack lie, from their boundaries cu_seqlens (B+1,).
 
+    These are best kept on the CPU: reading a GPU's makes it wait.
     past[b] are the cache rows of what sequence b has already run; the pack's own begin at first_row.
     """
-    starts = cu_seqlens.tolist()
-    queries = [end - start for start, end in zip(starts, starts[1:])]
-    before = [len(rows) for rows in past] if past is not None else [0] * len(queries)
-    keys = [p + q for p, q in zip(before, queries)]
-    positions = torch.cat([torch.arange(p, k) for p, k in zip(before, keys)])  # (T,)
-    key_rows, cu_keys = None, cu_seqlens
+    queries = cu_seqlens.diff().tolist()  # B lengths
+    before = [0] * len(queries)
     if past is not None:
-        new = torch.arange(first_row, first_row + starts[-1]).split(queries)
-        key_rows = torch.cat([row for pair in zip(past, new) for row in pair])  # (sum of keys,)
-        key_rows = to_device(key_rows, device)
+        before = [len(rows) for rows in past]
+    keys = [old + new for old, new in zip(before, queries)]
+    positions = [torch.arange(old, end) for old, end in zip(before, keys)]
+    cu_keys, key_rows = cu_seqlens, None
+    if past is not None:
         cu_keys = torch.tensor([0, *keys]).cumsum(0).to(cu_seqlens.dtype)
-    positions, *ends = (to_device(x, device) for x in (positions, cu_seqlens, cu_keys))
-    longest = max(queries, default=0), max(keys, default=0)
-    return Layout(positions, *ends, list(zip(queries, keys)), longest, key_rows)
+        rows = []
+        new_rows = torch.arange(first_row, first_row + sum(queries))
+        for old, new in zip(past, new_rows.split(queries)):
+            rows += [old, new]
+        key_rows = to_device(torch.cat(rows), device)  # (sum of keys,)
+    runs = groupby(zip(queries, keys))
+    return PackedSequences(
+        positions=to_device(torch.cat(positions), device),
+        cu_seqlens_q=to_device(cu_seqlens, device),
+        cu_seqlens_k=to_device(cu_keys, device),
+        runs=[(len(list(run)), *lengths) for lengths, run in runs],
+        longest_q=max(queries),
+        longest_k=max(keys),
+        key_rows=key_rows,
+    )
 
 
 def flash_runs_on(x: Tensor) -> bool:
@@ -125,53 +140,81 @@ def flash_runs_on(x: Tensor) -> bool:
     return narrow and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def attend(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
+def attend(q, k, v, packed: PackedSequences, scale: float, window: int | None) -> Tensor:
     """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
 
     With a window a query sees only that many tokens, itself included.
     """
     if flash_runs_on(v):  # v has the dtype of the products; q and k may be float32, from the rotation
-        return flash_attention(q, k, v, layout, scale, window)
-    return dense_attention(q, k, v, layout, scale, window)
+        return flash_attention(q, k, v, packed, scale, window)
+    return dense_attention(q, k, v, packed, scale, window)
 
 
-def flash_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
+def flash_attention(q, k, v, packed: PackedSequences, scale: float, window: int | None) -> Tensor:
     """attend() by torch's kernel for sequences of unequal lengths, in 16 bits on CUDA."""
     from torch.nn.attention import varlen  # here, as it takes two seconds to load and a CPU never needs it
 
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    reach = (-1 if window is None else window - 1, 0)  # tokens seen to the left (-1: all) and to the right
-    if layout.longest[0] == 1 and window is None:
-        reach = (-1, -1)  # decoding: no key lies to the right; without a bound the kernel spreads them out
-    grouped = q.shape[1] != k.shape[1]  # several query heads share a key head
-    lengths = layout.cu_seqlens_q, layout.cu_seqlens_k, *layout.longest
-    return varlen.varlen_attn(q, k, v, *lengths, scale=scale, window_size=reach, enable_gqa=grouped)
+    seen = (-1, 0)  # tokens to the left and to the right that a query sees; -1: all
+    if window is not None:
+        seen = (window - 1, 0)
+    elif packed.longest_q == 1:
+        seen = (-1, -1)  # decoding: no key lies to the right; without a bound the kernel spreads them out
+    return varlen.varlen_attn(
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v,
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_k,
+        packed.longest_q,
+        packed.longest_k,
+        scale=scale,
+        window_size=seen,
+        enable_gqa=q.shape[1] != k.shape[1],  # several query heads share a key head
+    )
 
 
-def dense_attention(q, k, v, layout: Layout, scale: float, window: int | None) -> Tensor:
+def dense_attention(q, k, v, packed: PackedSequences, scale: float, window: int | None) -> Tensor:
     """attend() for CPUs and float32: neighbouring sequences of equal lengths share one product.
 
     Always in float32: a CPU's backward pass of bfloat16 attention is several times slower.
     """
     q, k, v = q.float(), k.float(), v.float()
     if q.is_cuda:  # CUDA's memory-efficient kernel wants a key head for every query head
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    groups = [(len(list(same)), *pair) for pair, same in groupby(layout.lengths)]  # (n, queries, keys) each
-    qs = q.split([n * queries for n, queries, _ in groups])
-    ks, vs = (x.split([n * keys for n, _, keys in groups]) for x in (k, v))
+        sharing = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(sharing, dim=1)
+        v = v.repeat_interleave(sharing, dim=1)
+    grouped = q.shape[1] != k.shape[1]  # several query heads share a key head
+    query_counts = [n * queries for n, queries, keys in packed.runs]
+    key_counts = [n * keys for n, queries, keys in packed.runs]
+    parts = zip(packed.runs, q.split(query_counts), k.split(key_counts), v.split(key_counts))
     outputs = []
-    for (n, queries, keys), *qkv in zip(groups, qs, ks, vs):
-        qkv = [x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv]  # (n, H or G, length, K)
-        mask, past = None, keys - queries  # query i is token past + i of its sequence
+    for (n, queries, keys), run_q, run_k, run_v in parts:
         windowed = window is not None and keys > window
-        if windowed or 1 < queries < keys:  # a single query sees all keys; equal lengths are plainly causal
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(past)  # key <= past + i
-            if windowed:
-                mask = mask.triu(past - window + 1)  # key > past + i - window
-        causal, grouped = queries == keys and mask is None, q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(*qkv, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
+        causal = queries == keys and not windowed
+        mask = None  # causal needs none, nor does a single query that sees all keys
+        if windowed or 1 < queries < keys:
+            mask = attention_mask(queries, keys, window, q.device)
+        output = F.scaled_dot_product_attention(
+            run_q.unflatten(0, (n, queries)).transpose(1, 2),  # (n, H, queries, K)
+            run_k.unflatten(0, (n, keys)).transpose(1, 2),  # (n, G, keys, K)
+            run_v.unflatten(0, (n, keys)).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
+
+
+def attention_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: which keys each of a sequence's last tokens sees."""
+    past = keys - queries  # query i is token past + i of its sequence
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    mask = mask.tril(past)  # key <= past + i
+    if window is not None:
+        mask = mask.triu(past - window + 1)  # key > past + i - window
+    return mask
 
 
 def rope_frequencies(config: Config) -> Tensor:
@@ -182,9 +225,11 @@ def rope_frequencies(config: Config) -> Tensor:
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched
+        old_length = rope["original_max_position_embeddings"]
+        turns = old_length * frequencies / (2 * math.pi)  # of each wave in the context of the first training
+        smooth = (turns - low) / (high - low)
+        smooth = smooth.clamp(0, 1)  # 1: fast waves stay; 0: slow ones are stretched
         return frequencies * (smooth + (1 - smooth) / rope["factor"])
     return frequencies
 
@@ -192,7 +237,8 @@ def rope_frequencies(config: Config) -> Tensor:
 def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, 1, K) by which apply_rotary turns tokens at these positions (T,)."""
     frequencies = to_device(rope_frequencies(config), positions.device)  # (K/2,)
-    angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]  # (T, 1, K)
+    angles = positions[:, None] * frequencies  # (T, K/2)
+    angles = angles.repeat(1, 2)[:, None]  # (T, 1, K)
     return angles.cos(), angles.sin()
 
 
@@ -214,10 +260,12 @@ class Cache:
     same rows: the choices of a question share the rows of its text.
     """
 
-    def __init__(self, model: "Transformer", rows: int):
+    def __init__(self, model: Transformer, rows: int):
         config, weight = model.config, model.lm_head.weight
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, config.head_dim)
-        dtype = weight.dtype if flash_runs_on(weight) else torch.float32  # what attend() computes in
+        dtype = torch.float32  # what attend() computes in
+        if flash_runs_on(weight):
+            dtype = weight.dtype
         self.keys = torch.empty(shape, dtype=dtype, device=weight.device)  # (layers, R, G, K)
         self.values = torch.empty_like(self.keys)
         self.used = 0
@@ -227,10 +275,11 @@ class Cache:
 
         The model moves `used` on when all layers have written.
         """
-        new = slice(self.used, self.used + len(k))
-        self.keys[layer, new] = k
-        self.values[layer, new] = v
-        return self.keys[layer, key_rows], self.values[layer, key_rows]
+        keys, values = self.keys[layer], self.values[layer]  # (R, G, K)
+        end = self.used + len(k)
+        keys[self.used : end] = k
+        values[self.used : end] = v
+        return keys[key_rows], values[key_rows]
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -241,10 +290,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
+        weight = self.weight.float()
+        normed = F.rms_norm(x.float(), x.shape[-1:], weight, self.eps)
+        return normed.to(self.weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -252,7 +304,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
         weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
 
 
 def mark_float32_output(*layers: nn.Linear) -> None:
@@ -273,37 +326,43 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int, output_name: str):
         super().__init__()
-        self.layer, self.output_name, self.head_dim = layer, output_name, config.head_dim
-        self.scale, self.window = config.score_scale, config.windows[layer]
+        self.layer = layer
+        self.output_name = output_name
+        self.head_dim = config.head_dim
+        self.scale = config.score_scale
+        self.window = config.windows[layer]
         self.rotates = config.rotates[layer]
         width = config.hidden_size
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        queries = config.num_attention_heads * config.head_dim  # H K
+        keys = config.num_key_value_heads * config.head_dim  # G K
         self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.add_module(output_name, nn.Linear(queries, width, bias=config.out_bias))
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         # q and k are rotated in float32, the output is added to the float32 residual stream
         mark_float32_output(self.q_proj, self.k_proj, self.output_proj)
 
     @property
-    def output_proj(self) -> nn.Module:
+    def output_proj(self) -> nn.Linear:
         """The projection back to the width of the residual stream, under the checkpoint's name for it."""
         return getattr(self, self.output_name)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
+    def forward(self, x: Tensor, packed: PackedSequences, cache: Cache | None) -> Tensor:  # (T, D) -> (T, D)
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(1, heads)  # (T, H, K)
+        k = self.k_proj(x).unflatten(1, heads)  # (T, G, K)
+        v = self.v_proj(x).unflatten(1, heads)
+        q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
         if self.rotates:
-            q = apply_rotary(q, *layout.rotation)  # (T, H, K)
-            k = apply_rotary(k, *layout.rotation)  # (T, G, K)
+            q = apply_rotary(q, *packed.rotation)
+            k = apply_rotary(k, *packed.rotation)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v, layout.key_rows)
-        mixed = attend(q, k, v, layout, self.scale, self.window)  # (T, H, K)
-        return self.output_proj(mixed.flatten(1).to(x.dtype))  # (T, H K) -> (T, D)
+            k, v = cache.extend(self.layer, k, v, packed.key_rows)  # (keys, G, K)
+        mixed = attend(q, k, v, packed, self.scale, self.window)  # (T, H, K)
+        mixed = mixed.flatten(1).to(x.dtype)  # (T, H K)
+        return self.output_proj(mixed)
 
 
 class LlamaMLP(nn.Module):
@@ -311,9 +370,10 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias)
+        self.up_proj = nn.Linear(width, inner, bias)
+        self.down_proj = nn.Linear(inner, width, bias)
         mark_float32_output(self.down_proj)  # it is added to the float32 residual stream
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
@@ -330,8 +390,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout, cache)  # (T, D) float32
+    def forward(self, x: Tensor, packed: PackedSequences, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), packed, cache)  # (T, D) float32
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -340,8 +400,9 @@ class GPTNeoMLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.c_fc = nn.Linear(width, inner, bias)
+        self.c_proj = nn.Linear(inner, width, bias)
         mark_float32_output(self.c_proj)  # it is added to the float32 residual stream
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, F) -> (T, D)
@@ -358,8 +419,8 @@ class GPTNeoBlock(nn.Module):
         self.ln_2 = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = GPTNeoMLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        x = x + self.attn["attention"](self.ln_1(x), layout, cache)  # (T, D) float32
+    def forward(self, x: Tensor, packed: PackedSequences, cache: Cache | None) -> Tensor:
+        x = x + self.attn["attention"](self.ln_1(x), packed, cache)  # (T, D) float32
         return x + self.mlp(self.ln_2(x))
 
 
@@ -401,19 +462,21 @@ class Transformer(nn.Module):
         self.checkpoint_activations = False  # True: keep the blocks' inputs only, run blocks again backwards
         self.folder: Path | None = None  # where it was loaded from, tokenizer and all
         self.family = family = FAMILIES[config.model_type]
-        width, layers = config.hidden_size, range(config.num_hidden_layers)
-        parts = nn.ModuleDict({family.embedding_name: nn.Embedding(config.vocab_size, width)})
+        width = config.hidden_size
+        parts = nn.ModuleDict()
+        parts[family.embedding_name] = nn.Embedding(config.vocab_size, width)
         if family.positions_name is not None:
             parts[family.positions_name] = nn.Embedding(config.max_position_embeddings, width)
-        parts[family.blocks_name] = nn.ModuleList(family.block(config, layer) for layer in layers)
+        blocks = [family.block(config, layer) for layer in range(config.num_hidden_layers)]
+        parts[family.blocks_name] = nn.ModuleList(blocks)
         parts[family.norm_name] = family.norm(width, config.norm_eps)
         self.add_module(family.root_name, parts)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.tie()
 
-    def part(self, name: str | None) -> nn.Module | None:
-        """The part that the checkpoint calls so; None for a part that the family does not have."""
-        return getattr(self, self.family.root_name)[name] if name is not None else None
+    def part(self, name: str) -> Any:
+        """The part that the checkpoint calls so."""
+        return getattr(self, self.family.root_name)[name]
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -421,7 +484,8 @@ class Transformer(nn.Module):
 
     @property
     def learned_positions(self) -> nn.Embedding | None:
-        return self.part(self.family.positions_name)
+        name = self.family.positions_name
+        return self.part(name) if name is not None else None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -455,22 +519,27 @@ class Transformer(nn.Module):
         sequence b follows the cache rows past[b] (int64, may be empty), and the pack's own keys and values
         become the rows cache.used to cache.used + T - 1.
         """
-        if cache is not None and past is None:
-            past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
-        layout = make_layout(cu_seqlens, tokens.device, past, cache.used if cache is not None else 0)
+        first_row = 0
+        if cache is not None:
+            first_row = cache.used
+            if past is None:
+                past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
+        packed = locate_sequences(cu_seqlens, tokens.device, past, first_row)
         x = self.embedding(tokens).float()  # (T, D)
         if self.learned_positions is None:
-            layout.rotation = rotary_angles(layout.positions, self.config)
+            packed.rotation = rotary_angles(packed.positions, self.config)
         else:
-            most, limit = layout.longest[1], self.config.max_position_embeddings
-            if most > limit:
-                raise ValueError(f"a sequence of {most} tokens exceeds the model's {limit} learned positions")
-            x = x + self.learned_positions(layout.positions)
+            longest, limit = packed.longest_k, self.config.max_position_embeddings
+            if longest > limit:
+                raise ValueError(
+                    f"a sequence of {longest} tokens exceeds the model's {limit} learned positions"
+                )
+            x = x + self.learned_positions(packed.positions)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, layout, cache, use_reentrant=False)
+                x = checkpoint(block, x, packed, cache, use_reentrant=False)
             else:
-                x = block(x, layout, cache)
+                x = block(x, packed, cache)
         if cache is not None:
             cache.used += len(tokens)
         return self.norm(x)
@@ -507,16 +576,21 @@ def head_chunks(
     (chunk,)), both float32. The consumer may overwrite them, and must be done with them before the next: all
     chunks share one buffer, and the softmax runs in place.
     """
-    buffer = torch.empty(min(chunk, len(targets)), len(head_weight), device=hidden.device)  # (chunk, V)
-    rounded = not hidden.is_cuda and head_weight.dtype == torch.bfloat16
-    dtype = head_weight.dtype if hidden.is_cuda else torch.float32
-    hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)  # once, not for every chunk
+    on_cpu = not hidden.is_cuda
+    rounded = on_cpu and head_weight.dtype == torch.bfloat16
+    dtype = torch.float32 if on_cpu else head_weight.dtype
+    hidden = hidden.to(dtype)  # once, not for every chunk
+    head_weight = head_weight.to(dtype)
+    most = min(chunk, len(targets))
+    buffer = torch.empty(most, len(head_weight), device=hidden.device)  # (chunk, V) float32
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        logits = buffer[: len(targets[rows])]
+        tokens = targets[rows, None]  # (chunk, 1)
+        logits = buffer[: len(tokens)]
         float32_product(hidden[rows], head_weight, logits, rounded)
         logprobs = torch.log_softmax(logits, dim=-1, out=logits)  # in place
-        yield rows, logprobs, -logprobs.gather(1, targets[rows, None]).squeeze(1)
+        loss = -logprobs.gather(1, tokens)
+        yield rows, logprobs, loss.squeeze(1)
 
 
 @torch.no_grad()
@@ -550,96 +624,140 @@ class WeightedTokenLoss(torch.autograd.Function):
             for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
                 weight = weights[rows]  # (chunk,)
                 if ceiling is not None:  # the other weights do not grow to make up for it
-                    weight = torch.where((weight < 0) & (loss > ceiling), 0, weight)
+                    spared = (weight < 0) & (loss > ceiling)
+                    weight = torch.where(spared, 0, weight)
                 total += weight @ loss
                 losses[rows] = loss
                 # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
-                dlogits = logprobs.exp_()  # (chunk, V); logprobs are not read again
-                dlogits[torch.arange(len(loss), device=loss.device), targets[rows]] -= 1
-                grad[rows] = dlogits.mul_(weight[:, None]).to(head_weight.dtype) @ head_weight  # (chunk, D)
+                grad_logits = logprobs.exp_()  # (chunk, V); logprobs are not read again
+                token = torch.arange(len(loss), device=loss.device)
+                grad_logits[token, targets[rows]] -= 1
+                grad_logits *= weight[:, None]
+                grad[rows] = grad_logits.to(head_weight.dtype) @ head_weight  # (chunk, D)
         ctx.save_for_backward(grad)  # all that backward needs
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
     def backward(ctx, upstream, _):  # of the sum; the losses have none
-        return ctx.saved_tensors[0] * upstream, None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return grad * upstream, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------- config.json
 
-# The fields that are read, by model_type, with what transformers fills in where config.json lacks one.
-SIZES = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))  # no default
-LLAMA = SIZES | {
-    "intermediate_size": 11008,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_theta": 1e4,
-    "rope_scaling": {},
-    "rope_parameters": {},
-    "original_max_position_embeddings": None,
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field of config.json may hold: its name in an error message, and the test of a value."""
+
+    name: str
+    allows: Callable[[object], bool]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field that is read, with what transformers fills in where config.json lacks it."""
+
+    kind: Kind
+    default: object = None
+    nullable: bool = False
+
+
+def is_whole(value, least: int) -> bool:
+    """Whether a value of a config is a whole number, true and false not among them."""
+    return type(value) is int and value >= least
+
+
+def is_number(value) -> bool:
+    """Whether a value of a config is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def only(value: str) -> Kind:
+    return Kind(f"{value!r}, the only one supported", lambda given: given == value)
+
+
+SIZE = Kind("a whole number of at least 1", lambda value: is_whole(value, 1))
+COUNT = Kind("a whole number of at least 0", lambda value: is_whole(value, 0))
+NUMBER = Kind("a number above 0", is_number)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+
+# The fields of each model_type, first those that have no default.
+SIZES = {
+    "vocab_size": Field(SIZE),
+    "hidden_size": Field(SIZE),
+    "num_hidden_layers": Field(SIZE),
+    "num_attention_heads": Field(SIZE),
 }
-BIASES = {"attention_bias": False, "mlp_bias": False}
-WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": None}
-QWEN = (
-    LLAMA
-    | WINDOWS
-    | {
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_window_layers": 28,
-        "max_position_embeddings": 32768,
-    }
-)
+LLAMA = SIZES | {
+    "intermediate_size": Field(SIZE, 11008),
+    "num_key_value_heads": Field(SIZE, nullable=True),
+    "head_dim": Field(SIZE, nullable=True),
+    "hidden_act": Field(only("silu"), "silu"),
+    "max_position_embeddings": Field(SIZE, 2048),
+    "rms_norm_eps": Field(NUMBER, 1e-6),
+    "tie_word_embeddings": Field(FLAG, False),
+    "rope_theta": Field(NUMBER, 1e4),
+    "rope_scaling": Field(OBJECT, nullable=True),
+    "rope_parameters": Field(OBJECT, nullable=True),
+    "original_max_position_embeddings": Field(SIZE, nullable=True),
+}
+BIASES = {
+    "attention_bias": Field(FLAG, False),
+    "mlp_bias": Field(FLAG, False),
+}
+MISTRAL = LLAMA | {
+    "intermediate_size": Field(SIZE, 14336),
+    "num_key_value_heads": Field(SIZE, 8, nullable=True),
+    "sliding_window": Field(SIZE, 4096, nullable=True),
+    "max_position_embeddings": Field(SIZE, 131072),
+}
+QWEN2 = LLAMA | {
+    "intermediate_size": Field(SIZE, 22016),
+    "num_key_value_heads": Field(SIZE, 32, nullable=True),
+    "max_position_embeddings": Field(SIZE, 32768),
+    "use_sliding_window": Field(FLAG, False),
+    "sliding_window": Field(SIZE, 4096, nullable=True),
+    "max_window_layers": Field(COUNT, 28),
+    "layer_types": Field(LIST, nullable=True),
+}
+QWEN3 = QWEN2 | {
+    "head_dim": Field(SIZE, 128, nullable=True),
+    "attention_bias": Field(FLAG, False),
+}
+SMOLLM3 = LLAMA | BIASES
+SMOLLM3 |= {
+    "num_key_value_heads": Field(SIZE, 4, nullable=True),
+    "max_position_embeddings": Field(SIZE, 32768),
+    "tie_word_embeddings": Field(FLAG, True),
+    "rope_theta": Field(NUMBER, 2e6),
+    "no_rope_layers": Field(LIST, nullable=True),
+    "no_rope_layer_interval": Field(SIZE, 4),
+    "use_sliding_window": Field(FLAG, False),
+    "sliding_window": Field(SIZE, nullable=True),
+    "layer_types": Field(LIST, nullable=True),
+}
+GPT_NEO = SIZES | {
+    "intermediate_size": Field(SIZE, nullable=True),  # null: four times hidden_size
+    "max_position_embeddings": Field(SIZE, 2048),
+    "tie_word_embeddings": Field(FLAG, True),
+    "attention_types": Field(LIST, nullable=True),
+    "attention_layers": Field(LIST, nullable=True),
+    "window_size": Field(SIZE, 256),
+    "activation_function": Field(only("gelu_new"), "gelu_new"),
+    "layer_norm_epsilon": Field(NUMBER, 1e-5),
+}
 FIELDS = {
     "llama": LLAMA | BIASES,
-    "mistral": LLAMA
-    | {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": QWEN,
-    "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
-    "smollm3": LLAMA
-    | WINDOWS
-    | BIASES
-    | {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-        "rope_theta": 2e6,
-        "sliding_window": None,
-        "no_rope_layers": None,
-        "no_rope_layer_interval": 4,
-    },
-    "gpt_neo": SIZES
-    | {
-        "intermediate_size": None,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "attention_types": None,
-        "attention_layers": None,
-        "window_size": 256,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-    },
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "gpt_neo": GPT_NEO,
 }
-LISTS = ("layer_types", "no_rope_layers", "attention_types", "attention_layers")
-NULLABLE = (
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "rope_scaling",
-    "rope_parameters",
-    "original_max_position_embeddings",
-    *LISTS,
-)
 # names of fields that change the computation in other models and leave no tensor that would be missed here
 FOREIGN = re.compile(
     "multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
@@ -652,32 +770,67 @@ def parse_config(raw: dict) -> Config:
     model_type = model_type_of(raw)
     refuse_foreign_fields(raw, model_type)
     values = read_fields(raw, model_type)
-    is_gpt_neo, heads = model_type == "gpt_neo", values["num_attention_heads"]
-    head_dim = values.get("head_dim") or values["hidden_size"] // heads
-    key_heads = values.get("num_key_value_heads") or heads
-    if heads % key_heads:
-        raise ValueError(f"num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}")
-    if head_dim == 0 or (head_dim % 2 and not is_gpt_neo):
-        raise ValueError(f"head_dim = {head_dim}, but coordinates are rotated in pairs")
-    rotates = () if is_gpt_neo else rotated_layers(values)
-    same = *SIZES, "max_position_embeddings", "tie_word_embeddings"
+    if model_type == "gpt_neo":
+        shape = gpt_neo_shape(values)
+    else:
+        shape = llama_shape(values, model_type)
     return Config(
         model_type=model_type,
-        **{name: values[name] for name in same},
-        intermediate_size=values["intermediate_size"] or 4 * values["hidden_size"],
-        num_key_value_heads=key_heads,
-        head_dim=head_dim,
-        norm_eps=values["layer_norm_epsilon" if is_gpt_neo else "rms_norm_eps"],
-        rope=None if is_gpt_neo else rope_config(values),
-        rotates=rotates or (False,) * values["num_hidden_layers"],
-        windows=gpt_neo_windows(values) if is_gpt_neo else sliding_windows(values, rotates),
-        score_scale=1.0 if is_gpt_neo else head_dim**-0.5,
-        qk_norm=model_type == "qwen3",
-        qkv_bias=model_type == "qwen2" or values.get("attention_bias", False),
-        out_bias=is_gpt_neo or values.get("attention_bias", False),
-        mlp_bias=is_gpt_neo or values.get("mlp_bias", False),
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=values["num_attention_heads"],
+        max_position_embeddings=values["max_position_embeddings"],
+        tie_word_embeddings=values["tie_word_embeddings"],
         raw=raw,
+        **shape,
     )
+
+
+def llama_shape(values: dict, model_type: str) -> dict:
+    """The other fields of Config for a model of LLaMA's kind."""
+    heads = values["num_attention_heads"]
+    key_heads = values["num_key_value_heads"] or heads
+    if heads % key_heads:
+        raise ValueError(f"num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}")
+    head_dim = values["head_dim"] or values["hidden_size"] // heads
+    if head_dim == 0 or head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim}, but coordinates are rotated in pairs")
+    rotates = rotated_layers(values)
+    attention_bias = values.get("attention_bias", False)
+    return {
+        "intermediate_size": values["intermediate_size"],
+        "num_key_value_heads": key_heads,
+        "head_dim": head_dim,
+        "norm_eps": values["rms_norm_eps"],
+        "rope": rope_config(values),
+        "rotates": rotates,
+        "windows": sliding_windows(values, model_type, rotates),
+        "score_scale": head_dim**-0.5,
+        "qk_norm": model_type == "qwen3",
+        "qkv_bias": attention_bias or model_type == "qwen2",
+        "out_bias": attention_bias,
+        "mlp_bias": values.get("mlp_bias", False),
+    }
+
+
+def gpt_neo_shape(values: dict) -> dict:
+    """The other fields of Config for GPT-Neo."""
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if width < heads:
+        raise ValueError(f"hidden_size = {width} is less than num_attention_heads = {heads}")
+    return {
+        "intermediate_size": values["intermediate_size"] or 4 * width,
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "norm_eps": values["layer_norm_epsilon"],
+        "rope": {},
+        "rotates": (False,) * values["num_hidden_layers"],
+        "windows": gpt_neo_windows(values),
+        "score_scale": 1.0,
+        "out_bias": True,
+        "mlp_bias": True,
+    }
 
 
 def model_type_of(raw: dict) -> str:
@@ -721,41 +874,28 @@ def is_neutral(value) -> bool:
     return not value or (type(value) in (int, float) and value == 1)
 
 
-def is_number(value) -> bool:
-    """Whether a value of a config is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
 def read_fields(raw: dict, model_type: str) -> dict:
     """The family's fields, checked: as config.json has them, or with the default where it lacks one."""
     if model_type == "gpt_neo":  # it has names of its own for these two; the common ones go first
-        raw = {"num_hidden_layers": raw.get("num_layers"), "num_attention_heads": raw.get("num_heads")} | raw
-    derived = "intermediate_size" if model_type == "gpt_neo" else None  # null: four times hidden_size
+        own = {"num_hidden_layers": raw.get("num_layers"), "num_attention_heads": raw.get("num_heads")}
+        raw = own | raw
     values = {}
-    for name, default in FIELDS[model_type].items():
-        value = values[name] = raw.get(name, default)
-        if isinstance(default, bool):
-            right, kind = isinstance(value, bool), "true or false"
-        elif isinstance(default, float):
-            right, kind = is_number(value), "a number above 0"
-        elif isinstance(default, str):
-            right, kind = value == default, f"{default!r}, the only one supported"
-        elif name in LISTS:
-            right, kind = isinstance(value, list), "a list"
-        elif isinstance(default, dict):
-            right, kind = isinstance(value, dict), "an object"
-        else:
-            least = 0 if name == "max_window_layers" else 1
-            right, kind = type(value) is int and value >= least, f"a whole number of at least {least}"
-        if not right and not (value is None and (name in NULLABLE or name == derived)):
-            raise ValueError(f"{name} = {value!r} is not {kind}")
+    for name, field in FIELDS[model_type].items():
+        value = raw.get(name, field.default)
+        is_null = field.nullable and value is None
+        if not is_null and not field.kind.allows(value):
+            raise ValueError(f"{name} = {value!r} is not {field.kind.name}")
+        values[name] = value
     return values
 
 
-def check_layers(name: str, entries: list, allowed: tuple, layers: int) -> None:
+def check_layers(name: str, entries: list, allowed: Sequence, layers: int) -> None:
     """Raise ValueError unless a list has an allowed entry for each layer."""
-    if len(entries) != layers or not all(entry in allowed for entry in entries):
-        raise ValueError(f"{name} = {entries!r} does not hold one of {allowed} for each of {layers} layers")
+    fits = len(entries) == layers and all(entry in allowed for entry in entries)
+    if not fits:
+        raise ValueError(
+            f"{name} = {entries!r} does not hold one of {tuple(allowed)} for each of {layers} layers"
+        )
 
 
 def rotated_layers(values: dict) -> tuple[bool, ...]:
@@ -766,23 +906,31 @@ def rotated_layers(values: dict) -> tuple[bool, ...]:
     layers = values["num_hidden_layers"]
     flags = values.get("no_rope_layers", [1] * layers)
     if flags is None:
-        flags = [(layer + 1) % values["no_rope_layer_interval"] != 0 for layer in range(layers)]
-    check_layers("no_rope_layers", flags[:layers], (0, 1), layers)  # more are allowed
-    return tuple(map(bool, flags[:layers]))
+        interval = values["no_rope_layer_interval"]
+        flags = [(layer + 1) % interval != 0 for layer in range(layers)]
+    flags = flags[:layers]  # more are allowed
+    check_layers("no_rope_layers", flags, (0, 1), layers)
+    return tuple(bool(flag) for flag in flags)
 
 
-def sliding_windows(values: dict, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
-    """The window of each layer. LLaMA: none; Mistral: all; Qwen, SmolLM3: some, unless layer_types says."""
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    slides = [True] * len(rotates)
-    if "max_window_layers" in values:
-        slides = [layer >= values["max_window_layers"] for layer in range(len(rotates))]
-    if "no_rope_layers" in values:
-        slides = [not rotated for rotated in rotates]
+def sliding_windows(values: dict, model_type: str, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """The window of each layer; by model_type, unless layer_types says."""
+    layers = len(rotates)
+    window = values.get("sliding_window")
+    if not values.get("use_sliding_window", True):
+        window = None
     if values.get("layer_types") is not None:
-        kinds = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
-        check_layers("layer_types", values["layer_types"], kinds, len(rotates))
+        allowed = ["full_attention"]
+        if window is not None:
+            allowed.append("sliding_attention")
+        check_layers("layer_types", values["layer_types"], allowed, layers)
         slides = [kind == "sliding_attention" for kind in values["layer_types"]]
+    elif model_type in ("qwen2", "qwen3"):
+        slides = [layer >= values["max_window_layers"] for layer in range(layers)]
+    elif model_type == "smollm3":
+        slides = [not rotated for rotated in rotates]
+    else:  # every layer of Mistral; LLaMA has no window
+        slides = [True] * layers
     return tuple(window if slide else None for slide in slides)
 
 
@@ -790,30 +938,43 @@ def gpt_neo_windows(values: dict) -> tuple[int | None, ...]:
     """The window of each layer, from attention_layers or, where that is null, attention_types."""
     kinds, layers = values["attention_layers"], values["num_hidden_layers"]
     if kinds is None:
+        kinds = []
         patterns = values["attention_types"] or [[["global", "local"], 12]]
         try:
-            kinds = [kind for pattern, times in patterns for kind in list(pattern) * times]
+            for pattern, times in patterns:
+                kinds += list(pattern) * times
         except (TypeError, ValueError):
             raise ValueError(f"attention_types = {patterns!r} is not a list of [[kinds], times]") from None
     check_layers("attention_layers, or what attention_types gives,", kinds, ("global", "local"), layers)
-    return tuple(values["window_size"] if kind == "local" else None for kind in kinds)
+    window = values["window_size"]
+    return tuple(window if kind == "local" else None for kind in kinds)
+
+
+# the parameters of each kind of rotation, beside rope_theta
+ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def rope_config(values: dict) -> dict:
     """The rotation's parameters: rope_scaling (transformers 4), which goes first, or rope_parameters (5)."""
-    rope = {"rope_theta": values["rope_theta"]} | (values["rope_scaling"] or values["rope_parameters"] or {})
-    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    old_length = "original_max_position_embeddings"
-    needs = {"default": (), "linear": ("factor",)}
-    needs["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", old_length)
-    if kind not in list(needs):
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(needs)}")
+    parameters = values["rope_scaling"] or values["rope_parameters"] or {}
+    rope = {"rope_theta": values["rope_theta"]} | parameters
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_type"] = kind
+    if kind not in list(ROPE_PARAMETERS):
+        supported = ", ".join(ROPE_PARAMETERS)
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {supported}")
     # at the top level it goes first; where there is none the model's length is the old one
+    old_length = "original_max_position_embeddings"
     rope[old_length] = values[old_length] or rope.get(old_length, values["max_position_embeddings"])
-    for name in ("rope_theta", *needs[kind]):
+    needed = "rope_theta", *ROPE_PARAMETERS[kind]
+    for name in needed:
         if not is_number(rope.get(name)):
             raise ValueError(f"{name} = {rope.get(name)!r} of rope type {kind!r} is not a number above 0")
-    known = "rope_type", "type", "rope_theta", old_length, *needs[kind]
+    known = "rope_type", "type", old_length, *needed
     for name, value in rope.items():
         if name not in known and not is_neutral(value):
             raise ValueError(f"{name} = {value!r} is not a parameter of rope type {kind!r}")
@@ -867,25 +1028,31 @@ def checkpoint_folder(path_or_repo: str) -> Path:
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"{path_or_repo}: no such folder, and not a Hub id of the form owner/name")
     files = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
-    patterns = {"allow_patterns": files, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, **patterns))
+        folder = snapshot_download(
+            repo,
+            revision=revision or None,
+            allow_patterns=files,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
     except Exception as error:  # the Hub's client has many error types
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # "not in the cache either" hides why the Hub was no help
         reason = " ".join(str(error).split())
         raise ValueError(f"{path_or_repo}: not a local folder, and the Hub said: {reason}") from None
-    if not any(folder.glob("*.safetensors")):
+    if not any(Path(folder).glob("*.safetensors")):
         raise ValueError(f"{path_or_repo}: no safetensors in this repository ({CONVERT})")
-    return folder
+    return Path(folder)
 
 
 def model_fingerprint(folder: Path) -> str:
     """sha256 of config.json and of every weight file, in full (about a second per gigabyte)."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256()
+    digest.update((folder / "config.json").read_bytes())
     for path in sorted(weight_files(folder)):
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            file_digest = hashlib.file_digest(file, "sha256")
+        digest.update(file_digest.digest())
     return digest.hexdigest()[:16]
 
 
@@ -950,8 +1117,10 @@ def tie_loaded(model: Transformer, loaded: set[str]) -> set[str]:
 
     Two that differ, as in merged or resized models, stay apart: config.json is wrong, as for transformers.
     """
-    embedding, head = f"{model.family.root_name}.{model.family.embedding_name}.weight", "lm_head.weight"
-    if not loaded & {embedding, head}:
+    family = model.family
+    embedding = f"{family.root_name}.{family.embedding_name}.weight"
+    head = "lm_head.weight"
+    if embedding not in loaded and head not in loaded:
         return set()
     if embedding not in loaded:
         model.embedding.weight = model.lm_head.weight
@@ -983,14 +1152,23 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     (folder / "config.json").unlink(missing_ok=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # a tied head once
     save_torch_state_dict(weights, folder, max_shard_size=shard_bytes)
-    for file in TEXT_FILES:
-        if model.folder is not None and (model.folder / file).is_file() and folder != model.folder:
-            shutil.copyfile(model.folder / file, folder / file)
-    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+    if model.folder is not None and model.folder != folder:
+        copy_text_files(model.folder, folder)
+    raw = model.config.raw
+    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
     dtype_name = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    text = json.dumps(raw | {dtype_key: dtype_name}, indent=2)
     temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(model.config.raw | {dtype_key: dtype_name}, indent=2) + "\n")
+    temporary.write_text(text + "\n")
     os.replace(temporary, folder / "config.json")
+
+
+def copy_text_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files and generation_config.json, those that are there."""
+    for name in TEXT_FILES:
+        file = source / name
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
 
 
 def _read_json(path: Path) -> dict:

@@ -110,9 +110,9 @@ def test_every_field_of_transformers_classes_is_read_or_ignored_on_purpose(model
     theirs, ours = CONFIG_GOLDENS["fields"][model_type], transformer.FIELDS[model_type]
     assert theirs.keys() - ours.keys() - SHAPES - IGNORED == set()
     assert ours.keys() - theirs.keys() - SHAPES - BEYOND_THE_CLASS == set()
-    for name, default in ours.items():
+    for name, field in ours.items():
         if name in theirs and name not in SHAPES:
-            assert (default or None) == (theirs[name] or None), name
+            assert (field.default or None) == (theirs[name] or None), name
 
 
 def test_every_field_that_is_read_has_a_case():
