@@ -6,7 +6,7 @@
     corpus = build_corpus(read_rows(["train.jsonl:500"]), tokenizer, max_length=2048)
     for batch in pack(corpus, range(len(corpus)), token_budget=4096): ...
 
-Order: corpus, batches, templates (turns become text), rendering, layouts (a row becomes turns), reading
+Order: corpus, batches, templates (turns become text), rendering, formats (a row becomes turns), reading
 files, tokenizer, ranks, files.
 
 A corpus is flat: the tokens of all examples end to end, `offsets` saying where each begins. Losses, scores
@@ -54,7 +54,7 @@ class Corpus:
     tokens: np.ndarray  # (C,) int32
     response: np.ndarray  # (C,) bool; never the first token of an example, which nothing predicts
     offsets: np.ndarray  # (E+1,) int64
-    sources: list[str]  # (E,) file:line of each example
+    locations: list[str]  # (E,) file:line of each example
     dropped: int  # rows that max_length left without a response token
     noise: dict[str, np.ndarray] = field(default_factory=dict)  # kind: (C,) bool, tokens known to be noise
 
@@ -68,7 +68,10 @@ class Corpus:
     @property
     def noisy(self) -> np.ndarray:
         """(C,) bool: the tokens that are known to be noise of any kind."""
-        return np.logical_or.reduce([np.zeros(len(self.tokens), bool), *self.noise.values()])
+        found = np.zeros(len(self.tokens), bool)
+        for known in self.noise.values():
+            found |= known
+        return found
 
     def fingerprint(self) -> str:
         """sha256 of tokens, mask and boundaries."""
@@ -77,25 +80,34 @@ class Corpus:
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
-    def part(self, first: int, last: int) -> "Corpus":
-        """Examples first to last - 1 as a corpus of their own, without copying."""
-        tokens = slice(self.offsets[first], self.offsets[last])
-        offsets = self.offsets[first : last + 1] - self.offsets[first]
-        sources = self.sources[first:last]  # the noise stays with the whole corpus
-        return Corpus(self.tokens[tokens], self.response[tokens], offsets, sources, dropped=0)
+    def part(self, first: int, last: int) -> Corpus:
+        """Examples first to last - 1 as a corpus of their own, without copying; the noise stays here."""
+        start, end = self.offsets[first], self.offsets[last]
+        return Corpus(
+            tokens=self.tokens[start:end],
+            response=self.response[start:end],
+            offsets=self.offsets[first : last + 1] - start,
+            locations=self.locations[first:last],
+            dropped=0,
+        )
 
     def split(self) -> list[np.ndarray]:
         """The tokens of each example, without copying."""
-        return np.split(self.tokens, self.offsets[1:-1]) if len(self) else []
+        if not len(self):
+            return []
+        return np.split(self.tokens, self.offsets[1:-1])
 
     def places(self, examples: Sequence[int]) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
-        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in examples]
-        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+        places = [np.empty(0, np.int64)]  # so that no examples at all are an array, too
+        for example in examples:
+            start, end = self.offsets[example], self.offsets[example + 1]
+            places.append(np.arange(start, end))
+        return np.concatenate(places)
 
 
 def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
-    """The rows without later duplicates, those of equal text and response spans, whatever their layouts."""
+    """The rows without later duplicates, those of equal text and response spans, whatever their formats."""
     first: dict[tuple, RenderedRow] = {}
     for row in rows:
         first.setdefault((row.text, row.spans), row)
@@ -114,17 +126,19 @@ def split_rows(
     total = len(rows) + len(reference)
     rows, reference = unique_rows(rows), unique_rows(reference)
     repeated = total - len(rows) - len(reference)
-    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    order = np.random.default_rng(0).permutation(len(rows))
+    rows = [rows[i] for i in order]
     if reference:
         reference = _take(reference, "--n-reference", n_reference, len(reference))
-        others = unique_rows(reference + rows)[len(reference) :]
-        repeated += len(rows) - len(others)
-        rows = others
+        count = len(rows)
+        rows = unique_rows(reference + rows)[len(reference) :]
+        repeated += count - len(rows)
     else:
         usual = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
         reference = _take(rows[:-1], "--n-reference", n_reference, usual)  # one is left at least
         rows = rows[len(reference) :]
-    return reference, _take(rows, "--n-train", n_train, 50_000), repeated
+    train = _take(rows, "--n-train", n_train, 50_000)
+    return reference, train, repeated
 
 
 def _take(rows: list[RenderedRow], flag: str, asked: int | None, usual: int) -> list[RenderedRow]:
@@ -152,56 +166,83 @@ def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int =
     across the border. Corpus.noise comes from the rows' field `noise`: [[start, end, kind], ...], in
     characters of the last response.
     """
-    tokens, response, lengths, sources, noise = [], [], [], [], []
+    examples: list[Example] = []
     for first in range(0, len(rows), 1000):
-        part = rows[first : first + 1000]
-        for row, (ids, spans) in zip(part, _encode(part, tokenizer)):
-            kept = np.array(spans[:max_length], dtype=np.int64).reshape(-1, 2)  # (length, 2)
-            mask = np.zeros(len(kept), bool)
-            for start, end in row.spans:
-                mask |= covers(kept, start, end)
-            mask[:1] = False  # nothing predicts the first token
-            if mask.any():
-                tokens.append(np.array(ids[:max_length], np.int32))
-                response.append(mask)
-                lengths.append(len(kept))
-                sources.append(row.row.get("_source", ""))
-                begin = row.spans[-1][0]
-                noise.append(
-                    [
-                        (kind, covers(kept, begin + start, begin + end) & mask)
-                        for start, end, kind in noise_of(row.row)
-                    ]
-                )
-    if not lengths:
+        some = rows[first : first + 1000]
+        for row, (ids, spans) in zip(some, _encode(some, tokenizer)):
+            example = _example(row, ids[:max_length], spans[:max_length])
+            if example.response.any():
+                examples.append(example)
+    if not examples:
         reason = f"no response token within --max-length {max_length}"
         raise ValueError(f"all {len(rows)} rows were dropped: {reason}")
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    dropped = len(rows) - len(lengths)
-    corpus = Corpus(np.concatenate(tokens), np.concatenate(response), offsets, sources, dropped)
-    for example, marks in enumerate(noise):
-        for kind, mask in marks:
-            known = corpus.noise.setdefault(kind, np.zeros(len(corpus.tokens), bool))  # (C,)
-            known[offsets[example] : offsets[example + 1]] |= mask
+    return _end_to_end(examples, dropped=len(rows) - len(examples))
+
+
+class Example(NamedTuple):
+    """One tokenised row of n tokens."""
+
+    tokens: np.ndarray  # (n,) int32
+    response: np.ndarray  # (n,) bool
+    noise: list[tuple[str, np.ndarray]]  # a kind and its tokens (n,) bool, for each mark of the row
+    location: str
+
+
+def _example(row: RenderedRow, ids: list[int], spans: list[tuple[int, int]]) -> Example:
+    """A row with its token ids and their character spans."""
+    covered = np.array(spans, dtype=np.int64).reshape(-1, 2)  # (n, 2), of no tokens at all, too
+    response = np.zeros(len(covered), bool)
+    for start, end in row.spans:
+        response |= covers(covered, start, end)
+    response[:1] = False  # nothing predicts the first token
+    noise = []
+    marks = noise_of(row.row) if response.any() else []
+    for start, end, kind in marks:
+        begin = row.spans[-1][0]
+        marked = covers(covered, begin + start, begin + end)
+        noise.append((kind, marked & response))
+    return Example(np.array(ids, np.int32), response, noise, row.row.get("_source", ""))
+
+
+def _end_to_end(examples: list[Example], dropped: int) -> Corpus:
+    """The examples as one corpus."""
+    offsets = np.zeros(len(examples) + 1, np.int64)
+    offsets[1:] = np.cumsum([len(example.tokens) for example in examples])
+    corpus = Corpus(
+        tokens=np.concatenate([example.tokens for example in examples]),
+        response=np.concatenate([example.response for example in examples]),
+        offsets=offsets,
+        locations=[example.location for example in examples],
+        dropped=dropped,
+    )
+    for example, start in zip(examples, offsets):
+        for kind, marked in example.noise:
+            if kind not in corpus.noise:
+                corpus.noise[kind] = np.zeros(len(corpus.tokens), bool)
+            corpus.noise[kind][start : start + len(marked)] |= marked
     return corpus
 
 
 def noise_of(row: dict) -> list[list]:
     """The field `noise` of a row, [start, end, kind] each; [] where it is absent, or means something else."""
-    marks = row.get("noise") or []
-    known = isinstance(marks, list) and all(
-        isinstance(mark, list) and list(map(type, mark)) == [int, int, str] for mark in marks
-    )
-    return marks if known else []
+    marks = row.get("noise")
+    if not isinstance(marks, list):
+        return []
+    for mark in marks:
+        if not isinstance(mark, list) or [type(value) for value in mark] != [int, int, str]:
+            return []
+    return marks
 
 
-def _encode(rows: list[RenderedRow], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list]]:
+def _encode(rows: list[RenderedRow], tokenizer: Tokenizer) -> list[tuple[list[int], list]]:
     """(ids, character spans) of each row; a chat template has said itself whether there is a bos."""
-    encoded: dict[int, tuple] = {}
+    encoded: list[tuple] = [()] * len(rows)
     for templated in (False, True):
         group = [i for i, row in enumerate(rows) if row.templated == templated]
-        encoded |= zip(group, tokenizer.encode([rows[i].text for i in group], special=not templated))
-    return (encoded[i] for i in range(len(rows)))
+        texts = [rows[i].text for i in group]
+        for i, result in zip(group, tokenizer.encode(texts, special=not templated)):
+            encoded[i] = result
+    return encoded
 
 
 def covers(spans: np.ndarray, start: int, end: int) -> np.ndarray:
@@ -228,7 +269,8 @@ def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]
     """
     packs: list[list[int]] = []
     room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: equal ones in order
+    for i in longest_first:
         if not packs or lengths[i] > room:
             packs.append([])
             room = token_budget
@@ -239,11 +281,17 @@ def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]
 
 def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
     """These examples as batches of at most token_budget tokens; neighbours have like lengths."""
-    lengths = corpus.lengths[np.asarray(examples, np.int64)].tolist()
-    for group in split_by_tokens(lengths, token_budget):
-        places = corpus.places([examples[i] for i in group])
-        cu_seqlens = torch.tensor([0] + [lengths[i] for i in group]).cumsum(0).int()
-        yield Batch(torch.from_numpy(corpus.tokens[places]).long(), cu_seqlens, torch.from_numpy(places))
+    examples = np.asarray(examples, np.int64)
+    lengths = corpus.lengths[examples]
+    for group in split_by_tokens(lengths.tolist(), token_budget):
+        places = corpus.places(examples[group])  # (T,)
+        cu_seqlens = np.zeros(len(group) + 1, np.int32)
+        cu_seqlens[1:] = np.cumsum(lengths[group])
+        yield Batch(
+            tokens=torch.from_numpy(corpus.tokens[places]).long(),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            places=torch.from_numpy(places),
+        )
 
 
 def shift(tokens: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,10 +316,15 @@ def closed(text: str, eos: str) -> str:
 def tulu(turns: list[Turn], eos: str) -> Pieces:
     """The template of the paper's corpus; a newline between two turns as in the authors' files."""
     pieces: Pieces = []
-    for i, (role, content, learned) in enumerate(turns):
-        newline = "\n" if i and turns[i - 1].role == "assistant" else ""
+    newline = ""
+    for role, content, train in turns:
         pieces.append((f"{newline}<|{role}|>\n", False))
-        pieces.append((closed(content, eos), learned) if role == "assistant" else (content + "\n", False))
+        if role == "assistant":
+            pieces.append((closed(content, eos), train))
+            newline = "\n"
+        else:
+            pieces.append((content + "\n", False))
+            newline = ""
     return pieces
 
 
@@ -279,15 +332,20 @@ def raw_text(row: Raw, eos: str) -> Pieces:
     """Prompt and response as they are, joined by a space unless one is there."""
     prompt, response = row
     spaced = not prompt or prompt[-1].isspace() or response[0].isspace()
-    return [(prompt if spaced else prompt + " ", False), (closed(response, eos), True)]
+    if not spaced:
+        prompt += " "
+    return [(prompt, False), (closed(response, eos), True)]
 
 
 def read_chat_template(folder: Path, settings: dict) -> str | None:
     """The text of a checkpoint's chat template: chat_template.jinja, else what tokenizer_config.json has."""
     path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several, each with its name
-        template = next((some["template"] for some in template if some.get("name") == "default"), None)
+        defaults = [some["template"] for some in template if some.get("name") == "default"]
+        template = defaults[0] if defaults else None
     return template if isinstance(template, str) else None
 
 
@@ -310,12 +368,14 @@ class ModelTemplate:
     """
 
     def __init__(self, source: str, tokens: dict[str, str], where: str):
-        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
         )
         sandbox.filters["tojson"] = _to_json
-        sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        sandbox.globals["raise_exception"] = _raise_exception
+        sandbox.globals["strftime_now"] = _strftime_now
         try:
             self.compiled = sandbox.from_string(source)
         except jinja2.TemplateError as error:
@@ -325,9 +385,14 @@ class ModelTemplate:
     def text(self, turns: list[Turn], ask: bool = False) -> str:
         """The turns as text; ask: and the beginning of an answer."""
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        names = {"tools": None, "documents": None, "add_generation_prompt": ask}
         try:
-            return self.compiled.render(messages=messages, **names, **self.tokens)
+            return self.compiled.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=ask,
+                **self.tokens,
+            )
         except Exception as error:  # a template is a program: what it may raise is not known
             reason = " ".join(str(error).split())
             raise RowError(f"the chat template does not take it ({reason})") from None
@@ -344,12 +409,14 @@ class ModelTemplate:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            asked, answered = self.text(turns[:i], ask=True), self.text(turns[: i + 1])
+            asked = self.text(turns[:i], ask=True)
+            answered = self.text(turns[: i + 1])
             pieces.append((_added(done, asked, earlier), False))
-            pieces.append((_added(asked, answered, begun), turn.learned))
+            pieces.append((_added(asked, answered, begun), turn.train))
             done = answered
         if turns[-1].role != "assistant":
-            pieces.append((_added(done, self.text(turns), earlier), False))
+            rest = _added(done, self.text(turns), earlier)
+            pieces.append((rest, False))
         return pieces
 
 
@@ -369,7 +436,11 @@ def _to_json(
 ) -> str:
     """The filter tojson: plain JSON, where jinja's own escapes HTML."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 
@@ -396,7 +467,7 @@ class RenderedRow:
 
 
 def render(row: dict, eos: str, template: ModelTemplate | None = None) -> Pieces:
-    """A row of any known layout as pieces of text; the responses, with their end of turn, are marked True.
+    """A row of any known format as pieces of text; the responses, with their end of turn, are marked True.
 
     Conversations take the template, Tulu's where it is None; prompt + completion and prompt + response are
     taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
@@ -421,7 +492,9 @@ def render_rows(
 
     Raises one ValueError for all rows that cannot be used; with skip_bad they are left out, and counted.
     """
-    rendered, errors, unused = [], [], set()
+    rendered: list[list[RenderedRow]] = []
+    errors: list[RowError] = []
+    unused: set[str] = set()
     for rows in groups:
         rendered.append([])
         for row in rows:
@@ -438,10 +511,11 @@ def render_rows(
         lines.append(f"{len(errors)} of {total} rows are left out (--skip-bad-rows): {by_reason(errors)}")
     if unused:
         lines.append(f"fields not used: {', '.join(sorted(unused))}")
-    raw = [example.row for examples in rendered for example in examples if example.raw]
+    raw = [row.row for group in rendered for row in group if row.raw]
     if 0 < len(raw) < total - len(errors):
-        layouts = " and ".join(sorted({" + ".join(layout_of(row)) for row in raw}))
-        lines.append(f"{len(raw)} of {total} rows are raw text without turn markers ({layouts})")
+        names = {" + ".join(format_of(row)) for row in raw}
+        formats = " and ".join(sorted(names))
+        lines.append(f"{len(raw)} of {total} rows are raw text without turn markers ({formats})")
     return rendered, lines
 
 
@@ -457,26 +531,32 @@ def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRo
                 start = spans.pop()[0]
             spans.append((start, end))
     raw = isinstance(found, Raw)
-    text = "".join(text for text, _ in pieces)
-    return RenderedRow(row, text, tuple(spans), raw, not raw and tokenizer.template is not None)
+    return RenderedRow(
+        row=row,
+        text="".join(text for text, _ in pieces),
+        spans=tuple(spans),
+        raw=raw,
+        templated=not raw and tokenizer.template is not None,
+    )
 
 
 def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a question in the template, up to where the answer begins."""
     pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
     text = "".join(text for text, is_response in pieces if not is_response)
-    return tokenizer.encode([text], special=tokenizer.template is None)[0][0]
+    ((ids, _),) = tokenizer.encode([text], special=tokenizer.template is None)
+    return ids
 
 
-# --------------------------------------------------------------------------------------------- layouts
+# --------------------------------------------------------------------------------------------- formats
 
 
 class Turn(NamedTuple):
-    """What one speaker says: system, user or assistant. Learned: the model is judged on it."""
+    """What one speaker says: system, user or assistant."""
 
     role: str
     content: str
-    learned: bool
+    train: bool  # its tokens are judged: scored and trained on
 
 
 class Raw(NamedTuple):
@@ -497,7 +577,7 @@ UNRENDERED = {
 }
 # names that end so describe the row: image_id, question_type
 DESCRIPTIONS = ("id", "ids", "idx", "index", "type", "source", "score", "count", "length", "language", "lang")
-# fields that hold text of a prompt or a response, in one layout or another
+# fields that hold text of a prompt or a response, in one format or another
 TEXTS = (
     "prompt",
     "completion",
@@ -523,8 +603,8 @@ TEXTS = (
     "passages",
     "suffix",
 )
-# of a turn or a row: 0 and false say that it is not learned
-LEARNED = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "train_on_turn")
+# of a turn or a row: 0 and false say that it is not trained on
+TRAIN = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "train_on_turn")
 SYSTEM = ("system", "system_prompt", "system_message")  # names of one thing
 BAD_ANSWER = ("label", "kto_tag")  # 0 and false mark a bad answer (KTO)
 # these say nothing of the text, and pass; what nobody knows passes, too, and is said once
@@ -544,7 +624,10 @@ def meaning_of(name: str) -> str | None:
     words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().split("_")
     if words[-1] in DESCRIPTIONS:
         return None
-    return next((meaning for meaning, some in UNRENDERED.items() if set(words) & set(some.split())), None)
+    for meaning, names in UNRENDERED.items():
+        if set(words) & set(names.split()):
+            return meaning
+    return None
 
 
 def present(fields: dict) -> dict:
@@ -563,39 +646,41 @@ def take_text(fields: dict, name: str) -> str:
 
 def take_one(fields: dict, *names: str) -> str:
     """Take the text of the fields of one meaning, of which a row has one, or equal ones."""
-    given = set(fields)
-    found = [take_text(fields, name) for name in names if name in fields]
+    there = [name for name in names if name in fields]
+    found = [take_text(fields, name) for name in there]
     if len(set(found)) > 1:
-        there = [name for name in names if name in given]
         raise RowError(f"{' and '.join(there)} are both there: one of them is needed")
     return found[0] if found else ""
 
 
-def take_learned(fields: dict) -> bool:
-    """Whether no field says that a turn, or a row, is not to be learned."""
-    learned = True
-    for name in [name for name in ("masked", *LEARNED) if name in fields]:
+def take_train(fields: dict) -> bool:
+    """Whether no field says that a turn, or a row, is not to be trained on."""
+    train = True
+    for name in ("masked", *TRAIN):
+        if name not in fields:
+            continue
         value = fields.pop(name)
         if value not in (0, 1):  # False and True are equal to these
             raise RowError(f"{name} can only be 0, 1, false or true", f", not {value!r}")
-        learned = learned and bool(value) != (name == "masked")
-    return learned
+        says_train = bool(value) != (name == "masked")
+        train = train and says_train
+    return train
 
 
 def check_rest(fields: dict, unused: set[str], said: Sequence[str] = (), owner: str = "") -> None:
-    """Judge the fields that no layout has taken: refused, harmless, or put into `unused`.
+    """Judge the fields that no format has taken: refused, harmless, or put into `unused`.
 
     A text that is said elsewhere in the row, such as a prompt beside messages, is a copy.
     """
+    mend = "write it into the text, or take the field out"
     for name, value in fields.items():
         if value in said:
             continue
-        if value and (meaning := meaning_of(name)):
-            reason = f"{owner}{name} cannot be rendered ({meaning})"
-            raise RowError(f"{reason}: write it into the text, or take the field out")
+        meaning = meaning_of(name)
+        if value and meaning:
+            raise RowError(f"{owner}{name} cannot be rendered ({meaning}): {mend}")
         if name in TEXTS:
-            reason = f"{owner}{name} has no place in this layout"
-            raise RowError(f"{reason}: write it into the text, or take the field out")
+            raise RowError(f"{owner}{name} has no place in this format: {mend}")
         if name in BAD_ANSWER and value in (0, 1):
             if not value:
                 raise RowError(f"{owner}{name} {value!r} marks a bad answer: leave such rows out")
@@ -604,7 +689,7 @@ def check_rest(fields: dict, unused: set[str], said: Sequence[str] = (), owner: 
 
 
 def read_message(message: Any, unused: set[str]) -> Turn:
-    """A message of OpenAI's (role, content) or ShareGPT's (from, value) layout."""
+    """A message of OpenAI's (role, content) or ShareGPT's (from, value) format."""
     fields = present(message) if isinstance(message, dict) else {}
     role = take_one(fields, "role", "from")
     if not role:
@@ -614,9 +699,9 @@ def read_message(message: Any, unused: set[str]) -> Turn:
         raise RowError(f"role {role!r} is not allowed: system, user, assistant")
     name = "value" if "value" in message and "content" not in message else "content"
     content = fields.pop(name, message.get(name))
-    flags = [flag for flag in LEARNED if flag in fields]
-    learned = take_learned(fields)
-    if flags and learned and role != "assistant":
+    flags = [flag for flag in TRAIN if flag in fields]
+    train = take_train(fields)
+    if flags and train and role != "assistant":
         unused.add(f"a message's {flags[0]}, where it is not the assistant's")
     if "name" in fields:
         raise RowError("a speaker's name cannot be rendered: write it into the content, or take it out")
@@ -626,13 +711,13 @@ def read_message(message: Any, unused: set[str]) -> Turn:
     if not isinstance(content, str):
         kind = type(content).__name__
         raise RowError("the content of a message must be a string, or a list of text parts", f", not {kind}")
-    return Turn(role, content, learned and role == "assistant")
+    return Turn(role, content, train and role == "assistant")
 
 
 def read_part(part: Any, unused: set[str]) -> str:
     """The text of a part of a content: {"type": "text", "text": ...}, in some files with "value"."""
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
         raise RowError(f"a part of a content must be of type text, not {kind}")
     fields = present(part)
     del fields["type"]
@@ -649,13 +734,15 @@ def read_messages(messages: Any, name: str, unused: set[str]) -> list[Turn]:
 
 
 def read_history(history: Any, unused: set[str]) -> list[Turn]:
-    """Earlier turns: pairs of a question and its answer (learned, too), or messages."""
+    """Earlier turns: pairs of a question and its answer (trained on, too), or messages."""
     turns = []
     for entry in history if isinstance(history, list) else [history]:
         if isinstance(entry, dict):
             turns.append(read_message(entry, unused))
-        elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry):
-            turns += [Turn("user", entry[0], False), Turn("assistant", entry[1], bool(entry[1]))]
+        elif isinstance(entry, list) and [type(text) for text in entry] == [str, str]:
+            question, answer = entry
+            turns.append(Turn("user", question, train=False))
+            turns.append(Turn("assistant", answer, train=bool(answer)))
         else:
             raise RowError("history must be a list of messages, or of pairs of a question and an answer")
     return turns
@@ -667,26 +754,37 @@ def conversation(fields: dict, unused: set[str], name: str) -> list[Turn]:
 
 
 def text_pair(fields: dict, unused: set[str], prompt: str, response: str) -> Raw | list[Turn]:
-    """prompt + completion, prompt + response: text as it is, or TRL's two lists of messages."""
-    pair = fields.get(prompt), fields.get(response)
-    if any(isinstance(value, list) for value in pair):
-        before = read_messages(fields.pop(prompt), prompt, unused)
-        answer = read_messages(fields.pop(response), response, unused)
-        return [turn._replace(learned=False) for turn in before] + answer
-    turns = instruction(fields, unused, prompt, response)
-    if {*SYSTEM, "history"} & fields.keys():
-        return turns  # these are turns, and then the pair is two more
-    return Raw(turns[0].content, turns[1].content)
+    """prompt + completion, prompt + response: text as it is, or TRL's two lists of messages.
+
+    Beside a system prompt or a history the two texts are two more turns.
+    """
+    asked, answered = fields.get(prompt), fields.get(response)
+    if isinstance(asked, list) or isinstance(answered, list):
+        turns = read_messages(fields.pop(prompt), prompt, unused)
+        turns = [turn._replace(train=False) for turn in turns]
+        turns += read_messages(fields.pop(response), response, unused)
+        return turns
+    if "history" in fields or any(name in fields for name in SYSTEM):
+        return instruction(fields, unused, prompt, response)
+    question = take_question(fields, prompt)
+    answer = take_text(fields, response)
+    return Raw(question, answer)
 
 
 def instruction(fields: dict, unused: set[str], prompt: str, response: str) -> list[Turn]:
     """instruction (+ input or context) + output or response, inputs + targets: one question, one answer."""
-    question = [take_text(fields, prompt), take_one(fields, "input", "context")]
-    question = "\n\n".join(filter(None, question))
-    return [Turn("user", question, False), Turn("assistant", take_text(fields, response), True)]
+    question = take_question(fields, prompt)
+    answer = take_text(fields, response)
+    return [Turn("user", question, train=False), Turn("assistant", answer, train=True)]
 
 
-LAYOUTS = {  # the fields that must be there, the last one the response: the function that reads them
+def take_question(fields: dict, prompt: str) -> str:
+    """Take the prompt and what it is about, input or context, as one text."""
+    texts = take_text(fields, prompt), take_one(fields, "input", "context")
+    return "\n\n".join(text for text in texts if text)
+
+
+FORMATS = {  # the fields that must be there, the last one the response: the function that reads them
     ("messages",): conversation,
     ("conversations",): conversation,
     ("prompt", "completion"): text_pair,
@@ -697,57 +795,60 @@ LAYOUTS = {  # the fields that must be there, the last one the response: the fun
 }
 
 
-def layout_of(row: dict) -> tuple[str, ...]:
-    """The layout of a row, a key of LAYOUTS. Raises RowError where there is none, or no response."""
+def format_of(row: dict) -> tuple[str, ...]:
+    """The format of a row, a key of FORMATS. Raises RowError where there is none, or no response."""
     fields = present(row)
-    for layout in LAYOUTS:
-        if all(name in fields for name in layout):
-            return layout
-    for layout in LAYOUTS:  # a prompt may be empty, where its response is a text on its own
-        if layout[-1] in fields and row.get(layout[0]) == "":
-            return layout
+    for names in FORMATS:
+        if all(name in fields for name in names):
+            return names
+    for names in FORMATS:  # a prompt may be empty, where its response is a text on its own
+        if names[-1] in fields and row.get(names[0]) == "":
+            return names
     for name in fields:
         if meaning := meaning_of(name):
-            raise RowError(f"{name} cannot be rendered ({meaning}); no known layout beside it")
-    begun = [names for names in LAYOUTS if names[-1] in row and all(name in fields for name in names[:-1])]
-    if begun:
-        raise NoResponse(f"{max(begun, key=len)[-1]} is empty")
-    found, known = ", ".join(sorted(fields)) or "none", "; ".join(map(" + ".join, LAYOUTS))
+            raise RowError(f"{name} cannot be rendered ({meaning}); no known format beside it")
+    unanswered = [names for names in FORMATS if names[-1] in row and fields.keys() >= set(names[:-1])]
+    if unanswered:
+        longest = max(unanswered, key=len)
+        raise NoResponse(f"{longest[-1]} is empty")
+    found = ", ".join(sorted(fields)) or "none"
     alone = ": which part is the response? prompt and completion say it" if list(fields) == ["text"] else ""
-    raise RowError(f"unknown layout, fields found: {found}{alone}; known: {known}")
+    known = "; ".join(" + ".join(names) for names in FORMATS)
+    raise RowError(f"unknown format, fields found: {found}{alone}; known: {known}")
 
 
 def read_row(row: dict, unused: set[str]) -> Raw | list[Turn]:
     """The turns of a row, or its raw text; the names of fields that are not used go into `unused`."""
     if isinstance(row.get("_bad"), RowError):
         raise row["_bad"]
-    layout, fields = layout_of(row), present(row)
-    if not take_learned(fields):
+    names, fields = format_of(row), present(row)
+    if not take_train(fields):
         raise RowError("its weight says that the row is not to be learned: leave such rows out")
-    found = LAYOUTS[layout](fields, unused, *layout)
+    found = FORMATS[names](fields, unused, *names)
     if isinstance(found, list):
-        earlier = read_history(fields.pop("history", []), unused)
-        system = take_one(fields, *SYSTEM)
-        found = [Turn("system", system, False)] * bool(system) + earlier + found
+        found = read_history(fields.pop("history", []), unused) + found
+        if system := take_one(fields, *SYSTEM):
+            found.insert(0, Turn("system", system, train=False))
         check_turns(found)
     if "noise" in fields and not noise_of(row):
         unused.add("noise, which is not [[start, end, kind], ...]")
-    if fields:
-        said = [turn.content for turn in found] if isinstance(found, list) else list(found)
-        check_rest(fields, unused, said)
+    said = [turn.content for turn in found] if isinstance(found, list) else list(found)
+    check_rest(fields, unused, said)
     return found
 
 
 def check_turns(turns: list[Turn]) -> None:
     """Raise RowError unless there is at most one system turn, in front, then user and assistant in turn."""
     roles = [turn.role for turn in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        order = ", ".join(spoken)
+    if roles[:1] == ["system"]:
+        del roles[0]
+    alternating = ["user", "assistant"] * len(roles)
+    if roles != alternating[: len(roles)]:
+        order = ", ".join(roles)
         raise RowError("user and assistant must take turns, starting with user", f", not {order}")
     if not any(turn.role == "assistant" and turn.content for turn in turns):
         raise NoResponse("no assistant message with text")
-    if not any(turn.learned and turn.content for turn in turns):
+    if not any(turn.train and turn.content for turn in turns):
         raise NoResponse("no assistant message is to be learned")
 
 
@@ -781,7 +882,7 @@ class RowError(ValueError):
 
 
 class NoResponse(RowError):
-    """A row of a known layout that has nothing to learn."""
+    """A row of a known format that has nothing to learn."""
 
 
 def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
@@ -846,50 +947,58 @@ def _read_parquet(path: Path) -> list[dict]:
 
 
 def _parse(path: Path, content: str | list) -> list[dict]:
-    """The rows of one file's content; a line that is no row becomes one with a RowError in "_bad"."""
-    # escapes: no UTF-8 text holds half characters as they are
-    half_characters = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
-    lines, values = False, content
-    if isinstance(content, str):
-        lines, values = True, content.split("\n")
-        if _kind_of(path) == ".json":
-            lines, values = _whole_json(path, content)
+    """The rows of one file's content; a value that is no row becomes one with a RowError in "_bad"."""
+    # only an escape can write half a character: UTF-8 has no bytes for it
+    may_be_half = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
     rows = []
-    for number, value in enumerate(values, 1):
-        if lines and not value.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            row = _row_of(value, lines, half_characters)
-        except RowError as error:
-            error.where = source
+    for number, row in _numbered_values(path, content):
+        location = f"{path}:{number}"
+        error = row if isinstance(row, RowError) else _fault_of(row, may_be_half)
+        if error is not None:
+            error.where = location
             row = {"_bad": error}
-        rows.append(row | {"_source": source})
+        rows.append(row | {"_source": location})
     return rows
 
 
-def _row_of(value: Any, is_line: bool, half_characters: bool) -> dict:
-    """The row in a line, or in an element of a list."""
-    try:
-        row = json.loads(value) if is_line else value
-    except (ValueError, RecursionError) as error:
-        raise RowError("not valid JSON", f" ({error})") from None
+def _fault_of(row: Any, may_be_half: bool) -> RowError | None:
+    """What makes a value no row, if anything does."""
     if not isinstance(row, dict):
-        raise RowError("a row must be an object", f", not {type(row).__name__}")
-    if half_characters and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
-        raise RowError(f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
-    return row
+        return RowError("a row must be an object", f", not {type(row).__name__}")
+    if may_be_half and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
+        return RowError(f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
+    return None
 
 
-def _whole_json(path: Path, text: str) -> tuple[bool, list]:
-    """What a .json file holds: (False, a list's rows, or those under `data`), or (True, lines after all)."""
+def _numbered_values(path: Path, content: str | list) -> Iterable[tuple[int, Any]]:
+    """The lines that are not empty, or the elements of a list, with their numbers."""
+    if isinstance(content, list):
+        return enumerate(content, 1)
+    if _kind_of(path) == ".json":
+        return _values_of_json(path, content)
+    return _values_of_lines(content)
+
+
+def _values_of_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line; a RowError where it is not valid JSON."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, RowError("not valid JSON", f" ({error})")
+
+
+def _values_of_json(path: Path, text: str) -> Iterable[tuple[int, Any]]:
+    """What a .json file holds: a list of rows, an object with one under `data`, or lines after all."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
-        lines = text.split("\n")
+        first_line = text.lstrip().partition("\n")[0]
         with suppress(ValueError, RecursionError):
-            if isinstance(json.loads(next(filter(str.strip, lines), "")), dict):
-                return True, lines
+            if isinstance(json.loads(first_line), dict):
+                return _values_of_lines(text)
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if isinstance(whole, dict):
         lists = [key for key, value in whole.items() if isinstance(value, list | dict)]
@@ -899,7 +1008,7 @@ def _whole_json(path: Path, text: str) -> tuple[bool, list]:
             f"{path}: a list of rows is expected, or an object with one under `data` alone, "
             f"not {type(whole).__name__}"
         )
-    return False, whole
+    return enumerate(whole, 1)
 
 
 def refuse(errors: Sequence[RowError], total: int) -> None:
@@ -966,9 +1075,12 @@ class Tokenizer:
         """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
         text = _content(settings.get(name), name)
         if text is None:
-            ids = [token for config in configs for token in _token_ids(config, name, folder)]
+            ids: list[int] = []
+            for config in configs:
+                ids += _token_ids(config, name, folder)
             text = self.raw.id_to_token(ids[0]) if ids else None
-        return text, None if text is None else self.raw.token_to_id(text)
+        token = None if text is None else self.raw.token_to_id(text)
+        return text, token
 
     def _put_bos(self) -> None:
         """Let each text begin with a bos."""
@@ -977,26 +1089,40 @@ class Tokenizer:
             single=single, pair=pair, special_tokens=[(self.bos, self.bos_id)]
         )
 
-    def _model_template(self, settings: dict, folder: Path) -> "ModelTemplate":
+    def _model_template(self, settings: dict, folder: Path) -> ModelTemplate:
         if self.chat_template is None:
             raise ValueError(f"{folder}: it has no chat template, which --template model needs: use tulu")
-        names = {key: value for key, value in settings.items() if key.endswith("_token")}
-        texts = {key: _content(value, key) for key, value in names.items() if isinstance(value, str | dict)}
-        texts |= {"bos_token": self.bos, "eos_token": self.eos}
-        given = {key: text for key, text in texts.items() if text is not None}
+        texts = {}  # by name, of every token that the settings name
+        for name, token in settings.items():
+            if name.endswith("_token") and isinstance(token, str | dict):
+                texts[name] = _content(token, name)
+        texts["bos_token"] = self.bos
+        texts["eos_token"] = self.eos
+        given = {name: text for name, text in texts.items() if text is not None}
         return ModelTemplate(self.chat_template, given, f"{folder}: its chat template")
 
     def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, character spans) of each text, with one bos if the tokenizer puts any; no eos is added."""
+        encodings = self.raw.encode_batch(texts, add_special_tokens=special)
         results = []
-        for text, encoding in zip(texts, self.raw.encode_batch(texts, add_special_tokens=special)):
+        for text, encoding in zip(texts, encodings):
             ids, spans = encoding.ids, encoding.offsets
-            if special and ids[:2] == [self.bos_id] * 2 and text.startswith(self.bos):
-                ids, spans = ids[1:], spans[1:]  # the text brought its own bos
-            while special and ids and ids[-1] == self.eos_id and spans[-1][0] == spans[-1][1]:
-                ids, spans = ids[:-1], spans[:-1]  # put there by the tokenizer, not by the text
+            if special:
+                first, end = self._own_tokens(text, ids, spans)
+                ids, spans = ids[first:end], spans[first:end]
             results.append((ids, spans))
         return results
+
+    def _own_tokens(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> tuple[int, int]:
+        """First and end of the tokens without a second bos, and without an eos that the text has not."""
+        brought_a_bos = ids[:2] == [self.bos_id] * 2 and text.startswith(self.bos)
+        first, end = int(brought_a_bos), len(ids)
+        while end > first and ids[end - 1] == self.eos_id:
+            start, stop = spans[end - 1]
+            if start < stop:  # an eos that the text wrote itself covers its characters
+                break
+            end -= 1
+        return first, end
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids."""
@@ -1022,7 +1148,8 @@ def tokenizer_settings(folder: Path) -> dict:
 
 def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
     """tokenizer.json, or GPT-2's pair of files, vocab.json and merges.txt, which is all that GPT-Neo has."""
-    path, pair = folder / "tokenizer.json", [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    path = folder / "tokenizer.json"
+    pair = [str(folder / name) for name in ("vocab.json", "merges.txt")]
     try:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -1053,10 +1180,16 @@ def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
 
 def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
     """(name, token) of every special token that the settings name, in the order in which they are added."""
-    others = [name for name in settings if name.endswith("_token") and name not in SPECIAL_TOKENS]
-    found = [(name, settings.get(name)) for name in (*SPECIAL_TOKENS, *others)]
+    names = list(SPECIAL_TOKENS)
+    for name in settings:
+        if name.endswith("_token") and name not in SPECIAL_TOKENS:
+            names.append(name)
+    found = [(name, settings.get(name)) for name in names]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    found += extra.items() if isinstance(extra, dict) else [("extra_special_tokens", one) for one in extra]
+    if isinstance(extra, dict):
+        found += extra.items()
+    else:
+        found += [("extra_special_tokens", token) for token in extra]
     # add_bos_token and its like are switches, not tokens
     return [(name, token) for name, token in found if isinstance(token, str | dict)]
 
@@ -1095,9 +1228,12 @@ def _content(token: Any, name: str) -> str | None:
 def _token_ids(config: dict, name: str, folder: Path) -> list[int]:
     """bos_token_id or eos_token_id of a config as a list: models have none, one or several."""
     ids = config.get(f"{name}_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if ids is None:
+        return []
+    if not isinstance(ids, list):
+        ids = [ids]
     for i in ids:
-        if not (isinstance(i, int) and not isinstance(i, bool) and i >= 0):
+        if type(i) is not int or i < 0:  # a bool is an int, too
             raise ValueError(f"{folder}: {name}_id {i!r} is not a token id")
     return ids
 
@@ -1121,11 +1257,13 @@ def keep_offsets(content: Any) -> Any:
         return [keep_offsets(part) for part in content]
     if not isinstance(content, dict):
         return content
-    # those two are huge, and no setting is in them
-    kept = {key: keep_offsets(part) for key, part in content.items() if key not in ("vocab", "merges")}
+    kept = {}
+    for key, part in content.items():
+        huge = key in ("vocab", "merges")  # no setting is in them
+        kept[key] = part if huge else keep_offsets(part)
     if "trim_offsets" in kept:
         kept["trim_offsets"] = False
-    return content | kept
+    return kept
 
 
 # ----------------------------------------------------------------------------------------------- ranks

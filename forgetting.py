@@ -294,7 +294,7 @@ def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: st
 def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tuple[Array, Array]:
     """Stage 2: base_loss and ref_loss (C,) float32 of D_train, NaN where nothing is judged.
 
-    Saved after every --save-every x --batch-size examples, with tokens, offsets and the rows' sources; a run
+    Saved after every --save-every x --batch-size examples, with tokens, offsets and where the rows are; a run
     that was stopped goes on there.
     """
     path = out / "scores.safetensors"
@@ -308,7 +308,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         print0(f"found {path}, {what_next}")
 
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets}
-    sources = "\n".join(corpus.sources).encode()
+    sources = "\n".join(corpus.locations).encode()
     arrays["sources"] = np.frombuffer(sources, np.uint8)  # safetensors holds no text
     for kind, known in corpus.noise.items():
         arrays[f"noise.{kind}"] = known
@@ -1269,7 +1269,7 @@ def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int
         tokens, response = corpus.tokens[span], corpus.response[span]
         question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
         answer = tokenizer.decode(tokens[response].tolist())[:60]
-        lines.append(f"  {corpus.sources[example]}  Q {means[example]:.2f}  {question!r} -> {answer!r}")
+        lines.append(f"  {corpus.locations[example]}  Q {means[example]:.2f}  {question!r} -> {answer!r}")
     return "\n".join(lines)
 
 
@@ -1295,7 +1295,7 @@ def row_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str
     losses = response_losses(model, corpus, np.arange(len(corpus)), token_budget, label)
     means, counts = sequence_means(losses, corpus)  # (E,) each
     rows = []
-    for source, loss, tokens in zip(corpus.sources, means.tolist(), counts.tolist()):
+    for source, loss, tokens in zip(corpus.locations, means.tolist(), counts.tolist()):
         rows.append({"row": source, "loss": loss, "tokens": tokens})
     return rows
 

@@ -195,11 +195,11 @@ CASES = [
     ),
     rows_case("JSON cut off", "[" + good(1), "bad.json: not valid JSON", file="bad.json"),
     rows_case(
-        "an unknown layout",
+        "an unknown format",
         good() + lines({"question": "a", "answer": "b"}),
-        "bad.jsonl:10: unknown layout, fields found: answer, question; known: messages; conversations; prompt + completion",
+        "bad.jsonl:10: unknown format, fields found: answer, question; known: messages; conversations; prompt + completion",
     ),
-    rows_case("no fields at all", lines({}), "bad.jsonl:1: unknown layout, fields found: none"),
+    rows_case("no fields at all", lines({}), "bad.jsonl:1: unknown format, fields found: none"),
     rows_case(
         "a number for a text",
         good() + lines({"prompt": "a", "completion": 5}),

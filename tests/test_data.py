@@ -15,7 +15,7 @@ from data import Tokenizer, build_corpus, pack, read_rows, render, render_rows, 
 from publish import chat_template
 
 STYLES = tuple(tiny.SPECIAL)
-ROWS = {  # layout: (row, its responses in order)
+ROWS = {  # format: (row, its responses in order)
     "messages": (
         {
             "messages": [
@@ -50,10 +50,10 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
     return Tokenizer(folder)
 
 
-@pytest.mark.parametrize("layout", ROWS)
-def test_masked_tokens_decode_to_the_responses(tokenizer, layout):
-    """Of every layout and style of tokenizer; the eos of each turn is a response token, the very last one included."""
-    row, responses = ROWS[layout]
+@pytest.mark.parametrize("name", ROWS)
+def test_masked_tokens_decode_to_the_responses(tokenizer, name):
+    """Of every format and style of tokenizer; the eos of each turn is a response token, the very last one included."""
+    row, responses = ROWS[name]
     corpus = build_corpus([row], tokenizer)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], corpus.response, [False]))))
     spans = [corpus.tokens[start:end].tolist() for start, end in edges.reshape(-1, 2)]
@@ -240,12 +240,12 @@ def test_bad_files_are_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "x"}, "unknown layout, fields found: text: which part is the response"),
-        ({"a": "x"}, "unknown layout, fields found: a; known: messages; conversations; prompt . completion"),
+        ({"text": "x"}, "unknown format, fields found: text: which part is the response"),
+        ({"a": "x"}, "unknown format, fields found: a; known: messages; conversations; prompt . completion"),
         ({"prompt": "a", "completion": 3}, "completion must be a string, not int"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": "a", "completion": None, "instruction": None, "output": None}, "completion is empty"),
-        ({"prompt": None, "response": "b"}, "unknown layout, fields found: response"),
+        ({"prompt": None, "response": "b"}, "unknown format, fields found: response"),
         ({"instruction": "a", "input": 0, "output": "b"}, "input must be a string, not int"),
         (
             {"instruction": "a", "input": "x", "context": "y", "output": "b"},
@@ -312,11 +312,11 @@ def test_bad_files_are_named(tmp_path, text, message):
             {"instruction": "a", "output": "b", "rejected_response": "c"},
             "rejected_response cannot be rendered",
         ),
-        # text that another layout would use
-        ({"messages": messages("a", "b"), "prompt": "x"}, "prompt has no place in this layout"),
-        ({"messages": messages("a", "b"), "context": "x"}, "context has no place in this layout"),
-        ({"instruction": "a", "output": "b", "response": "c"}, "response has no place in this layout"),
-        ({"instruction": "a", "output": "b", "question": "c"}, "question has no place in this layout"),
+        # text that another format would use
+        ({"messages": messages("a", "b"), "prompt": "x"}, "prompt has no place in this format"),
+        ({"messages": messages("a", "b"), "context": "x"}, "context has no place in this format"),
+        ({"instruction": "a", "output": "b", "response": "c"}, "response has no place in this format"),
+        ({"instruction": "a", "output": "b", "question": "c"}, "question has no place in this format"),
         (
             {"messages": [{"role": "system", "content": "s"}, *messages("a", "b")], "system": "t"},
             "must take turns",
@@ -511,7 +511,7 @@ def test_all_bad_rows_are_said_at_once(tokenizer, tmp_path):
     ],
 )
 def test_real_rows(shared, tmp_path, name):
-    """Every response token decodes back, on real instruction data in its native layouts."""
+    """Every response token decodes back, on real instruction data in its native formats."""
     tiny.save_tokenizer(tmp_path, "llama3")
     tokenizer = Tokenizer(tmp_path)
     rows = read_rows([str(shared / "data" / "train" / f"{name}.jsonl")])[:100]
@@ -587,7 +587,7 @@ def test_public_rows_without_a_response_are_those_that_render_says(capsys):
         {"conversations": turns[:1]},
         {"messages": None, "inputs": "a", "targets": "b"},
         {"inputs": "a", "targets": None},
-        {"a": "unknown layouts stay"},
+        {"a": "unknown formats stay"},
     ]
     kept = get_data.convert_rows(tiny.jsonl(rows))
     assert kept == [rows[0], rows[3], rows[5]]

@@ -221,7 +221,7 @@ def test_all_held_out_rows_count_not_the_first_512(tmp_path):
             [corpus.offsets[:-1] + i * corpus.offsets[-1] for i in range(copies)]
             + [[copies * corpus.offsets[-1]]]
         ),
-        corpus.sources * copies,
+        corpus.locations * copies,
         0,
     )
     assert len(many) == 528 == len(row_losses(model, many, 4000, "x"))

@@ -38,7 +38,7 @@ def make_run(tmp_path, kind, rows=None, name=None):
     draw = np.random.default_rng(0)
     base = np.where(corpus.response, draw.gamma(2, 1, len(corpus.tokens)), np.nan).astype(np.float32)
     ref = np.where(corpus.response, base - draw.normal(0, 1, len(base)), np.nan).astype(np.float32)
-    sources = np.frombuffer("\n".join(corpus.sources).encode(), np.uint8)
+    sources = np.frombuffer("\n".join(corpus.locations).encode(), np.uint8)
     out = tmp_path / "run"
     arrays = {
         "tokens": corpus.tokens,
@@ -183,7 +183,7 @@ def test_rows_can_be_cleaned_by_their_figures(run_folder, tmp_path):
     run, scores = look.read_run(run_folder), load_file(run_folder / "scores.safetensors")
     assert len(rows) == 12 and [row["mean_Q"] for row in rows] == sorted(row["mean_Q"] for row in rows)
     for row in rows:
-        example = run.corpus.sources.index(row["source"])
+        example = run.corpus.locations.index(row["source"])
         places = [
             i for i in range(*scores["offsets"][example : example + 2]) if np.isfinite(scores["base_loss"][i])
         ]

@@ -114,7 +114,7 @@ def rows_by_quality(run: Run) -> list[dict]:
     }
     counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
     return [
-        {"source": run.corpus.sources[row]}
+        {"source": run.corpus.locations[row]}
         | {name: means[name][row] for name in means}
         | {"response_tokens": counts[row]}
         for row in np.argsort(run.mean_quality, kind="stable")
@@ -296,7 +296,7 @@ def row_html(run: Run, example: int, noisy: Array) -> str:
     tokens = "".join(
         token_html(run, place, text, bool(noisy[place])) for place, text in response_texts(run, example)
     )
-    source, mean = safe(run.corpus.sources[example]), run.mean_quality[example]
+    source, mean = safe(run.corpus.locations[example]), run.mean_quality[example]
     total = mean * run.corpus.response[first:last].sum()
     return (
         f'<section data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
@@ -310,7 +310,7 @@ def print_rows(run: Run, count: int) -> None:
     noisy = run.corpus.noisy
     for example in rows_to_show(run, count):
         print(
-            f"\n\033[1m{visible(run.corpus.sources[example])}\033[0m  mean Q {run.mean_quality[example]:.3f}"
+            f"\n\033[1m{visible(run.corpus.locations[example])}\033[0m  mean Q {run.mean_quality[example]:.3f}"
         )
         for place, text in response_texts(run, example):
             code = {1: "\033[44m", -1: "\033[41m", 0: ""}[int(run.signs[place])] + "\033[4m" * bool(
