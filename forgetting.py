@@ -15,7 +15,7 @@ or 0, counted over the whole optimiser step: micro-batches and ranks change noth
 tests/plain.py is the same algorithm in plain lines. The first half of this file is the method, the second
 half what a command line needs.
 Order: Algorithm 1, equations, scoring (stage 2), methods (3), training (1 and 4) | options, data, the run
-folder, what a run says before stage 4, figures and the table, main.
+folder, what a run says before stage 4, figures and the table, held-out differences, main.
 Shapes: C tokens of the corpus end to end, judged where they are a response; T tokens of a pack; n tokens that
 a loss or a score is computed for; E examples; D width; V vocabulary; S seeds; R held-out rows.
 """
@@ -37,6 +37,7 @@ import time
 import typing
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Iterator
@@ -870,9 +871,7 @@ class Options:
         "rows of the table, see below",
     )
     seeds: list[int] = option("measuring", lambda: [0], "one training per method and seed", "[0, 2147483647]")
-    eval_data: list[str] = option(
-        "measuring", list, "rows held out: their response loss and perplexity, in the table"
-    )
+    eval_data: list[str] = option("measuring", list, "rows held out: their response loss, in the table")
     eval_every: int = option(
         "measuring", 0, "their loss in metrics.jsonl, too, every so many steps; 0: never", "[0, inf)"
     )
@@ -1370,12 +1369,10 @@ def columns(figures: dict) -> dict[str, float]:
     for name in ("L_P", "L_N", "held-out"):
         if figures.get(name) is not None:
             row[name] = figures[name]
-    if "held-out" in row:
-        row["held-out perplexity"] = math.exp(min(row["held-out"], 700))
     return row
 
 
-LOSSES = ("L_P", "L_N", "held-out", "held-out perplexity")  # shown with three digits
+LOSSES = ("L_P", "L_N", "held-out")  # shown with three digits
 
 
 def comparison(results: Results) -> str:
@@ -1403,79 +1400,6 @@ def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
     if len(values) > 1:
         text += f" +- {np.std(values, ddof=1):.{digits}f}"
     return text
-
-
-def bootstrap(differences: Array, weights: Array, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean difference, and the middle 95 % of means over seeds and rows drawn with replacement.
-
-    differences (S, R): by seed, a row's summed loss under one method minus that under another; weights (R,):
-    the row's tokens.
-    """
-    seeds, rows = differences.shape
-    rng = np.random.default_rng(0)
-    means = []
-    for _ in range(draws):
-        drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds))  # (S,) how often each was drawn
-        drawn_rows = rng.multinomial(rows, np.full(rows, 1 / rows))  # (R,)
-        total = drawn_seeds @ differences @ drawn_rows
-        tokens = seeds * (drawn_rows @ weights)
-        means.append(total / tokens)
-    low, high = np.quantile(means, (0.025, 0.975))
-    mean = differences.mean(0).sum() / weights.sum()
-    return float(mean), float(low), float(high)
-
-
-def held_out_sums(out: Path, method: str, seeds: list[int]) -> tuple[Array, Array]:
-    """Each held-out row's summed loss by seed (S, R), and its tokens (R,), as measure() wrote them."""
-    sums = []
-    tokens = np.empty(0)
-    for seed in seeds:
-        folder = out / method if method in UNTRAINED else out / method / f"seed-{seed}"
-        rows = read_rows([str(folder / "held-out.jsonl")])
-        losses = np.array([row["loss"] for row in rows])  # (R,)
-        tokens = np.array([row["tokens"] for row in rows])  # (R,)
-        sums.append(losses * tokens)
-    return np.stack(sums), tokens
-
-
-def pairs_to_compare(results: Results) -> list[tuple[str, str, list[int]]]:
-    """Methods whose held-out losses are compared, and the seeds that both have."""
-    pairs = [(name, "full") for name in results if name not in ("base", "full")]
-    pairs += [(name, "ignoring") for name in results if name.startswith("forgetting")]
-    found = []
-    for ours, theirs in pairs:
-        their_seeds = results.get(theirs, {})
-        seeds = set(their_seeds) if ours in UNTRAINED else set(their_seeds) & set(results[ours])
-        measured = [*results[ours].values(), *their_seeds.values()]
-        if seeds and all("held-out" in figures for figures in measured):
-            found.append((ours, theirs, sorted(seeds)))
-    return found
-
-
-def paired_losses(out: Path, results: Results) -> str:
-    """Differences in held-out loss with their intervals, and what can be told apart; "" without rows."""
-    lines, verdicts = [], []
-    most_seeds = 0
-    for ours, theirs, seeds in pairs_to_compare(results):
-        our_sums, tokens = held_out_sums(out, ours, seeds)
-        their_sums, _ = held_out_sums(out, theirs, seeds)
-        differences = our_sums - their_sums  # (S, R)
-        mean, low, high = bootstrap(differences, tokens)
-        better = (differences.mean(0) < 0).sum()
-        interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append([f"{ours} - {theirs}", interval, f"{better} of {len(tokens)}", str(len(seeds))])
-        word = "cannot be told from"
-        if high < 0:
-            word = "is better than"
-        if low > 0:
-            word = "is worse than"
-        verdicts.append(f"{ours} {word} {theirs}")
-        most_seeds = max(most_seeds, len(seeds))
-    if not lines:
-        return ""
-    differences = table(["pair", "held-out loss, 95 % interval", "better on rows", "seeds"], lines)
-    over = "rows and seeds" if most_seeds > 1 else "rows; a second seed may differ"
-    return f"{differences}\n\nBy held-out loss (bootstrap over {over}): {'; '.join(verdicts)}."
 
 
 def is_row(name: str) -> bool:
@@ -1510,14 +1434,10 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
 
 def warnings_of(results: Results) -> list[str]:
     """Methods whose held-out loss is above the base model's."""
-    means = {}
-    for name, by_seed in results.items():
-        losses = [figures["held-out"] for figures in by_seed.values() if "held-out" in figures]
-        if losses:
-            means[name] = sum(losses) / len(losses)
+    means = {name: mean_held_out(by_seed) for name, by_seed in results.items()}
     base = means.get("base", math.inf)
     words = "warning: held-out loss of {}, {:.3f}, is above base's, {:.3f}: no training at all is better"
-    return [words.format(name, mean, base) for name, mean in means.items() if mean > base]
+    return [words.format(name, mean, base) for name, mean in means.items() if base < mean < math.inf]
 
 
 def report(results: Results, options: Options) -> None:
@@ -1538,6 +1458,236 @@ def report(results: Results, options: Options) -> None:
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
     print0(f"\n{text}\nevery token with its Q: ./run.sh look {out}")
+
+
+# ------------------------------------------------------------------------------------ held-out differences
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much lower or higher one method's loss is than another's, on the same held-out rows and seeds.
+
+    Every row counts the same, long or short. Rows and seeds are both drawn at random: the error of the mean
+    has a part of each.
+    """
+
+    mean: float  # nats a row: mean over rows of the difference of their mean losses
+    row_error: float  # standard error that comes from which rows were held out
+    seed_error: float  # and from the seeds of the training; 0 of a single seed, where it cannot be had
+    rows: int
+    seeds: int
+    studentised: Array  # (draws,) sorted: (mean of drawn rows - mean) / error of drawn rows
+
+    def interval(self, alpha: float = 0.05) -> tuple[float, float]:
+        """The two-sided interval of confidence 1 - alpha.
+
+        Rows: bootstrap-t, as few rows may be far from normal, but no narrower than Student's t. Seeds:
+        Student's t with one degree of freedom less than there are seeds. The parts add up as squares.
+        """
+        least = student_t_quantile(alpha, self.rows - 1)
+        lowest, highest = np.quantile(self.studentised, (alpha / 2, 1 - alpha / 2))
+        below = max(highest, least) * self.row_error
+        above = max(-lowest, least) * self.row_error
+        of_seeds = 0.0
+        if self.seeds > 1:
+            of_seeds = student_t_quantile(alpha, self.seeds - 1) * self.seed_error
+        return self.mean - math.hypot(below, of_seeds), self.mean + math.hypot(above, of_seeds)
+
+    def p_value(self) -> float:
+        """The greatest alpha whose interval still holds 0."""
+        holds, fails = 0.0, 1.0
+        for _ in range(16):
+            alpha = (holds + fails) / 2
+            low, high = self.interval(alpha)
+            if low <= 0 <= high:
+                holds = alpha
+            else:
+                fails = alpha
+        return fails
+
+
+def paired_difference(differences: Array, draws: int = 1000) -> PairedDifference:
+    """PairedDifference of (S, R) differences: by seed, a row's mean loss under one method minus the other's.
+
+    The analysis of a two-way table of seeds and rows, both random. Raises ValueError for fewer than two rows.
+    """
+    seeds, rows = differences.shape
+    if rows < 2:
+        raise ValueError(f"an interval needs two held-out rows at least, there is {rows}")
+    of_rows = differences.mean(axis=0)  # (R,)
+    mean = float(of_rows.mean())
+    row_variance = float(of_rows.var(ddof=1)) / rows
+    seed_variance = 0.0
+    if seeds > 1:
+        of_seeds = differences.mean(axis=1)  # (S,)
+        seed_variance = float(of_seeds.var(ddof=1)) / seeds
+        # what neither a row nor a seed explains is in both parts: it is taken out of the rows'
+        residuals = differences - of_rows - of_seeds[:, None] + mean  # (S, R)
+        noise = float((residuals**2).sum()) / ((seeds - 1) * (rows - 1))
+        row_variance = max(row_variance - noise / (seeds * rows), 0.0)
+
+    drawn = np.random.default_rng(0).integers(rows, size=(draws, rows))
+    samples = of_rows[drawn]  # (draws, R)
+    errors = samples.std(axis=1, ddof=1) / math.sqrt(rows)
+    varied = errors > 0
+    studentised = (samples.mean(axis=1)[varied] - mean) / errors[varied]
+    if not varied.any():
+        studentised = np.zeros(1)
+    row_error, seed_error = math.sqrt(row_variance), math.sqrt(seed_variance)
+    return PairedDifference(mean, row_error, seed_error, rows, seeds, np.sort(studentised))
+
+
+def student_t_tail(t: float, df: int) -> float:
+    """P(|T| > t) of Student's t with df degrees of freedom, a whole number: Abramowitz, Stegun 26.7.3, 4."""
+    angle = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = df % 2 == 1
+    term = cosine if odd else 1.0
+    total = term if df > 1 else 0.0
+    for k in range(3 if odd else 2, df - 1, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    inside = sine * total
+    if odd:
+        inside = 2 / math.pi * (angle + sine * total)
+    return 1 - inside
+
+
+@cache
+def student_t_quantile(alpha: float, df: int) -> float:
+    """The t that |T| exceeds with probability alpha."""
+    low, high = 0.0, 1.0
+    while student_t_tail(high, df) > alpha:
+        high *= 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        if student_t_tail(middle, df) > alpha:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def holm(p_values: list[float], alpha: float = 0.05) -> list[bool]:
+    """Which of several hypotheses fall, so that one falls wrongly in at most a share alpha of all runs."""
+    order = np.argsort(p_values, kind="stable")
+    fallen = [False] * len(p_values)
+    for place, i in enumerate(order):
+        if p_values[i] > alpha / (len(p_values) - place):
+            break
+        fallen[i] = True
+    return fallen
+
+
+def held_out_losses(out: Path, method: str, seeds: list[int]) -> Array:
+    """Each held-out row's mean loss by seed, (S, R), as measure() wrote it."""
+    losses = []
+    for seed in seeds:
+        folder = out / method if method in UNTRAINED else out / method / f"seed-{seed}"
+        rows = read_rows([str(folder / "held-out.jsonl")])
+        losses.append([row["loss"] for row in rows])
+    return np.array(losses)
+
+
+def shared_seeds(results: Results, *methods: str) -> list[int]:
+    """The seeds that all of these methods have held-out losses of; base and reference fit every seed."""
+    for name in methods:
+        figures = results.get(name, {}).values()
+        if not figures or any("held-out" not in one for one in figures):
+            return []
+    trained = [set(results[name]) for name in methods if name not in UNTRAINED]
+    return sorted(set.intersection(*trained)) if trained else [0]
+
+
+def pairs_to_compare(results: Results) -> list[tuple[str, str]]:
+    """Each method with full, those that unlearn with ignoring, the reference with the best of the others."""
+    pairs = []
+    for name in results:
+        if name not in ("base", "full"):
+            pairs.append((name, "full"))
+        if name.startswith("forgetting"):
+            pairs.append((name, "ignoring"))
+    trained = [name for name in results if name not in UNTRAINED]
+    best = min(trained, key=lambda name: mean_held_out(results[name]), default="full")
+    if best != "full":
+        pairs.append(("reference", best))
+    return [pair for pair in pairs if shared_seeds(results, *pair)]
+
+
+def mean_held_out(by_seed: dict[int, dict]) -> float:
+    """The mean held-out loss of a method over its seeds; infinite where it was not measured."""
+    losses = [figures["held-out"] for figures in by_seed.values() if "held-out" in figures]
+    return sum(losses) / len(losses) if losses else math.inf
+
+
+def paired_losses(out: Path, results: Results) -> str:
+    """Differences in held-out loss with intervals and verdicts, best first; "" without held-out rows."""
+    found = []
+    for ours, theirs in pairs_to_compare(results):
+        seeds = shared_seeds(results, ours, theirs)
+        differences = held_out_losses(out, ours, seeds) - held_out_losses(out, theirs, seeds)  # (S, R)
+        if differences.shape[1] < 2:
+            return ""
+        better = f"{(differences.mean(axis=0) < 0).sum()} of {differences.shape[1]}"
+        found.append((f"{ours} - {theirs}", paired_difference(differences), better))
+    if not found:
+        return ""
+
+    gain = 0.0  # of full over base, nats a row: what a difference is worth beside it
+    seeds = shared_seeds(results, "base", "full")
+    if seeds:
+        gain = float((held_out_losses(out, "base", seeds) - held_out_losses(out, "full", seeds)).mean())
+    told_apart = holm([difference.p_value() for _, difference, _ in found])
+    verdicts, lines = {}, []
+    for (pair, difference, better), told in zip(found, told_apart):
+        low, high = difference.interval()
+        verdicts[pair] = "cannot be told"
+        if told:
+            verdicts[pair] = "better" if difference.mean < 0 else "worse"
+        worth = f"{-difference.mean / gain:+.0%}" if gain > 0 else ""
+        interval = f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells = [pair, interval, worth, better, str(difference.seeds), verdicts[pair]]
+        lines.append((difference.mean, cells))
+    lines.sort(key=lambda line: line[0])
+    header = ["pair", "held-out loss, 95 % interval", "of full's gain", "better on rows", "seeds", "verdict"]
+    differences = table(header, [cells for _, cells in lines])
+    most_seeds = max(difference.seeds for _, difference, _ in found)
+    return "\n\n".join(
+        [differences, describe_verdicts(len(found), most_seeds), best_of_all(results, verdicts)]
+    )
+
+
+def describe_verdicts(pairs: int, seeds: int) -> str:
+    """What an interval and a verdict of paired_losses promise."""
+    over = (
+        "over rows and seeds"
+        if seeds > 1
+        else "over rows; the verdicts are about this seed, another may differ"
+    )
+    family = f"all {pairs} verdicts together are wrong in at most 5 % of runs (Holm)"
+    if pairs == 1:
+        family = "the verdict is wrong in at most 5 % of runs"
+    return f"Nats, every held-out row counts the same, {over}; {family}."
+
+
+def best_of_all(results: Results, verdicts: dict[str, str]) -> str:
+    """One sentence: which row of the table has the lowest held-out loss, and whether that can be told."""
+    losses = {name: mean_held_out(by_seed) for name, by_seed in results.items()}
+    best, *others = sorted(losses, key=losses.get)
+    if best == "base":
+        return "Lowest: base. No training at all is best here."
+    if best == "reference":
+        pairs = [pair for pair in verdicts if pair.startswith("reference - ")]
+        if pairs and all(verdicts[pair] == "better" for pair in pairs):
+            return "Lowest: reference. The trusted rows alone are best here: leave D_train out."
+        return (
+            "Lowest: reference, the trusted rows alone; from the best training on D_train it cannot be told."
+        )
+    if best == "full":
+        return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."
+    verdict = verdicts.get(f"{best} - full", "cannot be told")
+    told = "better than full" if verdict == "better" else "which cannot be told from full"
+    return f"Lowest: {best}, {told}."
 
 
 # ------------------------------------------------------------------------------------------------- main

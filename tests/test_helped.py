@@ -16,20 +16,23 @@ from data import Corpus, Tokenizer, progress, write_rows
 from forgetting import (
     Options,
     append_log,
-    bootstrap,
     describe_plan,
     describe_trust,
     finished,
+    holm,
     lowest_rows,
     method_of,
 )
 from forgetting import (
     open_log,
+    paired_difference,
     paired_losses,
     read_log,
     read_scores,
     row_losses,
     save_arrays,
+    student_t_quantile,
+    student_t_tail,
     train,
     warnings_of,
 )
@@ -134,22 +137,84 @@ def test_ignoring_loss_keeps_what_theta_finds_easiest(tmp_path):
 # ------------------------------------------------------------------------------------------------ differences
 
 
-def test_the_interval_is_that_of_the_bootstrap():
-    """One seed: resampled rows weighted by tokens; the mean is exact, the width that of the naive loop."""
-    rng = np.random.default_rng(1)
-    weights = rng.integers(1, 30, 40)
-    differences = (0.1 + 0.5 * rng.standard_normal((1, 40))) * weights
-    mean, low, high = bootstrap(differences, weights)
-    assert mean == pytest.approx(differences.sum() / weights.sum())
-    naive = []
-    for _ in range(4000):
-        rows = rng.integers(0, 40, 40)
-        naive.append(differences[0, rows].sum() / weights[rows].sum())
-    assert (low, high) == pytest.approx(tuple(np.quantile(naive, (0.025, 0.975))), abs=0.02)
-    same = bootstrap(
-        np.stack([weights * 0.1, weights * 0.3]), weights
-    )  # two seeds, all rows alike: seeds alone vary
-    assert same == pytest.approx((0.2, 0.1, 0.3))
+def drawn(rng, rows: int, seeds: int, seed_noise: float, heavy: bool) -> np.ndarray:
+    """(S, R) differences without any true one: a row's own, a seed's own, and noise; rows of 1 have deviation 1.
+
+    Heavy: lengths are log-normal, and the shorter a row the noisier its mean loss.
+    """
+    lengths = np.exp(rng.normal(3.5, 1.0, rows)) if heavy else np.ones(rows)
+    of_rows = rng.normal(0, 1, rows) * np.sqrt(lengths.mean() / lengths)
+    return of_rows + rng.normal(0, seed_noise, (seeds, 1)) + rng.normal(0, 0.3, (seeds, rows))
+
+
+SETTINGS = [(1, 0.0), (2, 0.0), (2, 0.2), (2, 0.5), (3, 0.2), (3, 0.5), (5, 0.2), (5, 0.5)]
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("rows", [20, 50, 200])
+def test_an_interval_of_95_percent_holds_95_percent(rows, heavy):
+    """At 14fe823 it held 81 % of heavy lengths with one seed, and 80 % over seeds that differ by a fifth of the rows.
+
+    Seeds 1 (rows only), 2, 3, 5; 150 draws each, so a single coverage of .95 is seen within .90 and .99. Two parts that
+    are added as squares promise a little too much where neither is small: hence .98 above.
+    """
+    rng = np.random.default_rng(rows)
+    coverage = []
+    for seeds, seed_noise in SETTINGS:
+        held = 0
+        for _ in range(150):
+            low, high = paired_difference(drawn(rng, rows, seeds, seed_noise, heavy), draws=300).interval()
+            held += low <= 0 <= high
+        coverage.append(held / 150)
+    assert min(coverage) >= 0.9 and 0.93 <= np.mean(coverage) <= 0.98, coverage
+
+
+@pytest.mark.parametrize("rows, seeds, seed_noise", [(50, 1, 0.0), (200, 2, 0.2), (200, 3, 0.2)])
+def test_a_family_of_verdicts_is_wrong_in_five_percent(rows, seeds, seed_noise):
+    """Six methods that do not differ, nine pairs. At 14fe823 something false was said in 20 to 62 % of such runs."""
+    rng = np.random.default_rng(seeds)
+    wrong = 0
+    for _ in range(80):
+        own = rng.normal(0, 1, rows)
+        methods = [own + drawn(rng, rows, seeds, seed_noise, heavy=False) / 2 for _ in range(6)]
+        pairs = [(i, 0) for i in range(1, 6)] + [(i, 1) for i in range(2, 6)]
+        p_values = [paired_difference(methods[i] - methods[j], draws=200).p_value() for i, j in pairs]
+        wrong += any(holm(p_values))
+    assert wrong / 80 <= 0.11  # .05, and two and a half standard errors
+
+
+def test_a_difference_that_is_there_is_told():
+    """Power: half a deviation of the rows is seen with 50 rows and one seed, or three seeds that agree."""
+    rng = np.random.default_rng(0)
+    one = [
+        paired_difference(0.5 + drawn(rng, 50, 1, 0.0, False), draws=200).p_value() < 0.05 for _ in range(40)
+    ]
+    three = [
+        paired_difference(0.5 + drawn(rng, 50, 3, 0.05, False), draws=200).p_value() < 0.05 for _ in range(40)
+    ]
+    assert np.mean(one) > 0.8 and np.mean(three) > 0.6
+
+
+def test_student_t_and_holm_are_those_of_the_tables():
+    """Quantiles of printed tables; Holm's own example of order: the first that stands keeps the rest."""
+    table = {(0.05, 1): 12.706, (0.05, 2): 4.303, (0.01, 5): 4.032, (0.05, 19): 2.093, (0.05, 199): 1.972}
+    for (alpha, df), value in table.items():
+        assert student_t_quantile(alpha, df) == pytest.approx(value, abs=5e-4)
+        assert student_t_tail(value, df) == pytest.approx(alpha, rel=1e-3)
+    assert holm([0.04, 0.01, 0.02, 0.9]) == [False, True, False, False]  # .01 < .05/4, .02 > .05/3
+    assert holm([0.001, 0.02, 0.012]) == [True, True, True] and holm([]) == []
+
+
+def test_rows_that_are_all_alike_and_a_single_row():
+    same = paired_difference(np.full((1, 10), -0.2))
+    assert same.interval() == (-0.2, -0.2) and same.p_value() < 0.001
+    two_seeds = paired_difference(np.array([[0.1] * 10, [0.3] * 10]))
+    low, high = two_seeds.interval()
+    assert (low, high) == pytest.approx((0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1), rel=1e-3), (
+        "seeds alone vary"
+    )
+    with pytest.raises(ValueError, match="two held-out rows at least, there is 1"):
+        paired_difference(np.zeros((2, 1)))
 
 
 def write_run(folder, losses: dict[str, dict[int, list[float]]]) -> dict:
@@ -183,31 +248,39 @@ def test_a_run_says_what_can_be_told_apart(tmp_path):
         },
     )
     text = paired_losses(tmp_path, results)
-    cells = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in text.split("\n")
-        if "- " in line
-    }
-    assert (
-        cells["ignoring - full"][0].startswith(f"{np.mean(better - full):+.3f} [")
-        and cells["ignoring - full"][2] == "2"
-    )
-    assert (
-        cells["ignoring - full"][1] == f"{(better < full).sum()} of 40"
-        and cells["forgetting - ignoring"][2] == "1"
-    )
-    for verdict in (
-        "ignoring is better than full",
-        "reference is worse than full",
-        "forgetting cannot be told from ignoring",
-    ):
-        assert verdict in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if " - " in line]
+    cells = {line[0]: line[1:] for line in lines}
+    assert [line[0] for line in lines[:1]] in (["ignoring - full"], ["forgetting - full"]), "the best first"
+    interval, worth, better_rows, seeds, verdict = cells["ignoring - full"]
+    assert interval.startswith(f"{np.mean(better - full):+.3f} [") and seeds == "2" and verdict == "better"
+    assert better_rows == f"{(better < full).sum()} of 40"
+    assert worth == f"{np.mean(full - better) / 0.5:+.0%}"
+    assert cells["forgetting - ignoring"][3:] == ["1", "cannot be told"]
+    assert cells["reference - full"][-1] == "worse"
+    assert "over rows and seeds; all 5 verdicts together are wrong in at most 5 % of runs (Holm)" in text
+    assert text.endswith("better than full.") and "\nLowest: " in text
     assert warnings_of(results) == [
         "warning: held-out loss of reference, "
         f"{results['reference'][0]['held-out']:.3f}, is above base's, "
         f"{results['base'][0]['held-out']:.3f}: no training at all is better"
     ]
     assert paired_losses(tmp_path, {"full": results["full"]}) == ""
+
+
+@pytest.mark.parametrize("lowest", ["reference", "base", "full"])
+def test_the_last_sentence_names_what_is_best(tmp_path, lowest):
+    rng = np.random.default_rng(0)
+    own = rng.normal(2, 0.3, 60)
+    names = ("base", "reference", "full", "ignoring")
+    losses = {name: {0: own + rng.normal(0, 0.05, 60) - 0.5 * (name == lowest)} for name in names}
+    text = paired_losses(tmp_path, write_run(tmp_path, losses))
+    assert "the verdicts are about this seed, another may differ" in text
+    sentence = {
+        "reference": "Lowest: reference. The trusted rows alone are best here: leave D_train out.",
+        "base": "Lowest: base. No training at all is best here.",
+        "full": "Lowest: full. Nothing that leaves tokens out or unlearns them helps here.",
+    }
+    assert text.endswith(sentence[lowest])
 
 
 def test_all_held_out_rows_count_not_the_first_512(tmp_path):
