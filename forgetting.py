@@ -107,7 +107,7 @@ def run(options: Options) -> Results:
     detected = detection(quality, plain_signs < 0, d_train)
     if detected:  # the rows mark what is known to be noise
         print0(describe_noise(detected))
-    print0(lowest_rows(quality, d_train, tokenizer))
+    print0(describe_rows(quality, base_loss, d_train, tokenizer))
 
     # The two rows of the table that stage 4 does not train
     table_signs = None if options.skip_train_losses else plain_signs
@@ -1259,17 +1259,30 @@ def describe_noise(figures: dict[str, float]) -> str:
     return f"does a low Q find the known noise? (AUC of chance: 0.5) {found}"
 
 
-def lowest_rows(quality: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> str:
-    """The rows of lowest mean Q, each with the end of its question and the beginning of its answer."""
-    means, _ = sequence_means(quality, corpus)
-    lines = ["rows of lowest Q, to look at first:"]
+def describe_rows(
+    quality: Array, base_loss: Array, corpus: Corpus, tokenizer: Tokenizer, count: int = 3
+) -> str:
+    """Rows to look at first, in two orders: lowest mean Q, and highest mean loss under theta; all (C,)."""
+    means, _ = sequence_means(quality, corpus)  # (E,)
+    losses, _ = sequence_means(base_loss, corpus)  # (E,)
+    lines = ["rows to look at first: of lowest Q, where the reference disagrees with the row"]
     for example in np.argsort(means, kind="stable")[:count]:
-        span = slice(corpus.offsets[example], corpus.offsets[example + 1])
-        tokens, response = corpus.tokens[span], corpus.response[span]
-        question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
-        answer = tokenizer.decode(tokens[response].tolist())[:60]
-        lines.append(f"  {corpus.locations[example]}  Q {means[example]:.2f}  {question!r} -> {answer!r}")
+        lines.append(f"  {show_row(corpus, example, tokenizer)}  Q {means[example]:.2f}")
+    lines.append(
+        "and of highest loss, which theta itself finds odd (often the better list; ./run.sh look has both)"
+    )
+    for example in np.argsort(-losses, kind="stable")[:count]:
+        lines.append(f"  {show_row(corpus, example, tokenizer)}  loss {losses[example]:.2f}")
     return "\n".join(lines)
+
+
+def show_row(corpus: Corpus, example: int, tokenizer: Tokenizer) -> str:
+    """Where a row stands, the end of its question and the beginning of its answer."""
+    span = slice(corpus.offsets[example], corpus.offsets[example + 1])
+    tokens, response = corpus.tokens[span], corpus.response[span]
+    question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
+    answer = tokenizer.decode(tokens[response].tolist())[:60]
+    return f"{corpus.locations[example]}  {question!r} -> {answer!r}"
 
 
 # ---------------------------------------------------------------------------------- figures and the table
@@ -1433,11 +1446,17 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
 
 
 def warnings_of(results: Results) -> list[str]:
-    """Methods whose held-out loss is above the base model's."""
-    means = {name: mean_held_out(by_seed) for name, by_seed in results.items()}
-    base = means.get("base", math.inf)
-    words = "warning: held-out loss of {}, {:.3f}, is above base's, {:.3f}: no training at all is better"
-    return [words.format(name, mean, base) for name, mean in means.items() if base < mean < math.inf]
+    """Methods that are worse than the base model: in held-out loss, or on the very tokens that they keep."""
+    figures = {"held-out": "held-out loss", "L_P": "loss on P, which it was to learn,"}
+    found = []
+    for figure, words in figures.items():
+        means = {name: mean_figure(by_seed, figure) for name, by_seed in results.items()}
+        base = means.get("base", math.inf)
+        for name, mean in means.items():
+            if base < mean < math.inf:
+                compared = f"{words} of {name}, {mean:.3f}, is above base's, {base:.3f}"
+                found.append(f"warning: {compared}: no training at all is better")
+    return found
 
 
 def report(results: Results, options: Options) -> None:
@@ -1608,16 +1627,16 @@ def pairs_to_compare(results: Results) -> list[tuple[str, str]]:
         if name.startswith("forgetting"):
             pairs.append((name, "ignoring"))
     trained = [name for name in results if name not in UNTRAINED]
-    best = min(trained, key=lambda name: mean_held_out(results[name]), default="full")
+    best = min(trained, key=lambda name: mean_figure(results[name]), default="full")
     if best != "full":
         pairs.append(("reference", best))
     return [pair for pair in pairs if shared_seeds(results, *pair)]
 
 
-def mean_held_out(by_seed: dict[int, dict]) -> float:
-    """The mean held-out loss of a method over its seeds; infinite where it was not measured."""
-    losses = [figures["held-out"] for figures in by_seed.values() if "held-out" in figures]
-    return sum(losses) / len(losses) if losses else math.inf
+def mean_figure(by_seed: dict[int, dict], figure: str = "held-out") -> float:
+    """The mean of a figure of a method over its seeds; infinite where it was not measured."""
+    values = [figures[figure] for figures in by_seed.values() if figures.get(figure) is not None]
+    return sum(values) / len(values) if values else math.inf
 
 
 def paired_losses(out: Path, results: Results) -> str:
@@ -1672,7 +1691,7 @@ def describe_verdicts(pairs: int, seeds: int) -> str:
 
 def best_of_all(results: Results, verdicts: dict[str, str]) -> str:
     """One sentence: which row of the table has the lowest held-out loss, and whether that can be told."""
-    losses = {name: mean_held_out(by_seed) for name, by_seed in results.items()}
+    losses = {name: mean_figure(by_seed) for name, by_seed in results.items()}
     best, *others = sorted(losses, key=losses.get)
     if best == "base":
         return "Lowest: base. No training at all is best here."

@@ -645,7 +645,7 @@ def test_a_line_exit_code_2_and_nothing_written(case, finished, demo_model, tmp_
     assert stop.value.code == 2
     *usage, last = said.splitlines(keepends=True)
     assert last.startswith(f"{sys.argv[0]}: ") and last.endswith("\n"), said
-    assert len(usage) <= 1 and all(line.startswith(f"usage: ./run.sh ") for line in usage), said
+    assert len(usage) <= 1 and all(line.startswith("usage: ./run.sh ") for line in usage), said
     assert [part for part in case.message if part not in last] == [], said
     assert contents(tmp_path) == before
 

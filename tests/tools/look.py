@@ -2,6 +2,7 @@
 
     ./run.sh look runs/mine                     # writes runs/mine/report.html, which opens offline
     ./run.sh look runs/mine --rows by-q.jsonl   # each row of D_train with its figures, lowest Q first
+    ./run.sh look runs/mine --rows by-loss.jsonl --by loss      # or those first that theta finds hardest
     ./run.sh look runs/mine --text              # rows coloured in the terminal
     ./run.sh look runs/split-0 runs/split-1     # one table of several runs, with paired differences
     ./run.sh look runs/demo                     # a page for every run of the demo
@@ -12,6 +13,7 @@ finds them. Order: the run, several runs, warnings, tokens, drawings, page, comm
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -22,13 +24,13 @@ from html import escape
 from itertools import groupby
 from itertools import product
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Sequence
 
 import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import Corpus, Tokenizer, read_object, write_rows, write_text  # noqa: E402
+from data import Corpus, Tokenizer, read_object, read_rows, write_rows, write_text  # noqa: E402
 from eval import table  # noqa: E402
 from forgetting import LOSSES, METHODS, choose_signs, columns, comparison, detection, finished, is_row  # noqa: E402
 from forgetting import quality_scores, read_log, read_scores, sequence_means, spread  # noqa: E402
@@ -50,6 +52,7 @@ class Run:
     ref_loss: Array  # (C,) nats, under theta'
     quality: Array  # (C,) Q
     mean_quality: Array  # (E,) over the response tokens of a row
+    mean_loss: Array  # (E,) nats, under theta, over the same tokens
     signs: Array  # (C,) the sides of plain forgetting: +1 in P, -1 in N, 0 left out
     threshold: float  # the lowest Q in P
 
@@ -95,8 +98,13 @@ def read_run(folder: Path) -> Run:
     quality = quality_scores(base_loss, ref_loss)
     shares = types.SimpleNamespace(rho=config.get("rho"), forget_rate=config.get("forget_rate"))
     signs = choose_signs(METHODS["forgetting"], quality, corpus, shares, seed=0)
-    means, threshold = sequence_means(quality, corpus)[0], float(quality[signs > 0].min())
-    return Run(folder, config, corpus, base_loss, ref_loss, quality, means, signs, threshold)
+    mean_quality, _ = sequence_means(quality, corpus)
+    mean_loss, _ = sequence_means(base_loss, corpus)
+    kept = quality[signs > 0]  # none with --rho positive, where theta' finds nothing easier
+    threshold = float(kept.min()) if len(kept) else math.inf
+    return Run(
+        folder, config, corpus, base_loss, ref_loss, quality, mean_quality, mean_loss, signs, threshold
+    )
 
 
 def nearby(name: str, folder: Path) -> Path | None:
@@ -105,33 +113,68 @@ def nearby(name: str, folder: Path) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def rows_by_quality(run: Run) -> list[dict]:
-    """An object for each row of D_train, lowest mean Q first; all figures are over its response tokens."""
+def rows_in_order(run: Run, by: str = "q") -> list[dict]:
+    """An object for each row of D_train, the suspicious first; all figures are over its response tokens.
+
+    by: "q", the lowest mean Q first, or "loss", the highest mean loss under theta first. `row` is the row as its
+    file has it, to be read, filtered and trained again; null where the file is gone or has changed.
+    """
     figures = {"mean_Q": run.quality, "loss_theta": run.base_loss, "loss_theta_prime": run.ref_loss}
     figures["share_in_N"] = run.signs < 0
-    means = {
-        name: sequence_means(values, run.corpus)[0].round(6).tolist() for name, values in figures.items()
-    }
-    counts = np.add.reduceat(run.corpus.response, run.corpus.offsets[:-1], dtype=np.int64).tolist()
-    return [
-        {"source": run.corpus.locations[row]}
-        | {name: means[name][row] for name in means}
-        | {"response_tokens": counts[row]}
-        for row in np.argsort(run.mean_quality, kind="stable")
-    ]
+    means = {}
+    for name, values in figures.items():
+        by_row, counts = sequence_means(values, run.corpus)  # (E,) each
+        means[name] = by_row.round(6).tolist()
+    originals = original_rows(run)
+    lines = []
+    for row in first_to_look_at(run, by):
+        location = run.corpus.locations[row]
+        line = {"source": location} | {name: means[name][row] for name in means}
+        lines.append(line | {"response_tokens": int(counts[row]), "row": originals.get(location)})
+    return lines
 
 
-def read_logs(folder: Path) -> dict[str, list[dict]]:
-    """The log of each training, up to a line that was cut off, by its name, such as full/seed-0."""
+def first_to_look_at(run: Run, by: str) -> Array:
+    """All rows (E,), by the lowest mean Q, or by the highest mean loss under theta."""
+    suspicion = {"q": run.mean_quality, "loss": -run.mean_loss}[by]
+    return np.argsort(suspicion, kind="stable")
+
+
+def original_rows(run: Run) -> dict[str, dict]:
+    """{location: row} of the rows of --data, from the files as they are now."""
+    found = {}
+    names = dict.fromkeys(location.rpartition(":")[0] for location in run.corpus.locations)
+    for name in names:
+        path = nearby(name, run.folder)
+        if path is None:
+            continue
+        for row in read_rows([str(path)], keep_bad=True):
+            number = row.pop("_source").rpartition(":")[2]
+            if "_bad" not in row:
+                found[f"{name}:{number}"] = row
+    return found
+
+
+def read_logs(folder: Path, methods: Sequence[str] = ()) -> dict[str, list[dict]]:
+    """The log of each training, up to a line that was cut off, by its name, such as full/seed-0.
+
+    In the order of `methods`; those that are not among them come last, the reference first.
+    """
     logs: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("**/metrics.jsonl")):
+    for path in folder.glob("**/metrics.jsonl"):
         name = path.parent.relative_to(folder).as_posix()
         method, _, seed = name.partition("/seed-")
         if is_row(method) and (
             seed.isdigit() or name == method
         ):  # not a copy that somebody keeps, say seed-0.bak
             logs[name] = read_log(path)
-    return logs
+    places = {name: place for place, name in enumerate(["reference", *methods])}
+
+    def place_of(name: str) -> tuple:
+        method, _, seed = name.partition("/seed-")
+        return places.get(method, len(places)), method, int(seed or 0)
+
+    return {name: logs[name] for name in sorted(logs, key=place_of)}
 
 
 # ------------------------------------------------------------------------------------------- several runs
@@ -209,15 +252,6 @@ def join_runs(folders: list[Path]) -> str:
 # ----------------------------------------------------------------------------------------------- warnings
 
 
-def forgetting_hurts(log: list[dict], window: int = 10) -> bool:
-    """Whether L_P and L_N both rose, as means over the first and the last `window` steps that have both."""
-    both = [(line["L_P"], line["L_N"]) for line in log if None not in (line["L_P"], line["L_N"])]
-    if len(both) < 2 * window:
-        return False
-    start, now = np.mean(both[:window], axis=0), np.mean(both[-window:], axis=0)
-    return bool((now > start).all())
-
-
 def notes_on(name: str, log: list[dict]) -> list[str]:
     """What the table must not hide about a training: that it moved, learned or unlearned nothing, or does harm."""
     method = METHODS.get(re.split("[:/]", name)[0])
@@ -227,7 +261,6 @@ def notes_on(name: str, log: list[dict]) -> list[str]:
         "no token was unlearned: N is empty, or lambda stayed 0": method is not None
         and method.unlearn
         and all(line["L_N"] is None for line in log),
-        "L_P and L_N both rose: unlearning is too strong; try a lower --t-max": forgetting_hurts(log),
     }
     return [f"{name}: {note}" for note, found in findings.items() if log and found]
 
@@ -272,11 +305,12 @@ def safe(text: str, most: int | None = None) -> str:
 
 
 def rows_to_show(run: Run, count: int, most_tokens: int = 150_000) -> Array:
-    """The rows of lowest mean Q, and as many at random; fewer than count where responses are long."""
+    """A third each: lowest mean Q, highest loss under theta, at random; fewer than count of long responses."""
     count = min(count, 1 + int(most_tokens * len(run.corpus) / run.corpus.response.sum()))
-    order = np.argsort(run.mean_quality, kind="stable")
-    others = np.random.default_rng(0).permutation(order[(count + 1) // 2 :])
-    return np.concatenate([order[: (count + 1) // 2], others[: count // 2]])
+    third = (count + 2) // 3
+    first = [*first_to_look_at(run, "q")[:third], *first_to_look_at(run, "loss")[:third]]
+    first += np.random.default_rng(0).permutation(len(run.corpus)).tolist()
+    return np.array(list(dict.fromkeys(map(int, first)))[:count])
 
 
 def token_html(run: Run, place: int, text: str, noisy: bool) -> str:
@@ -297,10 +331,11 @@ def row_html(run: Run, example: int, noisy: Array) -> str:
         token_html(run, place, text, bool(noisy[place])) for place, text in response_texts(run, example)
     )
     source, mean = safe(run.corpus.locations[example]), run.mean_quality[example]
+    loss = run.mean_loss[example]
     total = mean * run.corpus.response[first:last].sum()
     return (
-        f'<section data-mean="{mean:.6f}" data-sum="{total:.6f}" data-at="{example}" '
-        f'data-text="{source} {safe(run.text(first, last))}"><h3>{source} \u00b7 mean Q {mean:.3f}</h3>'
+        f'<section data-mean="{mean:.6f}" data-sum="{total:.6f}" data-loss="{-loss:.6f}" data-at="{example}" '
+        f'data-text="{source} {safe(run.text(first, last))}"><h3>{source} \u00b7 mean Q {mean:.3f} \u00b7 loss {loss:.3f}</h3>'
         f'<p class="dim">{safe(run.text(first, begin), 400)}</p><p class="tokens">{tokens}</p></section>'
     )
 
@@ -432,7 +467,7 @@ def markdown_html(text: str) -> str:
 
 def write_page(run: Run, count: int, path: Path) -> None:
     """report.html, with nothing in it that comes from elsewhere, and every text of the rows escaped."""
-    saved, logs = run.folder / "results.md", read_logs(run.folder)
+    saved, logs = run.folder / "results.md", read_logs(run.folder, run.config.get("methods", []))
     results = (
         saved.read_text(encoding="utf-8") if saved.is_file() else comparison(finished(run.folder, {})[0])
     )
@@ -450,9 +485,10 @@ deviation {quality.std():.4f}; threshold {run.threshold:.4f}, {(run.signs > 0).s
 <h2>Training</h2><details><summary>curves of {len(logs)} trainings</summary>
 {"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}</details>
 <h2>Look at these rows first</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. Hover or tap for
-values. {len(shown):,} of {len(run.corpus):,} rows: half are those of lowest mean Q, then as many drawn at random.</p>
+values. {len(shown):,} of {len(run.corpus):,} rows: a third of lowest mean Q, where theta' disagrees with the row, a third of
+highest loss, which theta itself finds odd, and the rest at random.</p>
 <p><label>Search in them: <input id="text"></label> <select id="sort"><option value="mean">lowest mean Q</option>
-<option value="sum">lowest sum of Q</option><option value="at">order of the run</option></select></p>
+<option value="sum">lowest sum of Q</option><option value="loss">highest loss under theta</option><option value="at">order of the run</option></select></p>
 <div id="examples">{"".join(row_html(run, example, noisy) for example in shown)}</div><p id="value"></p>"""
     head = f"""<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{safe(run.folder.name)}</title><style>{STYLE}</style>"""
@@ -481,6 +517,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", type=Path, help="write a line of JSON for each row of D_train to this file instead"
     )
+    parser.add_argument(
+        "--by",
+        choices=["q", "loss"],
+        default="q",
+        help="which first in --rows: lowest Q, or highest loss [q]",
+    )
     parser.add_argument("--text", action="store_true", help="print rows in colours instead")
     parser.add_argument("--examples", type=int, default=SHOWN, help=f"how many rows to show [{SHOWN}]")
     parser.add_argument(
@@ -500,8 +542,12 @@ def main(argv: list[str] | None = None) -> None:
                 if arguments.text:
                     print_rows(run, arguments.examples)
                 elif arguments.rows:
-                    write_rows(rows_by_quality(run), arguments.rows)
-                    print(f"{len(run.corpus):,} rows, lowest mean Q first: {arguments.rows}")
+                    lines = rows_in_order(run, arguments.by)
+                    write_rows(lines, arguments.rows)
+                    order = {"q": "lowest mean Q", "loss": "highest loss under theta"}[arguments.by]
+                    print(f"{len(lines):,} rows, {order} first: {arguments.rows}")
+                    if lost := sum(line["row"] is None for line in lines):
+                        print(f"warning: {lost} have no `row`: their file is gone, or has changed")
                 else:
                     write_page(run, arguments.examples, arguments.out or run.folder / "report.html")
         sys.stdout.flush()
