@@ -3,41 +3,23 @@
 tests/tools/make_adapter_goldens.py has transformers and PEFT read such folders, by hand.
 """
 
-import dataclasses
 import json
 import sys
 
 import publish
+import published
 import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
+from published import ADAPTER, make_run
 from safetensors.torch import load_file, save_file
 
-import forgetting
 from data import Tokenizer
-from lora import add_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from lora import load_adapter, merge_lora
 from model import load_model, model_fingerprint
 
 TOKENS, CU = torch.arange(3, 30), torch.tensor([0, 12, 27], dtype=torch.int32)
-ADAPTER = "forgetting/seed-0"
-
-
-def make_run(folder, kind="llama3", name=ADAPTER, **options):
-    """A run folder with one adapter, of a checkpoint beside it; nothing is trained."""
-    checkpoint = folder / "base"
-    if not checkpoint.is_dir():
-        tiny.make_checkpoint(checkpoint, kind, dtype=torch.bfloat16)
-    model = load_model(checkpoint)
-    add_lora(model, r=4, alpha=8, generator=torch.Generator().manual_seed(0))
-    for parameter in lora_parameters(model).values():
-        parameter.data.normal_(std=0.1)
-    save_adapter(model, folder / "run" / name, str(checkpoint))
-    given = {"model": str(checkpoint), "data": [str(folder / "secret.jsonl")], "rank": 4} | options
-    config = dataclasses.asdict(forgetting.Options(**given))
-    config |= {"versions": {}, "inputs": {"model": model_fingerprint(checkpoint)}}
-    (folder / "run" / "config.json").write_text(json.dumps(config))
-    return folder / "run" / name
 
 
 def edit(path, **changes):
@@ -113,9 +95,11 @@ def test_a_few_float32_tensors_do_not_double_a_checkpoint(tmp_path):
     [
         ({"eos_token_id": 7, "do_sample": True}, 1, {"eos_token_id": [7, 1], "do_sample": True}),
         ({"eos_token_id": [9, 1, 7]}, 1, {"eos_token_id": [9, 1, 7]}),
-        ({"do_sample": True}, 1, {"eos_token_id": [1], "do_sample": True}),
+        ({"eos_token_id": [1]}, 1, {"eos_token_id": [1]}),
+        ({"eos_token_id": 1}, 1, {"eos_token_id": 1}),
+        ({"do_sample": True}, 1, {"eos_token_id": 1, "do_sample": True}),
         (None, 7, {"eos_token_id": [7, 1], "bos_token_id": 0, "pad_token_id": None}),
-        (None, None, {"eos_token_id": [1], "bos_token_id": 0, "pad_token_id": None}),
+        (None, None, {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": None}),
     ],
 )
 def test_generation_stops_at_the_eos_that_was_taught_too(tmp_path, generation, eos_of_config, expected):
@@ -160,7 +144,7 @@ def test_a_tokenizer_in_another_form_is_published_as_tokenizer_json(tmp_path):
     out.mkdir()
     publish.write_tokenizer(tokenizer, folder, out)
     assert Tokenizer(out).encode([tiny.TEXT]) == tokenizer.encode([tiny.TEXT])
-    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "GPT2Tokenizer"
+    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not (out / "special_tokens_map.json").exists()
 
 
