@@ -4,7 +4,9 @@ tests/tools/make_adapter_goldens.py has transformers and PEFT read such folders,
 """
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import publish
 import published
@@ -15,7 +17,7 @@ from huggingface_hub import ModelCard
 from published import ADAPTER, make_run
 from safetensors.torch import load_file, save_file
 
-from data import Tokenizer
+from data import Tokenizer, build_corpus
 from lora import load_adapter, merge_lora
 from model import load_model, model_fingerprint
 
@@ -317,3 +319,74 @@ def test_the_command_line_fills_an_empty_folder(tmp_path, monkeypatch, capsys):
     publish.main()
     assert "hf upload you/name out" in capsys.readouterr().out and (out / "README.md").is_file()
     assert out.stat().st_mode & 0o777 == adapter.stat().st_mode & 0o777, "readable as other folders are"
+
+
+GOLDEN_TOKENIZERS = json.loads((Path(__file__).parent / "goldens" / "tokenizers.json").read_text())
+
+
+@pytest.mark.parametrize("name", GOLDEN_TOKENIZERS)
+def test_a_published_tokenizer_gives_the_ids_of_the_training(tmp_path, name):
+    """AutoTokenizer of transformers 5.23 gave these ids in such folders (make_adapter_goldens.py); under the class names
+    that checkpoints have (LlamaTokenizer, GPT2Tokenizer) it puts rules of its own in place of the file's: " hi" of LLaMA-2
+    got another id. Under model_type qwen2 it does so whatever the class, and the card of a merged model says how to load.
+    """
+    case, _, kind = name.partition(", ")
+    golden, out = GOLDEN_TOKENIZERS[name], published.published_folder(tmp_path, case, kind == "merged")
+    tokenizer = Tokenizer(tmp_path / "base")
+    assert read(out / "tokenizer_config.json") == golden["tokenizer_config.json"]
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+    assert [ids for ids, _ in tokenizer.encode(published.TEXTS)] == golden["texts"]
+    corpus = build_corpus([{"messages": published.CONVERSATION}], tokenizer)
+    assert corpus.tokens.tolist() == golden["conversation"]
+    card = (out / "README.md").read_text()
+    assert ("PreTrainedTokenizerFast.from_pretrained" in card) == (kind == "merged" and "qwen2" in case)
+
+
+def test_keys_with_which_another_tokenizer_is_read_are_not_published(tmp_path):
+    """transformers reads the newest of fast_tokenizer_files, none of which is copied, and asks to run the code of auto_map."""
+    folder, out = tiny.make_checkpoint(tmp_path / "m", "llama3"), tmp_path / "out"
+    others = {"fast_tokenizer_files": ["tokenizer.4.0.json"], "auto_map": {"AutoTokenizer": ["x.T", None]}}
+    edit(folder / "tokenizer_config.json", **others, split_special_tokens=True, padding_side="left")
+    out.mkdir()
+    publish.write_tokenizer(Tokenizer(folder), folder, out)
+    written = read(out / "tokenizer_config.json")
+    assert written["padding_side"] == "left" and not {*others, "split_special_tokens"} & {*written}
+
+
+def test_the_card_shows_peft_and_says_that_merging_rounds(tmp_path):
+    adapter = make_run(tmp_path)
+    publish.publish(adapter, tmp_path / "a", base_model="owner/name@v1")
+    card = (tmp_path / "a" / "README.md").read_text()
+    loads = (
+        'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("owner/name", revision="v1"), "DIR")'
+    )
+    assert "from peft import PeftModel\n" in card and loads in card
+    assert "into weights of bfloat16 rounds" in card
+    publish.publish(adapter, tmp_path / "b", merged=True, base_model="owner/name")
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "PeftModel" not in card and "merging has rounded the sum" in card
+
+
+def test_a_published_folder_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    """It is renamed, not copied: who copies leaves a part of a folder after a crash."""
+    adapter, out = make_run(tmp_path), tmp_path / "out"
+    replace, folders = publish.os.replace, []
+
+    def watch(source, target):
+        if Path(target) == out:
+            folders.append((sorted(path.name for path in Path(source).iterdir()), out.exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(publish.os, "replace", watch)
+    publish.publish(adapter, out)
+    assert folders == [(sorted(path.name for path in out.iterdir()), False)] and "README.md" in folders[0][0]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_published_files_have_the_mode_that_the_umask_gives(tmp_path, merged):
+    adapter, before = make_run(tmp_path), os.umask(0o022)
+    try:
+        publish.publish(adapter, tmp_path / "out", merged)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
