@@ -213,7 +213,7 @@ def test_vllm_is_told_the_rank(rank, limit):
         (
             ADAPTER,
             {"t_max": 0.5},
-            ["rho: 0.7", "t_max: 0.5", "lr: 0.0001", "rank: 4", "epochs: 1"],
+            ["rho: 0.7", "t_max: 0.5", "lr: 0.0001", "rank: 4", "alpha: 8", "epochs: 1"],
             ["forget_rate", "ceiling"],
         ),
         ("full/seed-1", {"rho": 0.6}, ["rho: 1.0", "epochs: 1"], ["t_max", "lambda_schedule"]),

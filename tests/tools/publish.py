@@ -96,7 +96,8 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
         write_tokenizer(tokenizer, checkpoint, folder)
         write_text(chat_template(tokenizer), folder / "chat_template.jinja")
         rank = None if merged else lora_config["r"]
-        card = model_card(name, trained_options(name, config), base_model, rank)
+        options = trained_options(name, config) | {"alpha": lora_config["alpha"]}  # 16, not 16.0
+        card = model_card(name, options, base_model, rank)
         if merged and read_config(checkpoint).model_type == "qwen2":
             card += QWEN2_TOKENIZER
         write_text(card, folder / "README.md")
