@@ -1356,7 +1356,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; safetensors lets the owner alone read
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -41,7 +41,7 @@ from data import advance, progress
 from data import join_over_ranks, print0, rank_and_world, split_by_tokens, start_ranks, sum_over_ranks
 from data import read_object, read_rows, write_rows, write_text
 from lora import load_adapter, remove_lora
-from model import DTYPES, checkpoint_folder, load_model, read_config
+from model import DTYPES, check_adapter_base, checkpoint_folder, load_model, read_config
 from model import Cache, Transformer, head_chunks, to_device
 
 # --------------------------------------------------------------------------------------------- requests
@@ -1232,6 +1232,8 @@ def main() -> None:
         arguments = parse_arguments()
         device = start_ranks(arguments.device)
         folder = checkpoint_folder(arguments.model)
+        for adapter in arguments.adapter:
+            check_adapter_base(adapter, folder)
         tokenizer = Tokenizer(folder, arguments.template or template_of(arguments.adapter))
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)

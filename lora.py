@@ -317,6 +317,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if any(name.rpartition(".")[2] in leaves for name in linear):
         leaves = list(layers)  # whole names: the last parts alone would match layers without an adapter
+    alpha = first.alpha
     base, revision = str(base_model), None
     if not os.path.isdir(base):
         base, _, revision = base.partition("@")
@@ -326,8 +327,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_model: str) -
         "base_model_name_or_path": base,
         "revision": revision or None,
         "r": first.r,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # 16 as PEFT writes it
+        "lora_dropout": float(first.dropout),
         "target_modules": leaves,
         "use_rslora": first.rslora,
         "bias": "none",
@@ -393,6 +394,9 @@ def listed_targets(raw: dict) -> tuple[str, ...] | None:
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """An adapter folder: read_adapter_config, and the tensors under the names of lora_parameters."""
+    if not folder.is_dir():
+        fetch = f"an adapter on the Hub is fetched by `hf download {folder} --local-dir FOLDER`"
+        raise ValueError(f"{folder}: no such folder ({fetch})")
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not path.is_file() and (pickle := path.with_suffix(".bin")).is_file():
         command = f"save_file(torch.load({str(pickle)!r}, weights_only=True), {str(path)!r})"
@@ -498,8 +502,13 @@ def _write_whole(writes: dict[Path, Callable[[Path], object]]) -> None:
     try:
         for path, write in writes.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporaries[path])
-            with open(temporaries[path], "rb") as file:
+            temporary = temporaries[path]
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask gives; safetensors lets the owner alone read
+            write(temporary)
+            temporary.chmod(mode)
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         if len(writes) > 1:
             last.unlink(missing_ok=True)

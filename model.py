@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -670,8 +671,8 @@ def is_whole(value, least: int) -> bool:
 
 
 def is_number(value) -> bool:
-    """Whether a value of a config is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Whether a value of a config is a number above 0 that a float can hold, a whole one too."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def only(value: str) -> Kind:
@@ -760,9 +761,11 @@ FIELDS = {
 }
 # names of fields that change the computation in other models and leave no tensor that would be missed here
 FOREIGN = re.compile(
-    "multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types"
-    "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights"
+    "multiplier|scal|softcap|clip|rope|rotary|alibi|qk_norm|bidirectional|layer_types|pruned_heads"
+    "|attn_temperature|per_layer|parallel_(residual|attn|block)|transformers_weights|configuration_files"
 )
+# entries of auto_map: other loaders may run the code that they name instead of the architecture's own
+CUSTOM_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
 def parse_config(raw: dict) -> Config:
@@ -834,22 +837,30 @@ def gpt_neo_shape(values: dict) -> dict:
 
 
 def model_type_of(raw: dict) -> str:
-    """The key of FAMILIES, from `architectures` and `model_type`, which must not contradict each other."""
+    """The key of FAMILIES: `model_type` decides, as in transformers, and one of `architectures` confirms it.
+
+    Real checkpoints write LLaMAForCausalLM, or a fork's name before it. Other heads and other families, which
+    another loader may build from the name, are refused; where no name is given, none is missed.
+    """
     names = raw.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
+    if isinstance(names, str):
+        names = [names]
     if not isinstance(names, list):
         raise ValueError(f"architectures = {names!r} is not a list of names")
-    if not names and raw.get("model_type") in list(FAMILIES):
-        return raw["model_type"]
-    by_architecture = {family.architecture: model_type for model_type, family in FAMILIES.items()}
+    found = []
+    for model_type, family in FAMILIES.items():
+        ending = family.architecture.lower()
+        if any(isinstance(name, str) and name.lower().endswith(ending) for name in names):
+            found.append(model_type)
+    model_type = raw.get("model_type", found[0] if found else None)
+    confirmed = model_type in found if names else model_type in list(FAMILIES)
+    if confirmed:
+        return model_type
     architecture = names[0] if names else "none named"
-    if architecture not in list(by_architecture):
-        supported = ", ".join(by_architecture)
-        raise ValueError(f"architecture {architecture} is not supported; supported: {supported}")
-    model_type = by_architecture[architecture]
-    if raw.get("model_type", model_type) != model_type:
-        raise ValueError(f"model_type = {raw['model_type']!r} is not {model_type!r}, that of {architecture}")
-    return model_type
+    if found:
+        raise ValueError(f"model_type = {model_type!r} is not {found[0]!r}, that of {architecture}")
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
+    raise ValueError(f"architecture {architecture} is not supported; supported: {supported}")
 
 
 def refuse_foreign_fields(raw: dict, model_type: str) -> None:
@@ -859,9 +870,16 @@ def refuse_foreign_fields(raw: dict, model_type: str) -> None:
     """
     for name in ("quantization_config", "compression_config"):
         if raw.get(name):
-            raise ValueError(f"{name}: a quantised checkpoint is not read; use the one it was made from")
+            raise ValueError(f"{name}: {QUANTISED}")
     if raw.get("is_causal", True) is not True:
         raise ValueError(f"is_causal = {raw['is_causal']!r} is not supported, only true")
+    code = raw.get("auto_map") or {}
+    if not isinstance(code, dict):
+        raise ValueError(f"auto_map = {code!r} is not an object")
+    for name in CUSTOM_CODE:
+        if code.get(name):
+            hint = "its code is not run; remove it if the model does not need it"
+            raise ValueError(f"auto_map: {name} = {code[name]!r} is not supported ({hint})")
     for name, value in raw.items():
         foreign = name not in FIELDS[model_type] and name[:1] != "_" and FOREIGN.search(name)
         if foreign and not is_neutral(value):
@@ -885,7 +903,9 @@ def read_fields(raw: dict, model_type: str) -> dict:
         is_null = field.nullable and value is None
         if not is_null and not field.kind.allows(value):
             raise ValueError(f"{name} = {value!r} is not {field.kind.name}")
-        values[name] = value
+        values[name] = (
+            float(value) if field.kind is NUMBER else value
+        )  # torch takes no whole number above 2^63
     return values
 
 
@@ -974,6 +994,7 @@ def rope_config(values: dict) -> dict:
     for name in needed:
         if not is_number(rope.get(name)):
             raise ValueError(f"{name} = {rope.get(name)!r} of rope type {kind!r} is not a number above 0")
+        rope[name] = float(rope[name])
     known = "rope_type", "type", old_length, *needed
     for name, value in rope.items():
         if name not in known and not is_neutral(value):
@@ -986,8 +1007,6 @@ def rope_config(values: dict) -> dict:
 def read_config(folder: str | os.PathLike) -> Config:
     """Read config.json. Raises ValueError naming the file, the field, its value and what is allowed."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no config.json in it, so it is not a Hugging Face checkpoint folder")
     raw = _read_json(path)
     try:
         return parse_config(raw)
@@ -999,6 +1018,14 @@ def read_config(folder: str | os.PathLike) -> Config:
 
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.attn\.attention\.(masked_)?bias")  # in old checkpoints
 CONVERT = "a pickle such as pytorch_model.bin is not read; transformers converts it: load, save_pretrained"
+# files beside config.json and weights with which other loaders build another model
+QUANTISED = "a quantised checkpoint is not read; use the one it was made from"
+OTHER_MODELS = {
+    "adapter_config.json": "transformers adds this adapter to the model; move it to a folder of its own",
+    "shard-?????-model-?????-of-?????.safetensors": "a distributed checkpoint of transformers is not read",
+    "hf_quant_config.json": QUANTISED,
+    "quantize_config.json": QUANTISED,
+}
 TEXT_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -1023,6 +1050,7 @@ def checkpoint_folder(path_or_repo: str) -> Path:
         hint = "transformers converts it: from_pretrained(folder, gguf_file=NAME), then save_pretrained"
         raise ValueError(f"{path_or_repo}: GGUF is not read ({hint})")
     if is_folder:
+        check_files(Path(path_or_repo))
         return Path(path_or_repo)
     repo, _, revision = str(path_or_repo).partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
@@ -1042,7 +1070,23 @@ def checkpoint_folder(path_or_repo: str) -> Path:
         raise ValueError(f"{path_or_repo}: not a local folder, and the Hub said: {reason}") from None
     if not any(Path(folder).glob("*.safetensors")):
         raise ValueError(f"{path_or_repo}: no safetensors in this repository ({CONVERT})")
+    check_files(Path(folder))
     return Path(folder)
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError unless a folder is a checkpoint, and all of the model is in its config and weights.
+
+    transformers 5.23 reads the files of OTHER_MODELS as well, vLLM those of quantised models.
+    """
+    if not (folder / "config.json").is_file():
+        reason = "no config.json in it, so it is not a Hugging Face checkpoint folder"
+        if (folder / "adapter_config.json").is_file():
+            reason += ", but an adapter: --model takes the base model that it was trained on"
+        raise ValueError(f"{folder}: {reason}")
+    for pattern, reason in OTHER_MODELS.items():
+        for path in sorted(folder.glob(pattern)):
+            raise ValueError(f"{path}: {reason}")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -1054,6 +1098,19 @@ def model_fingerprint(folder: Path) -> str:
             file_digest = hashlib.file_digest(file, "sha256")
         digest.update(file_digest.digest())
     return digest.hexdigest()[:16]
+
+
+def check_adapter_base(adapter: str | os.PathLike, checkpoint: Path) -> None:
+    """Raise ValueError for an adapter of a run that was made from another base model than this one."""
+    above = Path(adapter).resolve().parents  # RUN/METHOD/seed-S or RUN/reference
+    for run in above[:2]:
+        path = run / "config.json"
+        inputs = _read_json(path).get("inputs") if path.is_file() else None
+        if not isinstance(inputs, dict) or "model" not in inputs:
+            continue
+        if inputs["model"] != model_fingerprint(checkpoint):
+            reason = f"the run was made from another base model; {checkpoint} has other files"
+            raise ValueError(f"{adapter}: {reason} (inputs of {path})")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -1160,6 +1217,10 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     text = json.dumps(raw | {dtype_key: dtype_name}, indent=2)
     temporary = folder / "config.json.tmp"
     temporary.write_text(text + "\n")
+    for path in folder.glob("*.safetensors"):
+        path.chmod(
+            temporary.stat().st_mode
+        )  # what the umask gives; safetensors lets the owner alone read
     os.replace(temporary, folder / "config.json")
 
 

@@ -1,6 +1,7 @@
 """lora.py: the side path, its files, and the way back to the untouched model."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -514,6 +515,37 @@ def test_the_revision_is_written_beside_the_base_model(tmp_path, base, name, rev
     save_adapter(adapted(folder), tmp_path / "a", base.format(folder=folder))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (name.format(folder=folder), revision)
+
+
+@pytest.mark.parametrize("alpha, text", [(16, "16"), (16.0, "16"), (2.5, "2.5"), (1e-3, "0.001")])
+def test_numbers_have_the_type_that_peft_writes(tmp_path, alpha, text):
+    """PEFT 0.21.2 declares lora_alpha a whole number and lora_dropout a float; programs in Go and Rust hold it to that."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
+    add_lora(model, r=4, alpha=alpha, dropout=0)
+    save_adapter(model, tmp_path / "a", "m")
+    written = (tmp_path / "a" / "adapter_config.json").read_text()
+    assert f'"lora_alpha": {text},' in written and '"r": 4,' in written and '"lora_dropout": 0.0,' in written
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_an_adapters_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    """safetensors 0.8 writes for the owner alone: others could read adapter_config.json and not its weights."""
+    model = adapted(tmp_path / "m")
+    before = os.umask(umask)
+    try:
+        save_adapter(model, tmp_path / "a", "m")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o666 & ~umask}
+
+
+def test_an_adapter_on_the_hub_is_to_be_fetched_first(tmp_path, monkeypatch):
+    """Found at 14fe823: "no adapter_config.json in it", of a folder that is not there."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
+    with pytest.raises(
+        ValueError, match="^owner/name: no such folder .*`hf download owner/name --local-dir FOLDER`"
+    ):
+        load_adapter(model, "owner/name")
 
 
 @torch.inference_mode()

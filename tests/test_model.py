@@ -2,17 +2,20 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import model as transformer
 from lora import add_lora
 from model import Cache, RMSNorm, WeightedTokenLoss, apply_rotary, load_model, read_config, rope_frequencies
@@ -461,6 +464,122 @@ def test_another_head_in_a_tied_file_is_used_and_exported_untied(tmp_path):
     assert torch.equal(copy.lm_head.weight, head) and torch.equal(
         copy.embedding.weight, model.embedding.weight
     )
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_by_its_name(tmp_path):
+    """Its parameter would stay on the meta device, or be what a fresh layer draws."""
+    folder = tiny.make_checkpoint(tmp_path, "llama3")
+    edit_weights(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match="1 tensors missing, the first is model.layers.1.mlp.up_proj.weight"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("adapter_config.json", "transformers adds this adapter to the model"),
+        (
+            "shard-00001-model-00001-of-00002.safetensors",
+            "a distributed checkpoint of transformers is not read",
+        ),
+        ("hf_quant_config.json", "a quantised checkpoint is not read"),
+        ("quantize_config.json", "a quantised checkpoint is not read"),
+    ],
+)
+def test_a_file_that_makes_another_model_elsewhere_is_refused_by_name(tmp_path, name, message):
+    """transformers 5.23 with peft 0.21 puts an adapter in the folder on top (logits of a tiny model moved by 11), and
+    looks for its own shards before model.safetensors; modelopt's checkpoints are quantised by what hf_quant_config.json says.
+    """
+    folder = tiny.make_checkpoint(tmp_path, "llama3")
+    (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "consolidated.safetensors", "pytorch_model.bin", "params.json"]
+)
+def test_files_that_transformers_does_not_open_are_passed_over(tmp_path, name):
+    """A variant is read where somebody asks for it by name, and a pickle only where there is no safetensors file."""
+    folder = tiny.make_checkpoint(tmp_path, "llama3")
+    (folder / name).write_text("{}")
+    load_model(folder)
+
+
+def test_a_folder_without_a_config_is_called_that(tmp_path):
+    """Found at 14fe823: a folder of an adapter, or of anything, was lectured about sentencepiece."""
+    with pytest.raises(
+        ValueError, match="no config.json in it, so it is not a Hugging Face checkpoint folder$"
+    ):
+        transformer.checkpoint_folder(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="but an adapter: --model takes the base model"):
+        transformer.checkpoint_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("theta", [10**18, 10**19, 10**40])
+def test_a_huge_whole_number_is_a_number(theta):
+    """torch takes no whole number of 64 bits or more; transformers 5.23 fails at 10^19 (int too big to convert)."""
+    raw = tiny.config_of("llama2", 4)
+    whole, decimal = (transformer.parse_config(raw | {"rope_theta": x}) for x in (theta, float(theta)))
+    assert torch.equal(rope_frequencies(whole), rope_frequencies(decimal))
+    scaling = tiny.LLAMA3_ROPE | {"original_max_position_embeddings": theta}
+    rope_frequencies(transformer.parse_config(raw | {"rope_scaling": scaling}))
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps"])
+def test_what_no_float_holds_is_no_number(name):
+    with pytest.raises(ValueError, match=f"{name} = 10+ .*is not a number above 0"):
+        transformer.parse_config(tiny.config_of("llama2", 4) | {name: 10**309})
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    """Its run's config.json has the fingerprint of the base; shapes alone fit every model of a size."""
+    adapter = published.make_run(tmp_path)
+    transformer.check_adapter_base(adapter, tmp_path / "base")
+    other = tiny.make_checkpoint(tmp_path / "other", "llama3", seed=9)
+    with pytest.raises(
+        ValueError, match="seed-0: the run was made from another base model; .*other has other files"
+    ):
+        transformer.check_adapter_base(adapter, other)
+    reference = published.make_run(tmp_path, name="reference")
+    with pytest.raises(ValueError, match="reference: the run was made from another base model"):
+        transformer.check_adapter_base(reference, other)
+    (tmp_path / "run" / "config.json").write_text("{}")  # of something else
+    transformer.check_adapter_base(adapter, other)
+
+
+def test_eval_refuses_an_adapter_of_another_base(tmp_path, monkeypatch, capsys):
+    adapter = published.make_run(tmp_path)
+    other = tiny.make_checkpoint(tmp_path / "other", "llama3", seed=9)
+    command = [
+        "eval.py",
+        "--model",
+        str(other),
+        "--adapter",
+        str(adapter),
+        "--prompt",
+        "Hello",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main()
+    assert stop.value.code == 2 and "made from another base model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    """safetensors 0.8 writes for the owner alone, 0600, beside JSON files of 0644."""
+    model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
+    before = os.umask(umask)
+    try:
+        save_model(model, tmp_path / "copy", shard_bytes=40_000)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "copy").iterdir())
+    assert len(files) > 4 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 def test_neither_head_nor_embedding_is_a_missing_tensor(tmp_path):

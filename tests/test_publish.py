@@ -3,41 +3,25 @@
 tests/tools/make_adapter_goldens.py has transformers and PEFT read such folders, by hand.
 """
 
-import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
 
 import publish
+import published
 import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
+from published import ADAPTER, make_run
 from safetensors.torch import load_file, save_file
 
-import forgetting
-from data import Tokenizer
-from lora import add_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from data import Tokenizer, build_corpus
+from lora import load_adapter, merge_lora
 from model import load_model, model_fingerprint
 
 TOKENS, CU = torch.arange(3, 30), torch.tensor([0, 12, 27], dtype=torch.int32)
-ADAPTER = "forgetting/seed-0"
-
-
-def make_run(folder, kind="llama3", name=ADAPTER, **options):
-    """A run folder with one adapter, of a checkpoint beside it; nothing is trained."""
-    checkpoint = folder / "base"
-    if not checkpoint.is_dir():
-        tiny.make_checkpoint(checkpoint, kind, dtype=torch.bfloat16)
-    model = load_model(checkpoint)
-    add_lora(model, r=4, alpha=8, generator=torch.Generator().manual_seed(0))
-    for parameter in lora_parameters(model).values():
-        parameter.data.normal_(std=0.1)
-    save_adapter(model, folder / "run" / name, str(checkpoint))
-    given = {"model": str(checkpoint), "data": [str(folder / "secret.jsonl")], "rank": 4} | options
-    config = dataclasses.asdict(forgetting.Options(**given))
-    config |= {"versions": {}, "inputs": {"model": model_fingerprint(checkpoint)}}
-    (folder / "run" / "config.json").write_text(json.dumps(config))
-    return folder / "run" / name
 
 
 def edit(path, **changes):
@@ -113,9 +97,11 @@ def test_a_few_float32_tensors_do_not_double_a_checkpoint(tmp_path):
     [
         ({"eos_token_id": 7, "do_sample": True}, 1, {"eos_token_id": [7, 1], "do_sample": True}),
         ({"eos_token_id": [9, 1, 7]}, 1, {"eos_token_id": [9, 1, 7]}),
-        ({"do_sample": True}, 1, {"eos_token_id": [1], "do_sample": True}),
+        ({"eos_token_id": [1]}, 1, {"eos_token_id": [1]}),
+        ({"eos_token_id": 1}, 1, {"eos_token_id": 1}),
+        ({"do_sample": True}, 1, {"eos_token_id": 1, "do_sample": True}),
         (None, 7, {"eos_token_id": [7, 1], "bos_token_id": 0, "pad_token_id": None}),
-        (None, None, {"eos_token_id": [1], "bos_token_id": 0, "pad_token_id": None}),
+        (None, None, {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": None}),
     ],
 )
 def test_generation_stops_at_the_eos_that_was_taught_too(tmp_path, generation, eos_of_config, expected):
@@ -160,7 +146,7 @@ def test_a_tokenizer_in_another_form_is_published_as_tokenizer_json(tmp_path):
     out.mkdir()
     publish.write_tokenizer(tokenizer, folder, out)
     assert Tokenizer(out).encode([tiny.TEXT]) == tokenizer.encode([tiny.TEXT])
-    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "GPT2Tokenizer"
+    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not (out / "special_tokens_map.json").exists()
 
 
@@ -227,7 +213,7 @@ def test_vllm_is_told_the_rank(rank, limit):
         (
             ADAPTER,
             {"t_max": 0.5},
-            ["rho: 0.7", "t_max: 0.5", "lr: 0.0001", "rank: 4", "epochs: 1"],
+            ["rho: 0.7", "t_max: 0.5", "lr: 0.0001", "rank: 4", "alpha: 8", "epochs: 1"],
             ["forget_rate", "ceiling"],
         ),
         ("full/seed-1", {"rho": 0.6}, ["rho: 1.0", "epochs: 1"], ["t_max", "lambda_schedule"]),
@@ -333,3 +319,74 @@ def test_the_command_line_fills_an_empty_folder(tmp_path, monkeypatch, capsys):
     publish.main()
     assert "hf upload you/name out" in capsys.readouterr().out and (out / "README.md").is_file()
     assert out.stat().st_mode & 0o777 == adapter.stat().st_mode & 0o777, "readable as other folders are"
+
+
+GOLDEN_TOKENIZERS = json.loads((Path(__file__).parent / "goldens" / "tokenizers.json").read_text())
+
+
+@pytest.mark.parametrize("name", GOLDEN_TOKENIZERS)
+def test_a_published_tokenizer_gives_the_ids_of_the_training(tmp_path, name):
+    """AutoTokenizer of transformers 5.23 gave these ids in such folders (make_adapter_goldens.py); under the class names
+    that checkpoints have (LlamaTokenizer, GPT2Tokenizer) it puts rules of its own in place of the file's: " hi" of LLaMA-2
+    got another id. Under model_type qwen2 it does so whatever the class, and the card of a merged model says how to load.
+    """
+    case, _, kind = name.partition(", ")
+    golden, out = GOLDEN_TOKENIZERS[name], published.published_folder(tmp_path, case, kind == "merged")
+    tokenizer = Tokenizer(tmp_path / "base")
+    assert read(out / "tokenizer_config.json") == golden["tokenizer_config.json"]
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+    assert [ids for ids, _ in tokenizer.encode(published.TEXTS)] == golden["texts"]
+    corpus = build_corpus([{"messages": published.CONVERSATION}], tokenizer)
+    assert corpus.tokens.tolist() == golden["conversation"]
+    card = (out / "README.md").read_text()
+    assert ("PreTrainedTokenizerFast.from_pretrained" in card) == (kind == "merged" and "qwen2" in case)
+
+
+def test_keys_with_which_another_tokenizer_is_read_are_not_published(tmp_path):
+    """transformers reads the newest of fast_tokenizer_files, none of which is copied, and asks to run the code of auto_map."""
+    folder, out = tiny.make_checkpoint(tmp_path / "m", "llama3"), tmp_path / "out"
+    others = {"fast_tokenizer_files": ["tokenizer.4.0.json"], "auto_map": {"AutoTokenizer": ["x.T", None]}}
+    edit(folder / "tokenizer_config.json", **others, split_special_tokens=True, padding_side="left")
+    out.mkdir()
+    publish.write_tokenizer(Tokenizer(folder), folder, out)
+    written = read(out / "tokenizer_config.json")
+    assert written["padding_side"] == "left" and not {*others, "split_special_tokens"} & {*written}
+
+
+def test_the_card_shows_peft_and_says_that_merging_rounds(tmp_path):
+    adapter = make_run(tmp_path)
+    publish.publish(adapter, tmp_path / "a", base_model="owner/name@v1")
+    card = (tmp_path / "a" / "README.md").read_text()
+    loads = (
+        'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("owner/name", revision="v1"), "DIR")'
+    )
+    assert "from peft import PeftModel\n" in card and loads in card
+    assert "into weights of bfloat16 rounds" in card
+    publish.publish(adapter, tmp_path / "b", merged=True, base_model="owner/name")
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "PeftModel" not in card and "merging has rounded the sum" in card
+
+
+def test_a_published_folder_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    """It is renamed, not copied: who copies leaves a part of a folder after a crash."""
+    adapter, out = make_run(tmp_path), tmp_path / "out"
+    replace, folders = publish.os.replace, []
+
+    def watch(source, target):
+        if Path(target) == out:
+            folders.append((sorted(path.name for path in Path(source).iterdir()), out.exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(publish.os, "replace", watch)
+    publish.publish(adapter, out)
+    assert folders == [(sorted(path.name for path in out.iterdir()), False)] and "README.md" in folders[0][0]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_published_files_have_the_mode_that_the_umask_gives(tmp_path, merged):
+    adapter, before = make_run(tmp_path), os.umask(0o022)
+    try:
+        publish.publish(adapter, tmp_path / "out", merged)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}

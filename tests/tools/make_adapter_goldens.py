@@ -2,12 +2,14 @@
 
     /path/to/peers/bin/python tests/tools/make_adapter_goldens.py     # by hand, with a Python that has transformers and peft
 
-Writes goldens/lora_config.json, every key of LoraConfig with its default. Fails if a config that load_adapter takes gives
-other logits in PEFT, or if transformers and PEFT do not read what publish.py writes.
+Writes goldens/lora_config.json, every key of LoraConfig with its default, and goldens/tokenizers.json, the ids that
+AutoTokenizer gives in published folders. Fails if a config that load_adapter takes gives other logits in PEFT, or if
+transformers and PEFT do not read what publish.py writes.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,10 +20,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent.parent  # tests/, where tiny.py and goldens/ are
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import published  # noqa: E402
 import tiny  # noqa: E402
 from make_goldens import distance, logits_of, our_logits, theirs  # noqa: E402
 
@@ -92,6 +95,27 @@ def check_configs(folder: Path) -> None:
         else:
             worst = difference(PeftModel.from_pretrained(theirs(folder / "m"), adapter).eval(), ours)
             print(f"{name}: {len(shapes)} tensors, logits differ by {worst:.1e}")
+
+
+def write_tokenizers(folder: Path) -> None:
+    """What AutoTokenizer makes of each published folder: ids of texts, and of a conversation by the template there."""
+    goldens = {}
+    for number, (case, merged) in enumerate(itertools.product(published.CASES, (False, True))):
+        out = published.published_folder(folder / str(number), case, merged)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        if merged and case == "qwen2 of another tokenizer":  # as the card says
+            assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+        name = f"{case}, {'merged' if merged else 'adapter'}"
+        goldens[name] = {
+            "tokenizer_config.json": json.loads((out / "tokenizer_config.json").read_text()),
+            "texts": [tokenizer(text)["input_ids"] for text in published.TEXTS],
+            "conversation": tokenizer.apply_chat_template(published.CONVERSATION, return_dict=True)[
+                "input_ids"
+            ],
+        }
+        print(f"{name}: {type(tokenizer).__name__}")
+    write_text(json.dumps(goldens) + "\n", HERE / "goldens" / "tokenizers.json")
 
 
 def program(path: str, *arguments: object) -> None:
@@ -168,5 +192,7 @@ if __name__ == "__main__":
     write_defaults()
     with tempfile.TemporaryDirectory() as temporary:
         check_configs(Path(temporary))
+    with tempfile.TemporaryDirectory() as temporary:
+        write_tokenizers(Path(temporary))
     with tempfile.TemporaryDirectory() as temporary:
         check_published(Path(temporary))

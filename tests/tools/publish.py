@@ -27,10 +27,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
 from forgetting import METHODS, options_of  # noqa: E402
 from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
-from model import checkpoint_folder, load_model, model_fingerprint, save_model, weight_files  # noqa: E402
+from model import checkpoint_folder, load_model, model_fingerprint, read_config, save_model, weight_files  # noqa: E402
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+# keys of tokenizer_config.json with which transformers reads another file, runs code or cuts special tokens
+OTHER_TOKENIZERS = (
+    "auto_map",
+    "fast_tokenizer_files",
+    "tokenizer_file",
+    "vocab_file",
+    "split_special_tokens",
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+PEFT_IN_PYTHON = """
+In Python:
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ARGUMENTS), "DIR")
+
+The tokenizer is `AutoTokenizer.from_pretrained("DIR")`. Merging (`merge_and_unload`) into weights of bfloat16 rounds the
+sum: the answers may differ a little from those of base model and adapter side by side.
+"""
+MERGED_IN_PYTHON = """
+Where these weights are bfloat16, merging has rounded the sum of base model and adapter: the answers may differ a little
+from those of the two side by side.
+"""
+QWEN2_TOKENIZER = """
+For models of this type AutoTokenizer of transformers 5 puts Qwen's own rules in place of those in `tokenizer.json`; the
+ids of the training, whatever the file says, are those of
+
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("DIR")
+"""
 TULU_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
@@ -67,7 +96,11 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
         write_tokenizer(tokenizer, checkpoint, folder)
         write_text(chat_template(tokenizer), folder / "chat_template.jinja")
         rank = None if merged else lora_config["r"]
-        write_text(model_card(name, trained_options(name, config), base_model, rank), folder / "README.md")
+        options = trained_options(name, config) | {"alpha": lora_config["alpha"]}  # 16, not 16.0
+        card = model_card(name, options, base_model, rank)
+        if merged and read_config(checkpoint).model_type == "qwen2":
+            card += QWEN2_TOKENIZER
+        write_text(card, folder / "README.md")
     if base_model is None:
         print(f"{out} does not name its base model: give --base-model owner/name before you upload it")
 
@@ -140,8 +173,12 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, folder: Path) -> Non
         tokenizer.raw.save(str(folder / "tokenizer.json"))
     names = ("tokenizer_config.json", "special_tokens_map.json")
     configs = {name: read_object(checkpoint / name) for name in names if (checkpoint / name).is_file()}
-    # the class is named because an adapter's folder has no config.json, from which transformers would take it
-    configs.setdefault("tokenizer_config.json", {}).setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    # Of all classes this one alone takes tokenizer.json as it stands: transformers 5 puts LlamaTokenizer's,
+    # GPT2Tokenizer's and others' own rules in place of the file's. transformers 4 knows the name, too.
+    tokenizer_config = configs.setdefault("tokenizer_config.json", {})
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in OTHER_TOKENIZERS:
+        tokenizer_config.pop(key, None)
     for name, config in configs.items():
         for key, text in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
             there = config.get(key)
@@ -164,9 +201,12 @@ def generation_config(checkpoint: Path, end: int) -> dict:
         "pad_token_id",
     )  # what transformers takes where there is no such file
     config = read_object(path) if path.is_file() else {key: model_config.get(key) for key in keys}
-    there = config.get("eos_token_id")
-    there = there if isinstance(there, list) else [] if there is None else [there]
-    return config | {"eos_token_id": there if end in there else [*there, end]}
+    stops = config.get("eos_token_id")
+    if not isinstance(stops, list):
+        stops = [] if stops is None else [stops]
+    if end in stops:
+        return config
+    return config | {"eos_token_id": [*stops, end] if stops else end}
 
 
 def taught_end(tokenizer: Tokenizer) -> int:
@@ -208,17 +248,19 @@ def model_card(name: str, options: dict, base_model: str | None, rank: int | Non
     unnamed = "fill in: the run read it from a folder, publish.py's `--base-model owner/name` names it"
     settings = "\n".join(f"- {key}: {value}" for key, value in options.items())
     if rank is None:
-        library, kind, command = "transformers", "A merged model", "vllm serve DIR"
+        library, kind = "transformers", "A merged model"
+        command, python = "vllm serve DIR", MERGED_IN_PYTHON
     else:
-        library, kind, limit = (
-            "peft",
-            "A LoRA adapter",
-            max(8, 2 ** math.ceil(math.log2(rank))),
-        )  # vLLM takes powers of two
+        library, kind = "peft", "A LoRA adapter"
+        limit = max(8, 2 ** math.ceil(math.log2(rank)))  # vLLM takes powers of two
         command = (
             f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {limit} --lora-modules forgetting=DIR "
             "--chat-template DIR/chat_template.jinja"
         )
+        arguments = json.dumps(base or "BASE")
+        if revision:
+            arguments += f", revision={json.dumps(revision)}"
+        python = PEFT_IN_PYTHON.replace("ARGUMENTS", arguments)
     return f"""---
 {base_line}library_name: {library}
 pipeline_tag: text-generation
@@ -241,7 +283,7 @@ tags:
 Conversations take the template in `chat_template.jinja`. Served by vLLM, where DIR is a copy of this folder:
 
     {command}
-"""
+{python}"""
 
 
 def main() -> None:
