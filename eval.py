@@ -24,12 +24,12 @@ import os
 import re
 import string
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from data import Tokenizer, check_ids, question_ids
 from data import advance, progress
-from data import join_over_ranks, print0, rank_and_world, split_by_tokens, start_ranks, sum_over_ranks
+from data import join_over_ranks, print0, rank_and_world, start_ranks, sum_over_ranks
 from data import read_object, read_rows, write_rows, write_text
 from lora import load_adapter, remove_lora
 from model import DTYPES, checkpoint_folder, load_model, read_config
@@ -102,6 +102,67 @@ def check_length(model: Transformer, continuation: list[int]) -> None:
 # ----------------------------------------------------------------------- log-likelihoods and generation
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed, and how much is kept, at once."""
+
+    batch_tokens: int = 4096  # of a packed forward pass
+    cache_bytes: int | None = None  # of keys and values while replies are written; None: see cache_rows()
+
+
+@dataclass
+class Sequence:
+    """Token ids, the cache rows of their keys and values, and how many of them have run."""
+
+    ids: list[int]
+    rows: Tensor  # (at least len(ids),) int64
+    done: int  # the first `done` ids stand in their rows already, or another sequence of the pass puts them there
+
+
+SHORTEST_PREFIX = 8  # tokens; a shorter beginning is not shared, as every piece costs an attention of its own
+
+
+def shared_length(ids: list[int], others: list[int]) -> int:
+    """How many tokens two sequences have in common at their beginning; 0 if it is not worth sharing."""
+    length = 0
+    for mine, other in zip(ids, others):
+        if mine != other:
+            break
+        length += 1
+    return length if length >= SHORTEST_PREFIX else 0
+
+
+def new_sequence(
+    cache: Cache, ids: list[int], before: Sequence | None, shared: int, more: int = 0
+) -> Sequence:
+    """A sequence with the cache rows it needs, for `more` tokens yet to be written, too.
+
+    Prefix sharing: its first `shared` tokens use the rows of the same tokens of `before`.
+    """
+    own = cache.take(len(ids) - shared + more)
+    if before is None:
+        return Sequence(ids, own, 0)
+    common = before.rows[:shared]
+    cache.share(common)
+    return Sequence(ids, torch.cat([common, own]), shared)
+
+
+def run(model: Transformer, cache: Cache, sequences: list[Sequence]) -> Tensor:
+    """Run all tokens of the sequences that are not done, in one pass: hidden states (T, D)."""
+    device = model.lm_head.weight.device
+    ids, rows, past, lengths = [], [], [], [0]
+    for sequence in sequences:
+        new = slice(sequence.done, len(sequence.ids))
+        ids += sequence.ids[new]
+        rows.append(sequence.rows[new])
+        past.append(sequence.rows[: sequence.done])
+        lengths.append(len(sequence.ids) - sequence.done)
+        sequence.done = len(sequence.ids)
+    boundaries = torch.tensor(lengths).cumsum(0).int()  # (B+1,)
+    tokens = to_device(torch.tensor(ids), device)  # (T,)
+    return model(tokens, boundaries, cache, torch.cat(rows), past)
+
+
 @torch.inference_mode()
 def loglikelihoods(
     model: Transformer,
@@ -111,106 +172,81 @@ def loglikelihoods(
 ) -> list[Answer]:
     """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
-    An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
-    one once; then all but the last token of every continuation run on from the cache. Ranks share the work.
+    An input longer than the model's positions loses tokens from the left. Inputs run packed and sorted, and
+    share with the one before them what both begin with: a few-shot prompt, a question. Ranks share the work.
     """
     limit = model.config.max_position_embeddings
-    followers: dict[tuple[int, ...], list[int]] = {}  # context: places in pairs of what continues it
-    for place, (context, continuation) in enumerate(pairs):
+    inputs = []
+    for context, continuation in pairs:
         check_length(model, continuation)
-        fitting = (context + continuation)[-(limit + 1) : -len(continuation)]  # the last token is no input
-        followers.setdefault(tuple(fitting), []).append(place)
-    contexts = list(followers)
-    sizes = []  # of each context: the tokens that run for it
-    for context, places in followers.items():
-        later = sum(len(pairs[place][1]) - 1 for place in places)
-        sizes.append(len(context) + later)
-
+        whole = context + continuation
+        inputs.append(whole[-(limit + 1) : -1])  # the last token is judged only
     device = model.lm_head.weight.device
     results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
     rank, world = rank_and_world()
     with progress(label, len(pairs), "requests") as bar:
-        for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-            packed = [contexts[number] for number in group]
-            places = [place for context in packed for place in followers[context]]
-            counts = [len(followers[context]) for context in packed]
+        for places in packs_with_prefixes(inputs, batch_tokens)[rank::world]:
+            packed = [inputs[place] for place in places]
             continuations = [pairs[place][1] for place in places]
-            results[places] = _score_pack(model, packed, counts, continuations)
+            results[places] = _score_pack(model, packed, continuations)
             advance(bar, len(places))
     figures = sum_over_ranks(results).tolist()
     return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in figures]
 
 
-def _score_pack(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
+def packs_with_prefixes(inputs: list[list[int]], batch_tokens: int) -> list[list[int]]:
+    """Places in `inputs`, sorted by token ids, in packs in which at most batch_tokens run, or one longer input.
+
+    Neighbours then have the longest beginnings in common, which count, and run, once.
+    """
+    packs: list[list[int]] = []
+    before: list[int] = []
+    room = 0
+    for place in sorted(range(len(inputs)), key=lambda place: inputs[place]):
+        ids = inputs[place]
+        needed = len(ids) - shared_length(ids, before)
+        if not packs or needed > room:
+            packs.append([])
+            room = batch_tokens
+            needed = len(ids)  # nothing stands before it
+        packs[-1].append(place)
+        room -= needed
+        before = ids
+    return packs
+
+
+def _score_pack(model: Transformer, inputs: list[list[int]], continuations: list[list[int]]) -> Tensor:
     """(continuations, 2) float64: log-likelihood, and how many tokens were not the most probable.
 
-    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on.
+    An input is a context and all of its continuation but the last token: for the context [a b] and the
+    continuation [c d e] it is [a b c d], and the states of b, c and d give the probabilities of c, d and e.
+    All indices are made on the CPU, so that a GPU never has to be waited for.
     """
-    states = _states_before(model, contexts, counts, continuations)  # (n, D)
-    device = states.device
-    lengths = torch.tensor([len(ids) for ids in continuations])
-    owner = torch.arange(len(lengths)).repeat_interleave(lengths)  # (n,) whose token it is
-    owner = to_device(owner, device)
-    targets = torch.tensor([token for ids in continuations for token in ids])  # (n,)
-    targets = to_device(targets, device)
-    totals = torch.zeros(len(lengths), dtype=torch.float64, device=device)
+    cache = Cache(model, sum(len(ids) for ids in inputs))
+    sequences: list[Sequence] = []
+    before, states_at, owner, targets = None, [], [], []
+    for number, (ids, continuation) in enumerate(zip(inputs, continuations)):
+        shared = shared_length(ids, before.ids) if before else 0
+        before = new_sequence(cache, ids, before, shared)
+        sequences.append(before)
+        states_at.append(
+            before.rows[-len(continuation) :]
+        )  # an empty cache fills in order: row r is the pack's r-th token
+        owner += [number] * len(continuation)
+        targets += continuation
+    hidden = run(model, cache, [sequence for sequence in sequences if sequence.done < len(sequence.ids)])
+
+    device = hidden.device
+    states = hidden[to_device(torch.cat(states_at), device)]  # (n, D)
+    owner = to_device(torch.tensor(owner), device)  # (n,)
+    targets = to_device(torch.tensor(targets), device)  # (n,)
+    totals = torch.zeros(len(inputs), dtype=torch.float64, device=device)
     misses = torch.zeros_like(totals)
     for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
         missed = logprobs.argmax(-1) != targets[part]
         totals.index_add_(0, owner[part], -loss.double())
         misses.index_add_(0, owner[part], missed.double())
     return torch.stack([totals, misses], dim=1)
-
-
-def _states_before(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
-    """The hidden state before every token of every continuation, (n, D), in their order.
-
-    For the context [a b] and the continuation [c d e]: a b run, then c d from the cache; the states of b, c
-    and d stand before c, d and e. All indices are made on the CPU, so that a GPU never has to be waited for.
-    """
-    lengths = np.array([len(ids) for ids in continuations])
-    device = model.lm_head.weight.device
-    later = lengths.sum() - len(lengths)  # tokens of continuations that run
-    cache = Cache(model, sum(len(ids) for ids in contexts) + int(later))
-    hidden, rows = _run(model, cache, contexts, None)
-    context_of = np.repeat(np.arange(len(contexts)), counts)  # (continuations,)
-
-    # a context's last state stands before the first token of each of its continuations
-    starts = lengths.cumsum() - lengths  # (continuations,) places of first tokens among all n
-    first = to_device(torch.from_numpy(starts), device)
-    ends = _last_places(contexts)[torch.from_numpy(context_of)]
-    states = hidden.new_empty(int(lengths.sum()), hidden.shape[1])  # (n, D)
-    states[first] = hidden[to_device(ends, device)]
-
-    # all tokens of a continuation but its last run on, and stand before the next
-    longer = np.flatnonzero(lengths > 1)
-    if len(longer):
-        inputs = [continuations[i][:-1] for i in longer]
-        past = [rows[context_of[i]] for i in longer]
-        others = np.delete(np.arange(len(states)), starts)
-        others = to_device(torch.from_numpy(others), device)
-        states[others], _ = _run(model, cache, inputs, past)
-    return states
-
-
-def _last_places(sequences: list) -> Tensor:
-    """Where each sequence's last token lies when they lie end to end, (B,)."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    return lengths.cumsum(0) - 1
-
-
-def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] | None) -> tuple[Tensor, list]:
-    """Run token lists, each after the cache rows past[i]: hidden states (T, D), the rows each list took."""
-    device = model.lm_head.weight.device
-    lengths = [len(ids) for ids in sequences]
-    boundaries = np.cumsum([0, *lengths], dtype=np.int32)
-    boundaries = torch.from_numpy(boundaries)  # (B+1,)
-    tokens = torch.tensor([token for ids in sequences for token in ids])
-    tokens = to_device(tokens, device)  # (T,)
-    first_row = cache.used
-    hidden = model(tokens, boundaries, cache, past)
-    rows = torch.arange(first_row, cache.used)
-    return hidden, list(rows.split(lengths))
 
 
 @torch.inference_mode()
@@ -220,7 +256,7 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop: str | None = None,
-    batch_tokens: int = 4096,
+    budget: Budget = Budget(),
     label: str = "replies",
 ) -> list[str]:
     """Greedy continuations of token lists, up to a stop id, `stop` or max_new_tokens, without special tokens.
@@ -233,55 +269,106 @@ def generate(
     if room < 1:
         raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
     prompts = [ids[-room:] or [tokenizer.start_id] for ids in prompts]
+    in_order = sorted(
+        range(len(prompts)), key=lambda place: prompts[place]
+    )  # neighbours share their beginnings
+    writer = Writer(model, tokenizer, max_new_tokens, stop, budget)
     written: dict[int, list[int]] = {}  # place in prompts: new token ids
-    sizes = [len(ids) + max_new_tokens for ids in prompts]
     with progress(label, len(prompts), "replies") as bar:
-        for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-            replies = _generate_pack(model, tokenizer, [prompts[i] for i in group], max_new_tokens, stop)
-            written |= dict(zip(group, replies))
-            advance(bar, len(group))
+        for place, ids in writer.write({place: prompts[place] for place in in_order[rank::world]}):
+            written[place] = ids
+            advance(bar, 1)
     written = join_over_ranks(written)
-    texts = [tokenizer.decode(written[i]) for i in range(len(prompts))]
+    texts = [tokenizer.decode(written[place]) for place in range(len(prompts))]
     return [text.split(stop)[0] if stop else text for text in texts]
 
 
-def _generate_pack(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
-) -> list[list[int]]:
-    """The new token ids of each prompt."""
-    cache = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts))
-    written: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # prompts still being continued
-    inputs = prompts
-    past: list[Tensor] | None = None
-    for _ in range(max_new_tokens):
-        hidden, rows = _run(model, cache, inputs, past)
-        if past is not None:
-            rows = [torch.cat([before, new]) for before, new in zip(past, rows)]
-        last = to_device(_last_places(inputs), hidden.device)
-        tokens = _most_probable(hidden[last], model.lm_head.weight)  # (active,)
-        going_on, past = [], []
-        for i, token, own_rows in zip(active, tokens.tolist(), rows):  # tolist: the one wait for a GPU
-            if token in tokenizer.stop_ids:
-                continue
-            written[i].append(token)
-            if not stop or stop not in tokenizer.decode(written[i]):
-                going_on.append(i)
-                past.append(own_rows)
-        active = going_on
-        inputs = [written[i][-1:] for i in active]
-        if not active:
-            break
-    return written
+def cache_rows(model: Transformer, budget: Budget) -> int:
+    """How many tokens' keys and values the budget holds. Without one: as many bytes as the weights, at least 2 GiB."""
+    config, weight = model.config, model.lm_head.weight
+    size = budget.cache_bytes
+    if size is None:
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        size = max(weights, 2 * 2**30)
+    element = weight.element_size() if weight.is_cuda else 4
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
+    return size // row
 
 
-def _most_probable(states: Tensor, head_weight: Tensor) -> Tensor:
-    """The most probable next token (n,) after each state (n, D)."""
-    unused = states.new_zeros(len(states), dtype=torch.int64)  # targets, whose losses nobody reads
-    best = []
-    for _, logprobs, _ in head_chunks(states, head_weight, unused):
-        best.append(logprobs.argmax(-1))
-    return torch.cat(best)
+class Writer:
+    """Continuous batching: a reply that has ended leaves, and the next prompt takes its cache rows.
+
+    So the number of replies in flight stays as high as the budget allows until no prompt waits; each step runs
+    one token of every reply in flight, and the prompts that have just joined.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, stop: str | None, budget: Budget
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.stop = max_new_tokens, stop
+        self.budget = budget
+
+    def write(self, prompts: dict[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
+        """Each prompt's key with its new token ids, in the order in which they end."""
+        needed = [len(ids) + self.max_new_tokens for ids in prompts.values()]
+        if not needed:
+            return
+        rows = max(cache_rows(self.model, self.budget), max(needed))
+        cache = Cache(self.model, min(rows, sum(needed)))
+        waiting = deque(prompts.items())
+        in_flight: dict[int, Sequence] = {}
+        while waiting or in_flight:
+            self.join(cache, waiting, in_flight)
+            tokens = self.step(cache, list(in_flight.values()))
+            for (place, sequence), token in zip(list(in_flight.items()), tokens):
+                if token not in self.tokenizer.stop_ids:
+                    sequence.ids.append(token)
+                new = sequence.ids[len(prompts[place]) :]
+                if self.has_ended(new, token):
+                    cache.release(sequence.rows)
+                    del in_flight[place]
+                    yield place, new
+
+    def join(self, cache: Cache, waiting: deque, in_flight: dict[int, Sequence]) -> None:
+        """Let prompts join while the cache has room for all that they may write, and the pass for them."""
+        room = self.budget.batch_tokens - len(in_flight)
+        while waiting:
+            place, ids = waiting[0]
+            shared, before = 0, None
+            for other in in_flight.values():
+                length = shared_length(
+                    ids[:-1], other.ids
+                )  # the last token runs in any case: its state is needed
+                if length > shared:
+                    shared, before = length, other
+            own = len(ids) - shared
+            too_long = own > room and in_flight
+            if too_long or own + self.max_new_tokens > len(cache.free_rows()):
+                return
+            waiting.popleft()
+            room -= own
+            in_flight[place] = new_sequence(cache, list(ids), before, shared, self.max_new_tokens)
+
+    def step(self, cache: Cache, sequences: list[Sequence]) -> list[int]:
+        """Run what is new in every sequence; its most probable next token."""
+        lengths = torch.tensor([len(sequence.ids) - sequence.done for sequence in sequences])
+        hidden = run(self.model, cache, sequences)
+        last = to_device(lengths.cumsum(0) - 1, hidden.device)
+        states = hidden[last]  # (in flight, D)
+        unused = torch.zeros(
+            len(states), dtype=torch.int64, device=states.device
+        )  # targets: their losses go unread
+        best = []
+        for _, logprobs, _ in head_chunks(states, self.model.lm_head.weight, unused):
+            best.append(logprobs.argmax(-1))
+        return torch.cat(best).tolist()  # the one wait for a GPU
+
+    def has_ended(self, new: list[int], token: int) -> bool:
+        """Whether a reply is whole: a stop id, the stop text, or all the tokens that it may have."""
+        if token in self.tokenizer.stop_ids or len(new) == self.max_new_tokens:
+            return True
+        return self.stop is not None and self.stop in self.tokenizer.decode(new)
 
 
 # ---------------------------------------------------------------------------------------- kinds of task
@@ -743,7 +830,7 @@ def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: list[Documents],
-    batch_tokens: int = 4096,
+    budget: Budget = Budget(),
 ) -> tuple[dict[str, dict], list[dict]]:
     """Put prepared tasks to a model; (results, samples).
 
@@ -754,7 +841,7 @@ def evaluate(
     results: dict[str, dict] = {}
     samples: list[dict] = []
     for prepared in documents:
-        scored = score_documents(model, tokenizer, prepared, batch_tokens)
+        scored = score_documents(model, tokenizer, prepared, budget)
         metrics = [sample["metrics"] for sample in scored]
         group = prepared.task.group
         groups = [group(row) for row in prepared.rows] if group else None
@@ -770,10 +857,10 @@ def evaluate(
 
 
 def score_documents(
-    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, budget: Budget
 ) -> list[dict]:
     """A task's samples: for each document what the model answered, and what that is worth."""
-    answers = answer_requests(model, tokenizer, documents, batch_tokens)
+    answers = answer_requests(model, tokenizer, documents, budget)
     samples = []
     for row, requests, replies in zip(documents.rows, documents.requests, answers):
         sample: dict[str, Any] = {"task": documents.name, "doc_id": row["_doc"]}
@@ -787,7 +874,7 @@ def score_documents(
 
 
 def answer_requests(
-    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, budget: Budget
 ) -> list[list[Answer]]:
     """The answers to a task's requests, document by document. Raises ValueError where one is not finite."""
     requests, sources = [], []
@@ -811,7 +898,7 @@ def answer_requests(
         pairs.append(pair)
 
     answers = [Answer()] * len(requests)
-    found = loglikelihoods(model, pairs, batch_tokens, documents.name)
+    found = loglikelihoods(model, pairs, budget.batch_tokens, documents.name)
     for i, answer in zip(scored, found):
         total = answer.loglikelihood
         if not math.isfinite(total):  # an argmax of NaN would look like an answer
@@ -822,7 +909,7 @@ def answer_requests(
         prompts = [ids for ids, _ in tokenizer.encode(contexts)]
         for ids in prompts:
             check_ids(ids, model.config.vocab_size, model.folder)
-        texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, documents.name)
+        texts = generate(model, tokenizer, prompts, max_new_tokens, stop, budget, documents.name)
         for i, text in zip(places, texts):
             answers[i] = Answer(text=text)
 
@@ -1235,13 +1322,14 @@ def main() -> None:
         tokenizer = Tokenizer(folder, arguments.template or template_of(arguments.adapter))
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)
+        budget = Budget(arguments.batch_tokens)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
             answer_prompts(model, tokenizer, prompts_of(arguments.prompt), arguments.adapter)
         else:
             for adapter in arguments.adapter:
                 load_adapter(model, adapter)
-            write_results(*evaluate(model, tokenizer, documents, arguments.batch_tokens), arguments)
+            write_results(*evaluate(model, tokenizer, documents, budget), arguments)
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

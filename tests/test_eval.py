@@ -9,7 +9,7 @@ import torch
 
 import eval as evaluation
 from data import Tokenizer, write_rows
-from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
+from eval import Budget, encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
 from forgetting import row_losses
 from model import load_model
 
@@ -68,7 +68,7 @@ def test_generation_equals_the_naive_loop(pair):
         tokenizer.decode(w[: w.index(tokenizer.eos_id)] if tokenizer.eos_id in w else w) for w in written
     ]
     for batch_tokens in (1, 40, 4096):
-        assert generate(model, tokenizer, prompts, 12, batch_tokens=batch_tokens) == expected
+        assert generate(model, tokenizer, prompts, 12, budget=Budget(batch_tokens, 1)) == expected
     stop = expected[0][2:4]
     assert generate(model, tokenizer, prompts[:1], 12, stop=stop) == [expected[0].split(stop)[0]]
 
