@@ -27,11 +27,10 @@ import sys
 from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -112,55 +111,46 @@ class Budget:
 
 @dataclass
 class Sequence:
-    """Token ids, the cache rows of their keys and values, and how many of them have run."""
+    """Token ids, the cache rows of their keys and values, and how many of them have run.
+
+    Prefix sharing: a sequence begins with rows of another one where both begin with the same tokens, and runs
+    from there on.
+    """
 
     ids: list[int]
     rows: Tensor  # (at least len(ids),) int64
-    done: int  # the first `done` ids stand in their rows already, or another sequence of the pass puts them there
+    done: int  # the first `done` tokens have run, or are another sequence's in the same pass
 
 
-SHORTEST_PREFIX = 8  # tokens; a shorter beginning is not shared, as every piece costs an attention of its own
+SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more in attention than it saves
 
 
-def shared_length(ids: list[int], others: list[int]) -> int:
-    """How many tokens two sequences have in common at their beginning; 0 if it is not worth sharing."""
+def shared_length(ids: list[int], before: list[int]) -> int:
+    """How many tokens at the beginning of ids need not run, as they are those of `before`."""
     length = 0
-    for mine, other in zip(ids, others):
+    for mine, other in zip(ids, before):
         if mine != other:
             break
         length += 1
-    return length if length >= SHORTEST_PREFIX else 0
-
-
-def new_sequence(
-    cache: Cache, ids: list[int], before: Sequence | None, shared: int, more: int = 0
-) -> Sequence:
-    """A sequence with the cache rows it needs, for `more` tokens yet to be written, too.
-
-    Prefix sharing: its first `shared` tokens use the rows of the same tokens of `before`.
-    """
-    own = cache.take(len(ids) - shared + more)
-    if before is None:
-        return Sequence(ids, own, 0)
-    common = before.rows[:shared]
-    cache.share(common)
-    return Sequence(ids, torch.cat([common, own]), shared)
+    if length < min(SHORTEST_PREFIX, len(ids)):
+        return 0
+    return length
 
 
 def run(model: Transformer, cache: Cache, sequences: list[Sequence]) -> Tensor:
-    """Run all tokens of the sequences that are not done, in one pass: hidden states (T, D)."""
-    device = model.lm_head.weight.device
-    ids, rows, past, lengths = [], [], [], [0]
+    """Run the tokens that are not done, of all sequences in one pass: hidden states (T, D)."""
+    ids, rows, past = [], [], []
+    lengths = [0]
     for sequence in sequences:
-        new = slice(sequence.done, len(sequence.ids))
-        ids += sequence.ids[new]
-        rows.append(sequence.rows[new])
-        past.append(sequence.rows[: sequence.done])
-        lengths.append(len(sequence.ids) - sequence.done)
-        sequence.done = len(sequence.ids)
-    boundaries = torch.tensor(lengths).cumsum(0).int()  # (B+1,)
-    tokens = to_device(torch.tensor(ids), device)  # (T,)
-    return model(tokens, boundaries, cache, torch.cat(rows), past)
+        done, end = sequence.done, len(sequence.ids)
+        ids += sequence.ids[done:]
+        rows.append(sequence.rows[done:end])
+        past.append(sequence.rows[:done])
+        lengths.append(end - done)
+        sequence.done = end
+    boundaries = torch.tensor(lengths).cumsum(0)  # (B+1,)
+    tokens = to_device(torch.tensor(ids), model.lm_head.weight.device)  # (T,)
+    return model(tokens, boundaries.int(), cache, torch.cat(rows), past)
 
 
 @torch.inference_mode()
@@ -172,15 +162,15 @@ def loglikelihoods(
 ) -> list[Answer]:
     """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
-    An input longer than the model's positions loses tokens from the left. Inputs run packed and sorted, and
-    share with the one before them what both begin with: a few-shot prompt, a question. Ranks share the work.
+    An input longer than the model's positions loses tokens from the left. What inputs have in common at their
+    beginning, be it a question or a few-shot prompt, runs once a pack. Ranks share the work.
     """
     limit = model.config.max_position_embeddings
     inputs = []
     for context, continuation in pairs:
         check_length(model, continuation)
         whole = context + continuation
-        inputs.append(whole[-(limit + 1) : -1])  # the last token is judged only
+        inputs.append(whole[-(limit + 1) : -1])  # the last token is only judged
     device = model.lm_head.weight.device
     results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
     rank, world = rank_and_world()
@@ -195,20 +185,20 @@ def loglikelihoods(
 
 
 def packs_with_prefixes(inputs: list[list[int]], batch_tokens: int) -> list[list[int]]:
-    """Places in `inputs`, sorted by token ids, in packs in which at most batch_tokens run, or one longer input.
+    """Places in `inputs` as packs of which at most batch_tokens run, or one longer input.
 
-    Neighbours then have the longest beginnings in common, which count, and run, once.
+    They are sorted by token ids, so that each has the most in common with the one before it.
     """
     packs: list[list[int]] = []
     before: list[int] = []
     room = 0
-    for place in sorted(range(len(inputs)), key=lambda place: inputs[place]):
+    for place in sorted(range(len(inputs)), key=inputs.__getitem__):
         ids = inputs[place]
         needed = len(ids) - shared_length(ids, before)
         if not packs or needed > room:
             packs.append([])
             room = batch_tokens
-            needed = len(ids)  # nothing stands before it
+            needed = len(ids)
         packs[-1].append(place)
         room -= needed
         before = ids
@@ -222,25 +212,31 @@ def _score_pack(model: Transformer, inputs: list[list[int]], continuations: list
     continuation [c d e] it is [a b c d], and the states of b, c and d give the probabilities of c, d and e.
     All indices are made on the CPU, so that a GPU never has to be waited for.
     """
-    cache = Cache(model, sum(len(ids) for ids in inputs))
-    sequences: list[Sequence] = []
-    before, states_at, owner, targets = None, [], [], []
-    for number, (ids, continuation) in enumerate(zip(inputs, continuations)):
-        shared = shared_length(ids, before.ids) if before else 0
-        before = new_sequence(cache, ids, before, shared)
-        sequences.append(before)
-        states_at.append(
-            before.rows[-len(continuation) :]
-        )  # an empty cache fills in order: row r is the pack's r-th token
-        owner += [number] * len(continuation)
-        targets += continuation
-    hidden = run(model, cache, [sequence for sequence in sequences if sequence.done < len(sequence.ids)])
+    shared = [shared_length(ids, before) for before, ids in pairwise([[], *inputs])]
+    cache = Cache(model, sum(len(ids) for ids in inputs) - sum(shared))
+    sequences, before_targets = [], []
+    rows = torch.empty(0, dtype=torch.int64)  # of the input before
+    for ids, length, continuation in zip(inputs, shared, continuations):
+        own = cache.take(len(ids) - length)
+        rows = torch.cat([rows[:length], own])
+        before_targets.append(rows[-len(continuation) :])
+        if len(own):
+            sequences.append(Sequence(ids, rows, done=length))
+    hidden = run(model, cache, sequences)
+    # an empty cache gives its rows out in order: row r is the r-th token of the pack
+    places = to_device(torch.cat(before_targets), hidden.device)
+    return _judge(model, hidden[places], continuations)
 
-    device = hidden.device
-    states = hidden[to_device(torch.cat(states_at), device)]  # (n, D)
-    owner = to_device(torch.tensor(owner), device)  # (n,)
-    targets = to_device(torch.tensor(targets), device)  # (n,)
-    totals = torch.zeros(len(inputs), dtype=torch.float64, device=device)
+
+def _judge(model: Transformer, states: Tensor, continuations: list[list[int]]) -> Tensor:
+    """The figures of _score_pack from the states (n, D) before the n tokens of all continuations."""
+    device = states.device
+    lengths = torch.tensor([len(ids) for ids in continuations])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)  # (n,) the continuation of each token
+    owner = to_device(owner, device)
+    targets = torch.tensor([token for ids in continuations for token in ids])
+    targets = to_device(targets, device)  # (n,)
+    totals = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     misses = torch.zeros_like(totals)
     for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
         missed = logprobs.argmax(-1) != targets[part]
@@ -261,114 +257,120 @@ def generate(
 ) -> list[str]:
     """Greedy continuations of token lists, up to a stop id, `stop` or max_new_tokens, without special tokens.
 
-    Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
+    Prompts are cut from the left to leave room for the new tokens. Ranks share them.
     """
-    rank, world = rank_and_world()
     positions = model.config.max_position_embeddings
     room = positions - max_new_tokens
     if room < 1:
         raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
     prompts = [ids[-room:] or [tokenizer.start_id] for ids in prompts]
-    in_order = sorted(
-        range(len(prompts)), key=lambda place: prompts[place]
-    )  # neighbours share their beginnings
-    writer = Writer(model, tokenizer, max_new_tokens, stop, budget)
+
+    def has_ended(new: list[int]) -> bool:
+        if new[-1] in tokenizer.stop_ids or len(new) == max_new_tokens:
+            return True
+        return stop is not None and stop in tokenizer.decode(new)
+
+    rank, world = rank_and_world()
+    in_order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share their beginnings
+    mine = {place: prompts[place] for place in in_order[rank::world]}
     written: dict[int, list[int]] = {}  # place in prompts: new token ids
     with progress(label, len(prompts), "replies") as bar:
-        for place, ids in writer.write({place: prompts[place] for place in in_order[rank::world]}):
-            written[place] = ids
+        for place, new in continuous_batching(model, mine, max_new_tokens, has_ended, budget):
+            written[place] = new[:-1] if new[-1] in tokenizer.stop_ids else new
             advance(bar, 1)
     written = join_over_ranks(written)
     texts = [tokenizer.decode(written[place]) for place in range(len(prompts))]
-    return [text.split(stop)[0] if stop else text for text in texts]
+    if stop is None:
+        return texts
+    return [text.split(stop)[0] for text in texts]
+
+
+def continuous_batching(
+    model: Transformer,
+    prompts: dict[int, list[int]],
+    max_new_tokens: int,
+    has_ended: Callable[[list[int]], bool],
+    budget: Budget,
+) -> Iterator[tuple[int, list[int]]]:
+    """Each prompt's key with the new token ids of its reply, in the order in which they end.
+
+    A pass runs one token of every reply in flight, and the prompts that join. A reply that has ended gives
+    its cache rows back, and the next prompt joins as soon as what it may come to need is free: so many are in
+    flight until none waits, and a short reply does not wait for a long one.
+    """
+    if not prompts:
+        return
+    needed = [len(ids) + max_new_tokens for ids in prompts.values()]
+    rows = max(cache_rows(model, budget), max(needed))
+    cache = Cache(model, min(rows, sum(needed)))
+    waiting = deque(prompts.items())
+    in_flight: dict[int, Sequence] = {}
+    while waiting or in_flight:
+        _let_join(cache, waiting, in_flight, max_new_tokens, budget.batch_tokens)
+        next_tokens = _step(model, cache, list(in_flight.values()))
+        for (place, sequence), token in zip(list(in_flight.items()), next_tokens):
+            sequence.ids.append(token)
+            new = sequence.ids[len(prompts[place]) :]
+            if has_ended(new):
+                cache.release(sequence.rows)
+                del in_flight[place]
+                yield place, new
+
+
+def _let_join(
+    cache: Cache, waiting: deque, in_flight: dict[int, Sequence], max_new_tokens: int, batch_tokens: int
+) -> None:
+    """Move prompts from `waiting` to `in_flight` while the cache has rows for them, and the pass room."""
+    room = batch_tokens - len(in_flight)
+    while waiting:
+        place, ids = waiting[0]
+        common = torch.empty(0, dtype=torch.int64)
+        if in_flight:
+            nearest = list(in_flight.values())[
+                -1
+            ]  # the last that joined begins most alike: prompts are sorted
+            length = shared_length(ids[:-1], nearest.ids)  # the last token runs: its state is needed
+            common = nearest.rows[:length]
+        own = len(ids) - len(common)
+        if in_flight and own > room or own + max_new_tokens > len(cache.free_rows()):
+            return
+        waiting.popleft()
+        room -= own
+        cache.share(common)
+        rows = torch.cat([common, cache.take(own + max_new_tokens)])
+        in_flight[place] = Sequence(list(ids), rows, done=len(common))
+
+
+def _step(model: Transformer, cache: Cache, sequences: list[Sequence]) -> list[int]:
+    """Run what is new in every sequence; the most probable token after each."""
+    lengths = [len(sequence.ids) - sequence.done for sequence in sequences]
+    hidden = run(model, cache, sequences)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    states = hidden[to_device(ends, hidden.device)]  # (sequences, D)
+    unused = states.new_zeros(len(states), dtype=torch.int64)  # targets, whose losses nobody reads
+    best = []
+    for _, logprobs, _ in head_chunks(states, model.lm_head.weight, unused):
+        best.append(logprobs.argmax(-1))
+    return torch.cat(best).tolist()  # the one wait for a GPU
 
 
 def cache_rows(model: Transformer, budget: Budget) -> int:
-    """How many tokens' keys and values the budget holds. Without one: as many bytes as the weights, at least 2 GiB."""
-    config, weight = model.config, model.lm_head.weight
+    """How many tokens' keys and values may be kept while replies are written.
+
+    Without a budget they may take as much memory as the weights, at least 2 GiB; on a GPU at most half of
+    what is free.
+    """
+    one = Cache(model, 1)
+    row_bytes = one.keys.nbytes + one.values.nbytes
     size = budget.cache_bytes
     if size is None:
         weights = sum(parameter.nbytes for parameter in model.parameters())
         size = max(weights, 2 * 2**30)
-    element = weight.element_size() if weight.is_cuda else 4
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
-    return size // row
-
-
-class Writer:
-    """Continuous batching: a reply that has ended leaves, and the next prompt takes its cache rows.
-
-    So the number of replies in flight stays as high as the budget allows until no prompt waits; each step runs
-    one token of every reply in flight, and the prompts that have just joined.
-    """
-
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, stop: str | None, budget: Budget
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.stop = max_new_tokens, stop
-        self.budget = budget
-
-    def write(self, prompts: dict[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """Each prompt's key with its new token ids, in the order in which they end."""
-        needed = [len(ids) + self.max_new_tokens for ids in prompts.values()]
-        if not needed:
-            return
-        rows = max(cache_rows(self.model, self.budget), max(needed))
-        cache = Cache(self.model, min(rows, sum(needed)))
-        waiting = deque(prompts.items())
-        in_flight: dict[int, Sequence] = {}
-        while waiting or in_flight:
-            self.join(cache, waiting, in_flight)
-            tokens = self.step(cache, list(in_flight.values()))
-            for (place, sequence), token in zip(list(in_flight.items()), tokens):
-                if token not in self.tokenizer.stop_ids:
-                    sequence.ids.append(token)
-                new = sequence.ids[len(prompts[place]) :]
-                if self.has_ended(new, token):
-                    cache.release(sequence.rows)
-                    del in_flight[place]
-                    yield place, new
-
-    def join(self, cache: Cache, waiting: deque, in_flight: dict[int, Sequence]) -> None:
-        """Let prompts join while the cache has room for all that they may write, and the pass for them."""
-        room = self.budget.batch_tokens - len(in_flight)
-        while waiting:
-            place, ids = waiting[0]
-            shared, before = 0, None
-            for other in in_flight.values():
-                length = shared_length(
-                    ids[:-1], other.ids
-                )  # the last token runs in any case: its state is needed
-                if length > shared:
-                    shared, before = length, other
-            own = len(ids) - shared
-            too_long = own > room and in_flight
-            if too_long or own + self.max_new_tokens > len(cache.free_rows()):
-                return
-            waiting.popleft()
-            room -= own
-            in_flight[place] = new_sequence(cache, list(ids), before, shared, self.max_new_tokens)
-
-    def step(self, cache: Cache, sequences: list[Sequence]) -> list[int]:
-        """Run what is new in every sequence; its most probable next token."""
-        lengths = torch.tensor([len(sequence.ids) - sequence.done for sequence in sequences])
-        hidden = run(self.model, cache, sequences)
-        last = to_device(lengths.cumsum(0) - 1, hidden.device)
-        states = hidden[last]  # (in flight, D)
-        unused = torch.zeros(
-            len(states), dtype=torch.int64, device=states.device
-        )  # targets: their losses go unread
-        best = []
-        for _, logprobs, _ in head_chunks(states, self.model.lm_head.weight, unused):
-            best.append(logprobs.argmax(-1))
-        return torch.cat(best).tolist()  # the one wait for a GPU
-
-    def has_ended(self, new: list[int], token: int) -> bool:
-        """Whether a reply is whole: a stop id, the stop text, or all the tokens that it may have."""
-        if token in self.tokenizer.stop_ids or len(new) == self.max_new_tokens:
-            return True
-        return self.stop is not None and self.stop in self.tokenizer.decode(new)
+        device = model.lm_head.weight.device
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            size = min(size, free // 2)
+    return size // row_bytes
 
 
 # ---------------------------------------------------------------------------------------- kinds of task
@@ -1222,10 +1224,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass [4096]")
+    add(
+        "--cache-gib",
+        type=float,
+        help="memory for the keys and values of replies in flight [that of the weights; at least 2]",
+    )
     arguments = parser.parse_args()
     for flag, value in (("--limit", arguments.limit), ("--batch-tokens", arguments.batch_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value} is not allowed: at least 1")
+    if arguments.cache_gib is not None and not 0 < arguments.cache_gib < math.inf:
+        raise ValueError(f"--cache-gib {arguments.cache_gib} is not allowed: a number above 0")
     if bool(arguments.tasks) == (arguments.prompt is not None):
         raise ValueError("either --tasks or --prompt is needed")
     for flag in ("limit", "output", "samples"):
@@ -1235,6 +1244,14 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
     expand_tasks(arguments.tasks)
     return arguments
+
+
+def budget_of(arguments: argparse.Namespace) -> Budget:
+    """What --batch-tokens and --cache-gib allow."""
+    cache_bytes = None
+    if arguments.cache_gib is not None:
+        cache_bytes = int(arguments.cache_gib * 2**30)
+    return Budget(arguments.batch_tokens, cache_bytes)
 
 
 def prompts_of(argument: str) -> list[str]:
@@ -1298,14 +1315,16 @@ def template_of(adapters: list[str]) -> str:
     return found.pop() if found else "tulu"
 
 
-def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
+def answer_prompts(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str], budget: Budget
+) -> None:
     """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
     ids = [question_ids(prompt, tokenizer) for prompt in prompts]
     length = min(256, model.config.max_position_embeddings // 2)
-    answers = {"base": generate(model, tokenizer, ids, length)}
+    answers = {"base": generate(model, tokenizer, ids, length, budget=budget)}
     for adapter in adapters:
         load_adapter(model, adapter)
-        answers[adapter] = generate(model, tokenizer, ids, length)
+        answers[adapter] = generate(model, tokenizer, ids, length, budget=budget)
         remove_lora(model)
     for i, prompt in enumerate(prompts):
         print0(f"> {prompt}")
@@ -1322,14 +1341,15 @@ def main() -> None:
         tokenizer = Tokenizer(folder, arguments.template or template_of(arguments.adapter))
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)
-        budget = Budget(arguments.batch_tokens)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
-            answer_prompts(model, tokenizer, prompts_of(arguments.prompt), arguments.adapter)
+            answer_prompts(
+                model, tokenizer, prompts_of(arguments.prompt), arguments.adapter, budget_of(arguments)
+            )
         else:
             for adapter in arguments.adapter:
                 load_adapter(model, adapter)
-            write_results(*evaluate(model, tokenizer, documents, budget), arguments)
+            write_results(*evaluate(model, tokenizer, documents, budget_of(arguments)), arguments)
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

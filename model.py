@@ -107,8 +107,8 @@ def locate_sequences(
 ) -> PackedSequences:
     """Say where the sequences of a pack lie, from their boundaries cu_seqlens (B+1,).
 
-    These are best kept on the CPU: reading a GPU's makes it wait.
-    With a cache the pack's keys and values go to its rows (T,), and past[b] are those that sequence b follows.
+    These are best kept on the CPU: reading a GPU's makes it wait. With a cache the pack's keys and values go
+    to its rows `rows` (T,), and past[b] are the rows that sequence b follows.
     """
     queries = cu_seqlens.diff().tolist()  # B lengths
     before = [0] * len(queries)
@@ -123,13 +123,15 @@ def locate_sequences(
         for earlier, new in zip(past, rows.split(queries)):
             seen += [earlier, new]
         key_rows = torch.cat(seen)
-    lengths = groupby(zip(queries, keys))
-    runs = [(len(list(same)), *pair) for pair, same in lengths]
-    run_keys = []
+    runs, run_keys = [], []
     start = 0
-    for n, _, length in runs:
-        end = start + n * length
-        run_keys.append(slice(start, end) if key_rows is None else _as_slice(key_rows[start:end], device))
+    for (length_q, length_k), same in groupby(zip(queries, keys)):
+        n = len(list(same))
+        end = start + n * length_k
+        runs.append((n, length_q, length_k))
+        run_keys.append(slice(start, end))
+        if key_rows is not None:
+            run_keys[-1] = _as_slice(key_rows[start:end], device)
         start = end
     return PackedSequences(
         positions=to_device(torch.cat(positions), device),
@@ -146,8 +148,10 @@ def locate_sequences(
 
 def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
     """Rows that follow one another as a slice, which nothing has to be copied for; others on the device."""
-    if (rows.diff() == 1).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
+    steps = rows.diff()
+    if bool((steps == 1).all()):
+        first, last = int(rows[0]), int(rows[-1])
+        return slice(first, last + 1)
     return to_device(rows, device)
 
 
@@ -199,13 +203,14 @@ def dense_attention(q, k, v, packed: PackedSequences, scale: float, window: int 
     Always in float32: a CPU's backward pass of bfloat16 attention is several times slower.
     """
     q, k, v = q.float(), k.float(), v.float()
-    sharing = q.shape[1] // k.shape[1]  # query heads of a key head
-    counts = [n * queries for n, queries, keys in packed.runs]
+    counts = [n * queries for n, queries, _ in packed.runs]
     outputs = []
     for (n, queries, keys), run_q, seen in zip(packed.runs, q.split(counts), packed.run_keys):
-        run_k, run_v = (x[seen] if isinstance(seen, slice) else x.index_select(0, seen) for x in (k, v))
+        run_k, run_v = _pick(k, seen), _pick(v, seen)  # (n * keys, G, K)
         if q.is_cuda:  # CUDA's memory-efficient kernel wants a key head for every query head
-            run_k, run_v = (x.repeat_interleave(sharing, dim=1) for x in (run_k, run_v))
+            sharing = q.shape[1] // k.shape[1]
+            run_k = run_k.repeat_interleave(sharing, dim=1)
+            run_v = run_v.repeat_interleave(sharing, dim=1)
         windowed = window is not None and keys > window
         causal = queries == keys and not windowed
         mask = None  # causal needs none, nor does a single query that sees all keys
@@ -218,10 +223,17 @@ def dense_attention(q, k, v, packed: PackedSequences, scale: float, window: int 
             attn_mask=mask,
             is_causal=causal,
             scale=scale,
-            enable_gqa=run_k.shape[1] != q.shape[1],
+            enable_gqa=run_k.shape[1] != q.shape[1],  # several query heads share a key head
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
+
+
+def _pick(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Rows of x: a view for a slice, else a copy, which index_select makes five times as fast as x[rows]."""
+    if isinstance(rows, slice):
+        return x[rows]
+    return x.index_select(0, rows)
 
 
 def attention_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -308,7 +320,7 @@ class Cache:
         self.users[rows] -= 1
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (T, G, K) of a layer into these rows (T,); return the layer's keys and values (R, G, K)."""
+        """Put k and v (T, G, K) of a layer into these rows (T,); return all of the layer's, (R, G, K)."""
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(0, rows, k.to(keys.dtype))
         values.index_copy_(0, rows, v.to(values.dtype))
