@@ -24,21 +24,20 @@ import os
 import re
 import string
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data import Tokenizer, check_ids, question_ids
 from data import advance, progress
-from data import join_over_ranks, print0, rank_and_world, split_by_tokens, start_ranks, sum_over_ranks
+from data import join_over_ranks, print0, rank_and_world, start_ranks, sum_over_ranks
 from data import read_object, read_rows, write_rows, write_text
 from lora import load_adapter, remove_lora
 from model import DTYPES, check_adapter_base, checkpoint_folder, load_model, read_config
@@ -102,6 +101,58 @@ def check_length(model: Transformer, continuation: list[int]) -> None:
 # ----------------------------------------------------------------------- log-likelihoods and generation
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed, and how much is kept, at once."""
+
+    batch_tokens: int = 4096  # of a packed forward pass
+    cache_bytes: int | None = None  # of keys and values while replies are written; None: see cache_rows()
+
+
+@dataclass
+class Sequence:
+    """Token ids, the cache rows of their keys and values, and how many of them have run.
+
+    Prefix sharing: a sequence begins with rows of another one where both begin with the same tokens, and runs
+    from there on.
+    """
+
+    ids: list[int]
+    rows: Tensor  # (at least len(ids),) int64
+    done: int  # the first `done` tokens have run, or are another sequence's in the same pass
+
+
+SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more in attention than it saves
+
+
+def shared_length(ids: list[int], before: list[int]) -> int:
+    """How many tokens at the beginning of ids need not run, as they are those of `before`."""
+    length = 0
+    for mine, other in zip(ids, before):
+        if mine != other:
+            break
+        length += 1
+    if length < min(SHORTEST_PREFIX, len(ids)):
+        return 0
+    return length
+
+
+def run(model: Transformer, cache: Cache, sequences: list[Sequence]) -> Tensor:
+    """Run the tokens that are not done, of all sequences in one pass: hidden states (T, D)."""
+    ids, rows, past = [], [], []
+    lengths = [0]
+    for sequence in sequences:
+        done, end = sequence.done, len(sequence.ids)
+        ids += sequence.ids[done:]
+        rows.append(sequence.rows[done:end])
+        past.append(sequence.rows[:done])
+        lengths.append(end - done)
+        sequence.done = end
+    boundaries = torch.tensor(lengths).cumsum(0)  # (B+1,)
+    tokens = to_device(torch.tensor(ids), model.lm_head.weight.device)  # (T,)
+    return model(tokens, boundaries.int(), cache, torch.cat(rows), past)
+
+
 @torch.inference_mode()
 def loglikelihoods(
     model: Transformer,
@@ -111,48 +162,80 @@ def loglikelihoods(
 ) -> list[Answer]:
     """Log-likelihood and greedy flag of each pair (context ids, continuation ids), neither of them empty.
 
-    An input longer than the model's positions loses tokens from the left. Contexts run packed, each distinct
-    one once; then all but the last token of every continuation run on from the cache. Ranks share the work.
+    An input longer than the model's positions loses tokens from the left. What inputs have in common at their
+    beginning, be it a question or a few-shot prompt, runs once a pack. Ranks share the work.
     """
     limit = model.config.max_position_embeddings
-    followers: dict[tuple[int, ...], list[int]] = {}  # context: places in pairs of what continues it
-    for place, (context, continuation) in enumerate(pairs):
+    inputs = []
+    for context, continuation in pairs:
         check_length(model, continuation)
-        fitting = (context + continuation)[-(limit + 1) : -len(continuation)]  # the last token is no input
-        followers.setdefault(tuple(fitting), []).append(place)
-    contexts = list(followers)
-    sizes = []  # of each context: the tokens that run for it
-    for context, places in followers.items():
-        later = sum(len(pairs[place][1]) - 1 for place in places)
-        sizes.append(len(context) + later)
-
+        whole = context + continuation
+        inputs.append(whole[-(limit + 1) : -1])  # the last token is only judged
     device = model.lm_head.weight.device
     results = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
     rank, world = rank_and_world()
     with progress(label, len(pairs), "requests") as bar:
-        for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-            packed = [contexts[number] for number in group]
-            places = [place for context in packed for place in followers[context]]
-            counts = [len(followers[context]) for context in packed]
+        for places in packs_with_prefixes(inputs, batch_tokens)[rank::world]:
+            packed = [inputs[place] for place in places]
             continuations = [pairs[place][1] for place in places]
-            results[places] = _score_pack(model, packed, counts, continuations)
+            results[places] = _score_pack(model, packed, continuations)
             advance(bar, len(places))
     figures = sum_over_ranks(results).tolist()
     return [Answer(loglikelihood=total, greedy=misses == 0) for total, misses in figures]
 
 
-def _score_pack(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
+def packs_with_prefixes(inputs: list[list[int]], batch_tokens: int) -> list[list[int]]:
+    """Places in `inputs` as packs of which at most batch_tokens run, or one longer input.
+
+    They are sorted by token ids, so that each has the most in common with the one before it.
+    """
+    packs: list[list[int]] = []
+    before: list[int] = []
+    room = 0
+    for place in sorted(range(len(inputs)), key=inputs.__getitem__):
+        ids = inputs[place]
+        needed = len(ids) - shared_length(ids, before)
+        if not packs or needed > room:
+            packs.append([])
+            room = batch_tokens
+            needed = len(ids)
+        packs[-1].append(place)
+        room -= needed
+        before = ids
+    return packs
+
+
+def _score_pack(model: Transformer, inputs: list[list[int]], continuations: list[list[int]]) -> Tensor:
     """(continuations, 2) float64: log-likelihood, and how many tokens were not the most probable.
 
-    The first counts[0] continuations follow contexts[0], the next counts[1] contexts[1], and so on.
+    An input is a context and all of its continuation but the last token: for the context [a b] and the
+    continuation [c d e] it is [a b c d], and the states of b, c and d give the probabilities of c, d and e.
+    All indices are made on the CPU, so that a GPU never has to be waited for.
     """
-    states = _states_before(model, contexts, counts, continuations)  # (n, D)
+    shared = [shared_length(ids, before) for before, ids in pairwise([[], *inputs])]
+    cache = Cache(model, sum(len(ids) for ids in inputs) - sum(shared))
+    sequences, before_targets = [], []
+    rows = torch.empty(0, dtype=torch.int64)  # of the input before
+    for ids, length, continuation in zip(inputs, shared, continuations):
+        own = cache.take(len(ids) - length)
+        rows = torch.cat([rows[:length], own])
+        before_targets.append(rows[-len(continuation) :])
+        if len(own):
+            sequences.append(Sequence(ids, rows, done=length))
+    hidden = run(model, cache, sequences)
+    # an empty cache gives its rows out in order: row r is the r-th token of the pack
+    places = to_device(torch.cat(before_targets), hidden.device)
+    return _judge(model, hidden[places], continuations)
+
+
+def _judge(model: Transformer, states: Tensor, continuations: list[list[int]]) -> Tensor:
+    """The figures of _score_pack from the states (n, D) before the n tokens of all continuations."""
     device = states.device
     lengths = torch.tensor([len(ids) for ids in continuations])
-    owner = torch.arange(len(lengths)).repeat_interleave(lengths)  # (n,) whose token it is
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)  # (n,) the continuation of each token
     owner = to_device(owner, device)
-    targets = torch.tensor([token for ids in continuations for token in ids])  # (n,)
-    targets = to_device(targets, device)
+    targets = torch.tensor([token for ids in continuations for token in ids])
+    targets = to_device(targets, device)  # (n,)
     totals = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     misses = torch.zeros_like(totals)
     for part, logprobs, loss in head_chunks(states, model.lm_head.weight, targets):
@@ -162,57 +245,6 @@ def _score_pack(model: Transformer, contexts: list, counts: list[int], continuat
     return torch.stack([totals, misses], dim=1)
 
 
-def _states_before(model: Transformer, contexts: list, counts: list[int], continuations: list) -> Tensor:
-    """The hidden state before every token of every continuation, (n, D), in their order.
-
-    For the context [a b] and the continuation [c d e]: a b run, then c d from the cache; the states of b, c
-    and d stand before c, d and e. All indices are made on the CPU, so that a GPU never has to be waited for.
-    """
-    lengths = np.array([len(ids) for ids in continuations])
-    device = model.lm_head.weight.device
-    later = lengths.sum() - len(lengths)  # tokens of continuations that run
-    cache = Cache(model, sum(len(ids) for ids in contexts) + int(later))
-    hidden, rows = _run(model, cache, contexts, None)
-    context_of = np.repeat(np.arange(len(contexts)), counts)  # (continuations,)
-
-    # a context's last state stands before the first token of each of its continuations
-    starts = lengths.cumsum() - lengths  # (continuations,) places of first tokens among all n
-    first = to_device(torch.from_numpy(starts), device)
-    ends = _last_places(contexts)[torch.from_numpy(context_of)]
-    states = hidden.new_empty(int(lengths.sum()), hidden.shape[1])  # (n, D)
-    states[first] = hidden[to_device(ends, device)]
-
-    # all tokens of a continuation but its last run on, and stand before the next
-    longer = np.flatnonzero(lengths > 1)
-    if len(longer):
-        inputs = [continuations[i][:-1] for i in longer]
-        past = [rows[context_of[i]] for i in longer]
-        others = np.delete(np.arange(len(states)), starts)
-        others = to_device(torch.from_numpy(others), device)
-        states[others], _ = _run(model, cache, inputs, past)
-    return states
-
-
-def _last_places(sequences: list) -> Tensor:
-    """Where each sequence's last token lies when they lie end to end, (B,)."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    return lengths.cumsum(0) - 1
-
-
-def _run(model: Transformer, cache: Cache, sequences: list, past: list[Tensor] | None) -> tuple[Tensor, list]:
-    """Run token lists, each after the cache rows past[i]: hidden states (T, D), the rows each list took."""
-    device = model.lm_head.weight.device
-    lengths = [len(ids) for ids in sequences]
-    boundaries = np.cumsum([0, *lengths], dtype=np.int32)
-    boundaries = torch.from_numpy(boundaries)  # (B+1,)
-    tokens = torch.tensor([token for ids in sequences for token in ids])
-    tokens = to_device(tokens, device)  # (T,)
-    first_row = cache.used
-    hidden = model(tokens, boundaries, cache, past)
-    rows = torch.arange(first_row, cache.used)
-    return hidden, list(rows.split(lengths))
-
-
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -220,68 +252,125 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop: str | None = None,
-    batch_tokens: int = 4096,
+    budget: Budget = Budget(),
     label: str = "replies",
 ) -> list[str]:
     """Greedy continuations of token lists, up to a stop id, `stop` or max_new_tokens, without special tokens.
 
-    Prompts are cut from the left to leave room for the new tokens. Many are in flight, each with its length.
+    Prompts are cut from the left to leave room for the new tokens. Ranks share them.
     """
-    rank, world = rank_and_world()
     positions = model.config.max_position_embeddings
     room = positions - max_new_tokens
     if room < 1:
         raise ValueError(f"{max_new_tokens} new tokens leave no room in {positions} positions")
     prompts = [ids[-room:] or [tokenizer.start_id] for ids in prompts]
+
+    def has_ended(new: list[int]) -> bool:
+        if new[-1] in tokenizer.stop_ids or len(new) == max_new_tokens:
+            return True
+        return stop is not None and stop in tokenizer.decode(new)
+
+    rank, world = rank_and_world()
+    in_order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share their beginnings
+    mine = {place: prompts[place] for place in in_order[rank::world]}
     written: dict[int, list[int]] = {}  # place in prompts: new token ids
-    sizes = [len(ids) + max_new_tokens for ids in prompts]
     with progress(label, len(prompts), "replies") as bar:
-        for group in split_by_tokens(sizes, batch_tokens)[rank::world]:
-            replies = _generate_pack(model, tokenizer, [prompts[i] for i in group], max_new_tokens, stop)
-            written |= dict(zip(group, replies))
-            advance(bar, len(group))
+        for place, new in continuous_batching(model, mine, max_new_tokens, has_ended, budget):
+            written[place] = new[:-1] if new[-1] in tokenizer.stop_ids else new
+            advance(bar, 1)
     written = join_over_ranks(written)
-    texts = [tokenizer.decode(written[i]) for i in range(len(prompts))]
-    return [text.split(stop)[0] if stop else text for text in texts]
+    texts = [tokenizer.decode(written[place]) for place in range(len(prompts))]
+    if stop is None:
+        return texts
+    return [text.split(stop)[0] for text in texts]
 
 
-def _generate_pack(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, stop: str | None
-) -> list[list[int]]:
-    """The new token ids of each prompt."""
-    cache = Cache(model, sum(len(ids) + max_new_tokens for ids in prompts))
-    written: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # prompts still being continued
-    inputs = prompts
-    past: list[Tensor] | None = None
-    for _ in range(max_new_tokens):
-        hidden, rows = _run(model, cache, inputs, past)
-        if past is not None:
-            rows = [torch.cat([before, new]) for before, new in zip(past, rows)]
-        last = to_device(_last_places(inputs), hidden.device)
-        tokens = _most_probable(hidden[last], model.lm_head.weight)  # (active,)
-        going_on, past = [], []
-        for i, token, own_rows in zip(active, tokens.tolist(), rows):  # tolist: the one wait for a GPU
-            if token in tokenizer.stop_ids:
-                continue
-            written[i].append(token)
-            if not stop or stop not in tokenizer.decode(written[i]):
-                going_on.append(i)
-                past.append(own_rows)
-        active = going_on
-        inputs = [written[i][-1:] for i in active]
-        if not active:
-            break
-    return written
+def continuous_batching(
+    model: Transformer,
+    prompts: dict[int, list[int]],
+    max_new_tokens: int,
+    has_ended: Callable[[list[int]], bool],
+    budget: Budget,
+) -> Iterator[tuple[int, list[int]]]:
+    """Each prompt's key with the new token ids of its reply, in the order in which they end.
+
+    A pass runs one token of every reply in flight, and the prompts that join. A reply that has ended gives
+    its cache rows back, and the next prompt joins as soon as what it may come to need is free: so many are in
+    flight until none waits, and a short reply does not wait for a long one.
+    """
+    if not prompts:
+        return
+    needed = [len(ids) + max_new_tokens for ids in prompts.values()]
+    rows = max(cache_rows(model, budget), max(needed))
+    cache = Cache(model, min(rows, sum(needed)))
+    waiting = deque(prompts.items())
+    in_flight: dict[int, Sequence] = {}
+    while waiting or in_flight:
+        _let_join(cache, waiting, in_flight, max_new_tokens, budget.batch_tokens)
+        next_tokens = _step(model, cache, list(in_flight.values()))
+        for (place, sequence), token in zip(list(in_flight.items()), next_tokens):
+            sequence.ids.append(token)
+            new = sequence.ids[len(prompts[place]) :]
+            if has_ended(new):
+                cache.release(sequence.rows)
+                del in_flight[place]
+                yield place, new
 
 
-def _most_probable(states: Tensor, head_weight: Tensor) -> Tensor:
-    """The most probable next token (n,) after each state (n, D)."""
+def _let_join(
+    cache: Cache, waiting: deque, in_flight: dict[int, Sequence], max_new_tokens: int, batch_tokens: int
+) -> None:
+    """Move prompts from `waiting` to `in_flight` while the cache has rows for them, and the pass room."""
+    room = batch_tokens - len(in_flight)
+    while waiting:
+        place, ids = waiting[0]
+        common = torch.empty(0, dtype=torch.int64)
+        if in_flight:
+            nearest = list(in_flight.values())[
+                -1
+            ]  # the last that joined begins most alike: prompts are sorted
+            length = shared_length(ids[:-1], nearest.ids)  # the last token runs: its state is needed
+            common = nearest.rows[:length]
+        own = len(ids) - len(common)
+        if in_flight and own > room or own + max_new_tokens > len(cache.free_rows()):
+            return
+        waiting.popleft()
+        room -= own
+        cache.share(common)
+        rows = torch.cat([common, cache.take(own + max_new_tokens)])
+        in_flight[place] = Sequence(list(ids), rows, done=len(common))
+
+
+def _step(model: Transformer, cache: Cache, sequences: list[Sequence]) -> list[int]:
+    """Run what is new in every sequence; the most probable token after each."""
+    lengths = [len(sequence.ids) - sequence.done for sequence in sequences]
+    hidden = run(model, cache, sequences)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    states = hidden[to_device(ends, hidden.device)]  # (sequences, D)
     unused = states.new_zeros(len(states), dtype=torch.int64)  # targets, whose losses nobody reads
     best = []
-    for _, logprobs, _ in head_chunks(states, head_weight, unused):
+    for _, logprobs, _ in head_chunks(states, model.lm_head.weight, unused):
         best.append(logprobs.argmax(-1))
-    return torch.cat(best)
+    return torch.cat(best).tolist()  # the one wait for a GPU
+
+
+def cache_rows(model: Transformer, budget: Budget) -> int:
+    """How many tokens' keys and values may be kept while replies are written.
+
+    Without a budget they may take as much memory as the weights, at least 2 GiB; on a GPU at most half of
+    what is free.
+    """
+    one = Cache(model, 1)
+    row_bytes = one.keys.nbytes + one.values.nbytes
+    size = budget.cache_bytes
+    if size is None:
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        size = max(weights, 2 * 2**30)
+        device = model.lm_head.weight.device
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            size = min(size, free // 2)
+    return size // row_bytes
 
 
 # ---------------------------------------------------------------------------------------- kinds of task
@@ -743,7 +832,7 @@ def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: list[Documents],
-    batch_tokens: int = 4096,
+    budget: Budget = Budget(),
 ) -> tuple[dict[str, dict], list[dict]]:
     """Put prepared tasks to a model; (results, samples).
 
@@ -754,7 +843,7 @@ def evaluate(
     results: dict[str, dict] = {}
     samples: list[dict] = []
     for prepared in documents:
-        scored = score_documents(model, tokenizer, prepared, batch_tokens)
+        scored = score_documents(model, tokenizer, prepared, budget)
         metrics = [sample["metrics"] for sample in scored]
         group = prepared.task.group
         groups = [group(row) for row in prepared.rows] if group else None
@@ -770,10 +859,10 @@ def evaluate(
 
 
 def score_documents(
-    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, budget: Budget
 ) -> list[dict]:
     """A task's samples: for each document what the model answered, and what that is worth."""
-    answers = answer_requests(model, tokenizer, documents, batch_tokens)
+    answers = answer_requests(model, tokenizer, documents, budget)
     samples = []
     for row, requests, replies in zip(documents.rows, documents.requests, answers):
         sample: dict[str, Any] = {"task": documents.name, "doc_id": row["_doc"]}
@@ -787,7 +876,7 @@ def score_documents(
 
 
 def answer_requests(
-    model: Transformer, tokenizer: Tokenizer, documents: Documents, batch_tokens: int
+    model: Transformer, tokenizer: Tokenizer, documents: Documents, budget: Budget
 ) -> list[list[Answer]]:
     """The answers to a task's requests, document by document. Raises ValueError where one is not finite."""
     requests, sources = [], []
@@ -811,7 +900,7 @@ def answer_requests(
         pairs.append(pair)
 
     answers = [Answer()] * len(requests)
-    found = loglikelihoods(model, pairs, batch_tokens, documents.name)
+    found = loglikelihoods(model, pairs, budget.batch_tokens, documents.name)
     for i, answer in zip(scored, found):
         total = answer.loglikelihood
         if not math.isfinite(total):  # an argmax of NaN would look like an answer
@@ -822,7 +911,7 @@ def answer_requests(
         prompts = [ids for ids, _ in tokenizer.encode(contexts)]
         for ids in prompts:
             check_ids(ids, model.config.vocab_size, model.folder)
-        texts = generate(model, tokenizer, prompts, max_new_tokens, stop, batch_tokens, documents.name)
+        texts = generate(model, tokenizer, prompts, max_new_tokens, stop, budget, documents.name)
         for i, text in zip(places, texts):
             answers[i] = Answer(text=text)
 
@@ -1135,10 +1224,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--batch-tokens", type=int, default=4096, help="tokens of a packed forward pass [4096]")
+    add(
+        "--cache-gib",
+        type=float,
+        help="memory for the keys and values of replies in flight [that of the weights; at least 2]",
+    )
     arguments = parser.parse_args()
     for flag, value in (("--limit", arguments.limit), ("--batch-tokens", arguments.batch_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value} is not allowed: at least 1")
+    if arguments.cache_gib is not None and not 0 < arguments.cache_gib < math.inf:
+        raise ValueError(f"--cache-gib {arguments.cache_gib} is not allowed: a number above 0")
     if bool(arguments.tasks) == (arguments.prompt is not None):
         raise ValueError("either --tasks or --prompt is needed")
     for flag in ("limit", "output", "samples"):
@@ -1148,6 +1244,14 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"--tasks take one --adapter at a time, not {len(arguments.adapter)}")
     expand_tasks(arguments.tasks)
     return arguments
+
+
+def budget_of(arguments: argparse.Namespace) -> Budget:
+    """What --batch-tokens and --cache-gib allow."""
+    cache_bytes = None
+    if arguments.cache_gib is not None:
+        cache_bytes = int(arguments.cache_gib * 2**30)
+    return Budget(arguments.batch_tokens, cache_bytes)
 
 
 def prompts_of(argument: str) -> list[str]:
@@ -1211,14 +1315,16 @@ def template_of(adapters: list[str]) -> str:
     return found.pop() if found else "tulu"
 
 
-def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str]) -> None:
+def answer_prompts(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], adapters: list[str], budget: Budget
+) -> None:
     """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
     ids = [question_ids(prompt, tokenizer) for prompt in prompts]
     length = min(256, model.config.max_position_embeddings // 2)
-    answers = {"base": generate(model, tokenizer, ids, length)}
+    answers = {"base": generate(model, tokenizer, ids, length, budget=budget)}
     for adapter in adapters:
         load_adapter(model, adapter)
-        answers[adapter] = generate(model, tokenizer, ids, length)
+        answers[adapter] = generate(model, tokenizer, ids, length, budget=budget)
         remove_lora(model)
     for i, prompt in enumerate(prompts):
         print0(f"> {prompt}")
@@ -1239,11 +1345,13 @@ def main() -> None:
         check_room(documents, read_config(folder).max_position_embeddings)
         model = load_model(folder, device, DTYPES[arguments.dtype])
         if arguments.prompt is not None:
-            answer_prompts(model, tokenizer, prompts_of(arguments.prompt), arguments.adapter)
+            answer_prompts(
+                model, tokenizer, prompts_of(arguments.prompt), arguments.adapter, budget_of(arguments)
+            )
         else:
             for adapter in arguments.adapter:
                 load_adapter(model, adapter)
-            write_results(*evaluate(model, tokenizer, documents, arguments.batch_tokens), arguments)
+            write_results(*evaluate(model, tokenizer, documents, budget_of(arguments)), arguments)
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -85,9 +85,11 @@ class PackedSequences:
     cu_seqlens_q: Tensor  # (B+1,) int32: where each sequence's queries begin, and the end
     cu_seqlens_k: Tensor  # (B+1,) int32, of keys: the same unless a cache holds earlier tokens
     runs: list[tuple[int, int, int]]  # neighbours of equal lengths: (sequences, queries each, keys each)
+    run_keys: list[slice | Tensor]  # where each run's keys lie: in the pack, or rows of the cache
     longest_q: int  # the greatest lengths are all that the kernel, and so a compiled block, asks for
     longest_k: int
-    key_rows: Tensor | None  # rows of the cache in the order of cu_seqlens_k; None: the pack's own tokens
+    new_rows: Tensor | None  # (T,) rows of the cache for the pack's own keys and values; None: no cache
+    key_rows: Tensor | None  # (keys,) rows of the cache in the order of cu_seqlens_k
     rotation: tuple[Tensor, Tensor] | None = None  # cosines, sines (T, 1, K); None: positions are learned
 
 
@@ -101,38 +103,57 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 def locate_sequences(
     cu_seqlens: Tensor,
     device: torch.device,
+    rows: Tensor | None = None,
     past: list[Tensor] | None = None,
-    first_row: int = 0,
 ) -> PackedSequences:
     """Say where the sequences of a pack lie, from their boundaries cu_seqlens (B+1,).
 
-    These are best kept on the CPU: reading a GPU's makes it wait.
-    past[b] are the cache rows of what sequence b has already run; the pack's own begin at first_row.
+    These are best kept on the CPU: reading a GPU's makes it wait. With a cache the pack's keys and values go
+    to its rows `rows` (T,), and past[b] are the rows that sequence b follows.
     """
     queries = cu_seqlens.diff().tolist()  # B lengths
     before = [0] * len(queries)
     if past is not None:
-        before = [len(rows) for rows in past]
+        before = [len(earlier) for earlier in past]
     keys = [old + new for old, new in zip(before, queries)]
     positions = [torch.arange(old, end) for old, end in zip(before, keys)]
     cu_keys, key_rows = cu_seqlens, None
     if past is not None:
         cu_keys = torch.tensor([0, *keys]).cumsum(0).to(cu_seqlens.dtype)
-        rows = []
-        new_rows = torch.arange(first_row, first_row + sum(queries))
-        for old, new in zip(past, new_rows.split(queries)):
-            rows += [old, new]
-        key_rows = to_device(torch.cat(rows), device)  # (sum of keys,)
-    runs = groupby(zip(queries, keys))
+        seen = []
+        for earlier, new in zip(past, rows.split(queries)):
+            seen += [earlier, new]
+        key_rows = torch.cat(seen)
+    runs, run_keys = [], []
+    start = 0
+    for (length_q, length_k), same in groupby(zip(queries, keys)):
+        n = len(list(same))
+        end = start + n * length_k
+        runs.append((n, length_q, length_k))
+        run_keys.append(slice(start, end))
+        if key_rows is not None:
+            run_keys[-1] = _as_slice(key_rows[start:end], device)
+        start = end
     return PackedSequences(
         positions=to_device(torch.cat(positions), device),
         cu_seqlens_q=to_device(cu_seqlens, device),
         cu_seqlens_k=to_device(cu_keys, device),
-        runs=[(len(list(run)), *lengths) for lengths, run in runs],
+        runs=runs,
+        run_keys=run_keys,
         longest_q=max(queries),
         longest_k=max(keys),
-        key_rows=key_rows,
+        new_rows=None if rows is None else to_device(rows, device),
+        key_rows=None if key_rows is None else to_device(key_rows, device),
     )
+
+
+def _as_slice(rows: Tensor, device: torch.device) -> slice | Tensor:
+    """Rows that follow one another as a slice, which nothing has to be copied for; others on the device."""
+    steps = rows.diff()
+    if bool((steps == 1).all()):
+        first, last = int(rows[0]), int(rows[-1])
+        return slice(first, last + 1)
+    return to_device(rows, device)
 
 
 def flash_runs_on(x: Tensor) -> bool:
@@ -142,8 +163,9 @@ def flash_runs_on(x: Tensor) -> bool:
 
 
 def attend(q, k, v, packed: PackedSequences, scale: float, window: int | None) -> Tensor:
-    """Causal attention inside each sequence: q (T, H, K), k and v (keys, G, K) -> (T, H, K).
+    """Causal attention inside each sequence: q (T, H, K) -> (T, H, K).
 
+    k and v are the pack's own (T, G, K), or all rows of a cache (R, G, K), some of which are seen.
     With a window a query sees only that many tokens, itself included.
     """
     if flash_runs_on(v):  # v has the dtype of the products; q and k may be float32, from the rotation
@@ -155,6 +177,8 @@ def flash_attention(q, k, v, packed: PackedSequences, scale: float, window: int 
     """attend() by torch's kernel for sequences of unequal lengths, in 16 bits on CUDA."""
     from torch.nn.attention import varlen  # here, as it takes two seconds to load and a CPU never needs it
 
+    if packed.key_rows is not None:
+        k, v = k[packed.key_rows], v[packed.key_rows]  # (keys, G, K)
     seen = (-1, 0)  # tokens to the left and to the right that a query sees; -1: all
     if window is not None:
         seen = (window - 1, 0)
@@ -180,16 +204,14 @@ def dense_attention(q, k, v, packed: PackedSequences, scale: float, window: int 
     Always in float32: a CPU's backward pass of bfloat16 attention is several times slower.
     """
     q, k, v = q.float(), k.float(), v.float()
-    if q.is_cuda:  # CUDA's memory-efficient kernel wants a key head for every query head
-        sharing = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(sharing, dim=1)
-        v = v.repeat_interleave(sharing, dim=1)
-    grouped = q.shape[1] != k.shape[1]  # several query heads share a key head
-    query_counts = [n * queries for n, queries, keys in packed.runs]
-    key_counts = [n * keys for n, queries, keys in packed.runs]
-    parts = zip(packed.runs, q.split(query_counts), k.split(key_counts), v.split(key_counts))
+    counts = [n * queries for n, queries, _ in packed.runs]
     outputs = []
-    for (n, queries, keys), run_q, run_k, run_v in parts:
+    for (n, queries, keys), run_q, seen in zip(packed.runs, q.split(counts), packed.run_keys):
+        run_k, run_v = _pick(k, seen), _pick(v, seen)  # (n * keys, G, K)
+        if q.is_cuda:  # CUDA's memory-efficient kernel wants a key head for every query head
+            sharing = q.shape[1] // k.shape[1]
+            run_k = run_k.repeat_interleave(sharing, dim=1)
+            run_v = run_v.repeat_interleave(sharing, dim=1)
         windowed = window is not None and keys > window
         causal = queries == keys and not windowed
         mask = None  # causal needs none, nor does a single query that sees all keys
@@ -202,10 +224,17 @@ def dense_attention(q, k, v, packed: PackedSequences, scale: float, window: int 
             attn_mask=mask,
             is_causal=causal,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=run_k.shape[1] != q.shape[1],  # several query heads share a key head
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (n * queries, H, K)
     return torch.cat(outputs)  # (T, H, K)
+
+
+def _pick(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Rows of x: a view for a slice, else a copy, which index_select makes five times as fast as x[rows]."""
+    if isinstance(rows, slice):
+        return x[rows]
+    return x.index_select(0, rows)
 
 
 def attention_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -258,7 +287,7 @@ class Cache:
     """Keys and values of tokens already run, flat: row r holds one token of some sequence, in every layer.
 
     A sequence is a list of rows, so sequences of any length lie side by side, and several may begin with the
-    same rows: the choices of a question share the rows of its text.
+    same rows: the choices of a question share the rows of its text. A row that no sequence uses is free.
     """
 
     def __init__(self, model: Transformer, rows: int):
@@ -269,18 +298,34 @@ class Cache:
             dtype = weight.dtype
         self.keys = torch.empty(shape, dtype=dtype, device=weight.device)  # (layers, R, G, K)
         self.values = torch.empty_like(self.keys)
-        self.used = 0
+        self.users = torch.zeros(rows, dtype=torch.int32)  # sequences that use each row; on the CPU
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, key_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (T, G, K) of a layer to the next rows; return what queries see, (keys, G, K) each.
+    def free_rows(self) -> Tensor:
+        """The rows that no sequence uses, int64."""
+        return (self.users == 0).nonzero().squeeze(1)
 
-        The model moves `used` on when all layers have written.
-        """
-        keys, values = self.keys[layer], self.values[layer]  # (R, G, K)
-        end = self.used + len(k)
-        keys[self.used : end] = k
-        values[self.used : end] = v
-        return keys[key_rows], values[key_rows]
+    def take(self, count: int) -> Tensor:
+        """The first `count` free rows, (count,), for a sequence that uses them from now on."""
+        rows = self.free_rows()[:count]
+        if len(rows) < count:
+            raise ValueError(f"the cache has {len(rows)} free rows, {count} are needed")
+        self.users[rows] = 1
+        return rows
+
+    def share(self, rows: Tensor) -> None:
+        """One more sequence uses these rows."""
+        self.users[rows] += 1
+
+    def release(self, rows: Tensor) -> None:
+        """A sequence that used these rows has ended."""
+        self.users[rows] -= 1
+
+    def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (T, G, K) of a layer into these rows (T,); return all of the layer's, (R, G, K)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(0, rows, k.to(keys.dtype))
+        values.index_copy_(0, rows, v.to(values.dtype))
+        return keys, values
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -360,7 +405,7 @@ class Attention(nn.Module):
             q = apply_rotary(q, *packed.rotation)
             k = apply_rotary(k, *packed.rotation)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v, packed.key_rows)  # (keys, G, K)
+            k, v = cache.write(self.layer, k, v, packed.new_rows)  # (keys, G, K)
         mixed = attend(q, k, v, packed, self.scale, self.window)  # (T, H, K)
         mixed = mixed.flatten(1).to(x.dtype)  # (T, H K)
         return self.output_proj(mixed)
@@ -512,20 +557,21 @@ class Transformer(nn.Module):
             block.compile(dynamic=True, backend=backend)
 
     def forward(
-        self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None = None, past: list[Tensor] | None = None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+        past: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences end to end.
 
-        cu_seqlens (B+1,) int32 holds their boundaries. With a cache the new tokens continue the cached ones:
-        sequence b follows the cache rows past[b] (int64, may be empty), and the pack's own keys and values
-        become the rows cache.used to cache.used + T - 1.
+        cu_seqlens (B+1,) int32 holds their boundaries. With a cache the tokens' keys and values go to its
+        rows `rows` (T,), and sequence b follows the tokens in the rows past[b] (may be empty); both int64, on
+        the CPU. past[b] may name rows of this very pass, as a layer writes all rows before it reads any:
+        so the beginning that several sequences have in common runs once, as a part of one of them.
         """
-        first_row = 0
-        if cache is not None:
-            first_row = cache.used
-            if past is None:
-                past = [torch.empty(0, dtype=torch.int64)] * (len(cu_seqlens) - 1)
-        packed = locate_sequences(cu_seqlens, tokens.device, past, first_row)
+        packed = locate_sequences(cu_seqlens, tokens.device, rows, past)
         x = self.embedding(tokens).float()  # (T, D)
         if self.learned_positions is None:
             packed.rotation = rotary_angles(packed.positions, self.config)
@@ -541,8 +587,6 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, packed, cache, use_reentrant=False)
             else:
                 x = block(x, packed, cache)
-        if cache is not None:
-            cache.used += len(tokens)
         return self.norm(x)
 
 

@@ -155,7 +155,7 @@ def test_requests_are_lm_evals(tmp_path, batch_tokens):
     names = list(GOLDENS["requests"])
     tokenizer = Tokenizer(tmp_path / "m")
     results, samples = evaluate(
-        model, tokenizer, prepare(names, tokenizer, write(tmp_path, ROWS)), batch_tokens
+        model, tokenizer, prepare(names, tokenizer, write(tmp_path, ROWS)), evaluation.Budget(batch_tokens)
     )
     for name in names:
         golden = GOLDENS["requests"][name]

@@ -9,9 +9,19 @@ import torch
 
 import eval as evaluation
 from data import Tokenizer, write_rows
-from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, summarise
+from eval import (
+    Budget,
+    continuous_batching,
+    encode_pair,
+    evaluate,
+    f1_score,
+    generate,
+    loglikelihoods,
+    prepare,
+    summarise,
+)
 from forgetting import row_losses
-from model import load_model
+from model import Cache, load_model
 
 
 @pytest.fixture(scope="module", params=tiny.KINDS)
@@ -68,7 +78,7 @@ def test_generation_equals_the_naive_loop(pair):
         tokenizer.decode(w[: w.index(tokenizer.eos_id)] if tokenizer.eos_id in w else w) for w in written
     ]
     for batch_tokens in (1, 40, 4096):
-        assert generate(model, tokenizer, prompts, 12, batch_tokens=batch_tokens) == expected
+        assert generate(model, tokenizer, prompts, 12, budget=Budget(batch_tokens, 1)) == expected
     stop = expected[0][2:4]
     assert generate(model, tokenizer, prompts[:1], 12, stop=stop) == [expected[0].split(stop)[0]]
 
@@ -82,6 +92,94 @@ def test_generation_stops_at_eos(pair):
         assert generate(model, tokenizer, [ids], 12) == [tokenizer.decode(first[: first.index(first[1])])]
     finally:
         tokenizer.eos_id = before
+
+
+class Passes:
+    """Stands in front of a model's forward, and keeps the lengths of the sequences of every pass."""
+
+    def __init__(self, model, monkeypatch):
+        self.lengths: list[list[int]] = []
+        forward = model.forward
+
+        def counted(tokens, cu_seqlens, *rest):
+            self.lengths.append(cu_seqlens.diff().tolist())
+            return forward(tokens, cu_seqlens, *rest)
+
+        monkeypatch.setattr(model, "forward", counted)
+
+    def tokens(self) -> int:
+        return sum(map(sum, self.lengths))
+
+
+def drawn(seed: int):
+    """A function that draws so many token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda count: torch.randint(3, tiny.VOCAB, (count,), generator=generator).tolist()
+
+
+def test_what_contexts_begin_with_runs_once(pair, monkeypatch):
+    """At 14fe823 a few-shot prompt ran for every question: 8 x (30 + 9) + 16 tokens instead of 30 + 8 x 9 + 16."""
+    model, _ = pair
+    ids = drawn(1)
+    shots, other = ids(30), ids(20)
+    questions = [shots + ids(9) for _ in range(8)]
+    pairs = [(question, ids(count)) for question in questions for count in (1, 3)]
+    alone = ids(12)
+    pairs.insert(5, (alone, ids(2)))
+    expected = [naive_loglikelihood(model, *pair) for pair in pairs]
+    passes = Passes(model, monkeypatch)
+    answers = loglikelihoods(model, pairs)
+    for answer, (total, greedy) in zip(answers, expected):
+        assert answer.loglikelihood == pytest.approx(total, abs=1e-4) and answer.greedy == greedy
+    assert passes.tokens() == 30 + 8 * 9 + 8 * 2 + 13 and len(passes.lengths) == 1
+    passes.lengths.clear()
+    short = [(other[:3] + ids(9), ids(1)) for _ in range(4)]  # three tokens are not worth a mask
+    loglikelihoods(model, short + [short[0]])
+    assert passes.tokens() == 4 * 12  # but the same input never runs twice
+
+
+def test_prompts_of_generation_share_their_beginning(pair, monkeypatch):
+    model, tokenizer = pair
+    monkeypatch.setattr(tokenizer, "eos_id", -1)
+    ids = drawn(2)
+    shots = ids(30)
+    prompts = [shots + ids(6) for _ in range(5)] + [shots + ids(6), shots]
+    expected = [tokenizer.decode(naive_greedy(model, prompt, 4)) for prompt in prompts]
+    passes = Passes(model, monkeypatch)
+    assert generate(model, tokenizer, prompts, 4) == expected
+    assert passes.tokens() == 30 + 6 * 6 + 7 * 3  # the prompts, and all new tokens but the last of each
+    assert [len(lengths) for lengths in passes.lengths] == [7] * 4
+
+
+def test_the_next_prompt_takes_the_place_of_a_reply_that_ended(pair, monkeypatch):
+    """Continuous batching: replies of 1 to 7 tokens, room for three. At 14fe823 the longest held two others' rows."""
+    model, _ = pair
+    ids = drawn(3)
+    prompts = {place: ids(10) for place in range(12)}
+    has_ended = lambda new: len(new) == new[0] % 7 + 1
+    first = {place: naive_greedy(model, prompt, 1)[0] for place, prompt in prompts.items()}
+    lengths = {place: token % 7 + 1 for place, token in first.items()}
+    expected = {place: naive_greedy(model, prompts[place], length) for place, length in lengths.items()}
+    row = 2 * Cache(model, 1).keys.nbytes
+    passes = Passes(model, monkeypatch)
+    budget = Budget(cache_bytes=3 * 17 * row + row // 2)
+    assert dict(continuous_batching(model, prompts, 7, has_ended, budget)) == expected
+    in_flight = [len(lengths) for lengths in passes.lengths]
+    waiting, running, busy = list(lengths.values()), [], []
+    while waiting or running:
+        running += [waiting.pop(0) for _ in range(min(3 - len(running), len(waiting)))]
+        busy.append(len(running))
+        running = [left - 1 for left in running if left > 1]
+    assert in_flight == busy and busy.count(3) > len(busy) / 2
+
+
+def test_a_reply_that_fits_no_budget_is_written_alone(pair, monkeypatch):
+    model, tokenizer = pair
+    prompts = [drawn(4)(10), drawn(5)(12)]
+    passes = Passes(model, monkeypatch)
+    small = generate(model, tokenizer, prompts, 5, budget=Budget(cache_bytes=1))
+    assert max(len(lengths) for lengths in passes.lengths) == 1
+    assert small == generate(model, tokenizer, prompts, 5)
 
 
 def test_pairs_are_split_as_lm_eval_splits_them(pair):

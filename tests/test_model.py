@@ -185,7 +185,8 @@ def test_packed_cached_and_alone_agree(tmp_path, kind):
     together = model(torch.cat(sequences), boundaries(sequences)).split([len(s) for s in sequences])
     for sequence, packed in zip(sequences, together):
         assert torch.allclose(model(sequence, boundaries([sequence])), packed, atol=1e-5)
-    cache, past, seen = Cache(model, 500), None, []
+    cache, seen = Cache(model, 500), []
+    past = [torch.empty(0, dtype=torch.int64)] * len(sequences)
     for cut in (
         (0, 3),
         (3, 4),
@@ -193,19 +194,47 @@ def test_packed_cached_and_alone_agree(tmp_path, kind):
         (6, 20),
     ):  # a prompt, one token, two at once, and more than the windows
         parts = [s[slice(*cut)] for s in sequences]
-        first = cache.used
-        hidden = model(torch.cat(parts), boundaries(parts), cache, past)
-        rows = torch.arange(first, cache.used).split([len(p) for p in parts])
-        past = list(rows) if past is None else [torch.cat(pair) for pair in zip(past, rows)]
+        rows = cache.take(sum(len(p) for p in parts))
+        hidden = model(torch.cat(parts), boundaries(parts), cache, rows, past)
+        past = [torch.cat(pair) for pair in zip(past, rows.split([len(p) for p in parts]))]
         seen.append(hidden.split([len(p) for p in parts]))
     for i, packed in enumerate(together):
         assert torch.allclose(torch.cat([step[i] for step in seen]), packed[:20], atol=1e-5)
     shared = past[2]  # two continuations of the same twenty tokens
     tails = [sequences[2][20:23], sequences[1][20:22]]
-    hidden = model(torch.cat(tails), boundaries(tails), cache, [shared, shared])
+    hidden = model(torch.cat(tails), boundaries(tails), cache, cache.take(5), [shared, shared])
     for tail, own in zip(tails, hidden.split([3, 2])):
         alone = torch.cat((sequences[2][:20], tail))
         assert torch.allclose(model(alone, boundaries([alone]))[20:], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS + tiny.FAMILIES)
+@torch.inference_mode()
+def test_a_beginning_is_shared_within_one_pass(tmp_path, kind):
+    """The second sequence follows rows that the first one fills in the same pass, in rows that lie anywhere."""
+    model = load_model(tiny.make_checkpoint(tmp_path, kind))
+    first, other = [s for s in tiny.golden_inputs(kind) if len(s) > 20][:2]
+    tail = other[:9]
+    cache = Cache(model, 60)
+    rows = torch.randperm(60, generator=torch.Generator().manual_seed(0))[: len(first) + len(tail)]
+    parts, past = [first, tail], [rows[:0], rows[:12]]
+    hidden = model(torch.cat(parts), boundaries(parts), cache, rows, past)
+    second = torch.cat([first[:12], tail])
+    assert torch.allclose(hidden[: len(first)], model(first, boundaries([first])), atol=1e-5)
+    assert torch.allclose(hidden[len(first) :], model(second, boundaries([second]))[12:], atol=1e-5)
+
+
+def test_rows_of_the_cache_are_free_when_their_last_sequence_ends(tmp_path):
+    cache = Cache(load_model(tiny.make_checkpoint(tmp_path, "llama3")), 6)
+    first = cache.take(4)
+    cache.share(first[:2])
+    assert first.tolist() == [0, 1, 2, 3] and cache.free_rows().tolist() == [4, 5]
+    cache.release(first)
+    assert cache.take(3).tolist() == [2, 3, 4]
+    cache.release(first[:2])
+    assert cache.free_rows().tolist() == [0, 1, 5]
+    with pytest.raises(ValueError, match="the cache has 3 free rows, 4 are needed"):
+        cache.take(4)
 
 
 @torch.inference_mode()
@@ -237,9 +266,10 @@ def test_the_flash_path_gives_what_the_cpu_path_gives(tmp_path, monkeypatch, kin
 
     def both():
         cache = Cache(model, 40)
-        first = model(tokens, cu, cache)
-        past = [torch.arange(0, 11), torch.arange(20, 29)]
-        return model(tokens, cu), first, model(later, cu_later, cache, past)
+        rows = cache.take(29)
+        first = model(tokens, cu, cache, rows, [rows[:0]] * 3)
+        past = [rows[:11], rows[20:29]]
+        return model(tokens, cu), first, model(later, cu_later, cache, cache.take(5), past)
 
     expected = both()
     monkeypatch.setattr("model.flash_runs_on", lambda x: True)
