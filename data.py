@@ -645,7 +645,11 @@ def _noise_spans(marks: list[list], answer: tuple[str, int], pieces: Pieces) -> 
 def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a question in the template, up to where the answer begins."""
     pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
-    text = "".join(text for text, is_response in pieces if not is_response)
+    text = ""
+    for piece, is_response in pieces:
+        if is_response:
+            break
+        text += piece
     ((ids, _),) = tokenizer.encode([text], special=tokenizer.template is None)
     return ids
 

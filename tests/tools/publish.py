@@ -34,7 +34,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TULU_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] | trim }}"
     "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
