@@ -642,15 +642,20 @@ def _noise_spans(marks: list[list], answer: tuple[str, int], pieces: Pieces) -> 
     return spans
 
 
-def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a question in the template, up to where the answer begins."""
-    pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
+def asked_in(pieces: Pieces) -> str:
+    """The text up to the first response."""
     text = ""
     for piece, is_response in pieces:
         if is_response:
             break
         text += piece
-    ((ids, _),) = tokenizer.encode([text], special=tokenizer.template is None)
+    return text
+
+
+def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a question in the template, up to where the answer begins."""
+    pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
+    ((ids, _),) = tokenizer.encode([asked_in(pieces)], special=tokenizer.template is None)
     return ids
 
 
@@ -1127,6 +1132,8 @@ def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
     """
     rows: list[dict] = []
     for entry in files:
+        if HALF_CHARACTER.search(entry):  # how Python writes a byte that is not UTF-8: no file could keep it
+            raise ValueError(f"{ascii(entry)}: a file name that is not UTF-8: rename it")
         path, _, count = entry.rpartition(":")
         path, count = (path, count) if count.isdecimal() else (entry, "")
         read = _parse(Path(path), _content_of(Path(path)))
@@ -1416,15 +1423,13 @@ def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
     try:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
-            return tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+            raw = tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+            for token in content.get("added_tokens", []):  # tokenizers takes the next free id instead
+                _check_id(raw, token["content"], token["id"], folder)
+            return raw
         path = Path(pair[0])
         if not all(map(os.path.isfile, pair)):
-            convert = (
-                f'python -c "from transformers import AutoTokenizer as A; '
-                f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
-            )
-            missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
-            raise ValueError(f"{folder}: {missing}; a sentencepiece tokenizer.model is converted: {convert}")
+            raise ValueError(f"{folder}: {_missing_tokenizer(folder)}")
         family = settings.get("tokenizer_class") or _object(folder / "config.json").get("model_type", "gpt2")
         if family not in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2", "gpt_neo"):
             reason = f"vocab.json and merges.txt are read as GPT-2's, not as those of {family}"
@@ -1439,6 +1444,25 @@ def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
     for name in ("bos_token", "eos_token", "unk_token"):  # GPT-2's defaults
         settings.setdefault(name, "<|endoftext|>")
     return raw
+
+
+def _missing_tokenizer(folder: Path) -> str:
+    """What to say of a folder without tokenizer.json and without GPT-2's pair of files."""
+    if not (folder / "config.json").is_file():
+        return "no config.json in it, and no tokenizer: not the folder of a checkpoint"
+    missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
+    if not list(folder.glob("*.model")):
+        return f"{missing}: is the download complete?"
+    convert = f"A.from_pretrained('{folder}').save_pretrained('{folder}')"
+    python = f'python -c "from transformers import AutoTokenizer as A; {convert}"'
+    return f"{missing}; a sentencepiece tokenizer.model is converted: {python}"
+
+
+def _check_id(raw: tokenizers.Tokenizer, text: str, index: int, folder: Path) -> None:
+    """Raise ValueError where an added token has another id than the files say: the embedding's row is theirs."""
+    found = raw.token_to_id(text)
+    if found != index:
+        raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
 
 
 def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
@@ -1466,9 +1490,7 @@ def _add_tokens(raw: tokenizers.Tokenizer, settings: dict, folder: Path) -> None
         raise ValueError(f"{folder}: its list of added tokens cannot be read ({error})") from None
     for index, token in sorted(listed.items()):
         raw.add_tokens([token])
-        text, found = token.content, raw.token_to_id(token.content)
-        if found != index:
-            raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
+        _check_id(raw, token.content, index, folder)
     known = {token.content for token in raw.get_added_tokens_decoder().values()}
     for name, token in _special_tokens(settings):
         if _content(token, name) not in known:
@@ -1580,9 +1602,11 @@ def wait_for_all() -> None:
 
 
 def print0(text: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0; "?" for what the terminal cannot show."""
     if rank_and_world()[0] == 0:
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        shown = text.encode(encoding, errors="replace")
+        print(shown.decode(encoding), flush=True)
 
 
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
