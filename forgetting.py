@@ -307,6 +307,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         base_loss, ref_loss, done = read_scores(path, corpus)
         what_next = "skipping" if done == count else f"continuing from example {done:,} of {count:,}"
         print0(f"found {path}, {what_next}")
+    found = done
 
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets}
     sources = "\n".join(corpus.locations).encode()
@@ -322,9 +323,10 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         tokens = slice(corpus.offsets[first], corpus.offsets[last])
         base_loss[tokens], ref_loss[tokens] = both_losses(model, part, options.micro_tokens, label)
         if rank_and_world()[0] == 0:
-            with whole_file(path) as file:
-                losses = {"base_loss": base_loss, "ref_loss": ref_loss}
-                save_arrays(arrays | losses, file, {"done": str(last)})
+            save_scores(path, arrays, base_loss, ref_loss, last)
+    if found == count and rank_and_world()[0] == 0 and not marks_are_same(path, corpus):
+        save_scores(path, arrays, base_loss, ref_loss, count)
+        print0(f"{path} has the noise that the rows mark now, which is not what they marked before")
     wait_for_all()
 
     quality = quality_scores(base_loss, ref_loss)
@@ -333,6 +335,24 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         mend = "more --n-reference, --reference-epochs or --reference-lr, and another --out"
         raise ValueError(f"the reference learned nothing: Q is {lowest:g} for every token; {mend}")
     return base_loss, ref_loss
+
+
+def save_scores(path: Path, arrays: dict[str, Array], base_loss: Array, ref_loss: Array, done: int) -> None:
+    """Write the file of score(), whole or not at all."""
+    with whole_file(path) as file:
+        losses = {"base_loss": base_loss, "ref_loss": ref_loss}
+        save_arrays(arrays | losses, file, {"done": str(done)})
+
+
+def marks_are_same(path: Path, corpus: Corpus) -> bool:
+    """Whether the noise in a file of scores is that of the corpus: marks may come later, they change no loss."""
+    kept = {}
+    for name, known in load_arrays(path).items():
+        if name.startswith("noise."):
+            kept[name.removeprefix("noise.")] = known
+    if kept.keys() != corpus.noise.keys():
+        return False
+    return all(np.array_equal(kept[kind], known) for kind, known in corpus.noise.items())
 
 
 def read_scores(path: Path, corpus: Corpus | None = None) -> tuple[Array, Array, int]:
@@ -1021,7 +1041,15 @@ def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]
         counts = f"{len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response"
         dropped = f"{corpus.dropped} rows dropped: no response within {options.max_length} tokens"
         print0(f"{name} {len(corpus):,} examples, {counts}; {dropped}")
+        print_cut(name, corpus, options)
     return d_ref, d_train
+
+
+def print_cut(name: str, corpus: Corpus, options: Options) -> None:
+    """Say how many answers are not whole."""
+    if corpus.cut:
+        lost = f"{corpus.cut} answers are cut: they lose their end and eos to --max-length"
+        print0(f"{name} {lost} {options.max_length}")
 
 
 def read_held_out(options: Options, tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
@@ -1033,6 +1061,7 @@ def read_held_out(options: Options, tokenizer: Tokenizer, *trained: Corpus) -> C
     for note in notes:
         print0(f"--eval-data: {note}")
     held_out = encode_rows(unique_rows(rows), tokenizer, options.max_length)
+    print_cut("--eval-data", held_out, options)
     known = set()
     for corpus in trained:
         known |= {tokens.tobytes() for tokens in corpus.split()}
