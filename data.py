@@ -1459,7 +1459,7 @@ def _missing_tokenizer(folder: Path) -> str:
 
 
 def _check_id(raw: tokenizers.Tokenizer, text: str, index: int, folder: Path) -> None:
-    """Raise ValueError where an added token has another id than the files say: the embedding's row is theirs."""
+    """Raise ValueError where an added token has another id than the files say: its embedding is there."""
     found = raw.token_to_id(text)
     if found != index:
         raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
