@@ -57,6 +57,7 @@ class Corpus:
     locations: list[str]  # (E,) file:line of each example
     dropped: int  # rows that max_length left without a response token
     noise: dict[str, np.ndarray] = field(default_factory=dict)  # kind: (C,) bool, tokens known to be noise
+    cut: int = 0  # answers that lose their end, or all of it, to max_length
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -163,14 +164,13 @@ def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int =
 
     The mask comes from the character spans of *one* tokenisation of the whole text: a token is a response
     token if it covers any character of a response. Tokenising a prefix apart would miss tokens that merge
-    across the border. Corpus.noise comes from the rows' field `noise`: [[start, end, kind], ...], in
-    characters of the last response.
+    across the border.
     """
     examples: list[Example] = []
     for first in range(0, len(rows), 1000):
         some = rows[first : first + 1000]
         for row, (ids, spans) in zip(some, _encode(some, tokenizer)):
-            example = _example(row, ids[:max_length], spans[:max_length])
+            example = _example(row, ids, spans, max_length)
             if example.response.any():
                 examples.append(example)
     if not examples:
@@ -180,28 +180,33 @@ def encode_rows(rows: list[RenderedRow], tokenizer: Tokenizer, max_length: int =
 
 
 class Example(NamedTuple):
-    """One tokenised row of n tokens."""
+    """One row of n tokens, at most max_length."""
 
     tokens: np.ndarray  # (n,) int32
     response: np.ndarray  # (n,) bool
     noise: list[tuple[str, np.ndarray]]  # a kind and its tokens (n,) bool, for each mark of the row
+    cut: int  # answers of which tokens are missing
     location: str
 
 
-def _example(row: RenderedRow, ids: list[int], spans: list[tuple[int, int]]) -> Example:
+def _example(row: RenderedRow, ids: list[int], spans: list[tuple[int, int]], max_length: int) -> Example:
     """A row with its token ids and their character spans."""
-    covered = np.array(spans, dtype=np.int64).reshape(-1, 2)  # (n, 2), of no tokens at all, too
+    covered = np.array(spans, dtype=np.int64).reshape(-1, 2)  # (m, 2), of no tokens at all, too
+    rest = covered[max_length:]
+    covered = covered[:max_length]  # (n, 2)
     response = np.zeros(len(covered), bool)
+    cut = 0
     for start, end in row.spans:
         response |= covers(covered, start, end)
+        if len(rest):
+            cut += int(covers(rest, start, end).any())
     response[:1] = False  # nothing predicts the first token
     noise = []
-    marks = noise_of(row.row) if response.any() else []
-    for start, end, kind in marks:
-        begin = row.spans[-1][0]
-        marked = covers(covered, begin + start, begin + end)
+    for start, end, kind in row.noise:
+        marked = covers(covered, start, end)
         noise.append((kind, marked & response))
-    return Example(np.array(ids, np.int32), response, noise, row.row.get("_source", ""))
+    tokens = np.array(ids[:max_length], np.int32)
+    return Example(tokens, response, noise, cut, row.row.get("_source", ""))
 
 
 def _end_to_end(examples: list[Example], dropped: int) -> Corpus:
@@ -214,6 +219,7 @@ def _end_to_end(examples: list[Example], dropped: int) -> Corpus:
         offsets=offsets,
         locations=[example.location for example in examples],
         dropped=dropped,
+        cut=sum(example.cut for example in examples),
     )
     for example, start in zip(examples, offsets):
         for kind, marked in example.noise:
@@ -221,17 +227,6 @@ def _end_to_end(examples: list[Example], dropped: int) -> Corpus:
                 corpus.noise[kind] = np.zeros(len(corpus.tokens), bool)
             corpus.noise[kind][start : start + len(marked)] |= marked
     return corpus
-
-
-def noise_of(row: dict) -> list[list]:
-    """The field `noise` of a row, [start, end, kind] each; [] where it is absent, or means something else."""
-    marks = row.get("noise")
-    if not isinstance(marks, list):
-        return []
-    for mark in marks:
-        if not isinstance(mark, list) or [type(value) for value in mark] != [int, int, str]:
-            return []
-    return marks
 
 
 def _encode(rows: list[RenderedRow], tokenizer: Tokenizer) -> list[tuple[list[int], list]]:
@@ -314,10 +309,14 @@ def closed(text: str, eos: str) -> str:
 
 
 def tulu(turns: list[Turn], eos: str) -> Pieces:
-    """The template of the paper's corpus; a newline between two turns as in the authors' files."""
+    """The template of the paper's corpus, a newline between two turns as in the authors' files.
+
+    Contents lose the white space around them, as in open-instruct, which made those files.
+    """
     pieces: Pieces = []
     newline = ""
     for role, content, train in turns:
+        content = content.strip()
         pieces.append((f"{newline}<|{role}|>\n", False))
         if role == "assistant":
             pieces.append((closed(content, eos), train))
@@ -335,6 +334,16 @@ def raw_text(row: Raw, eos: str) -> Pieces:
     if not spaced:
         prompt += " "
     return [(prompt, False), (closed(response, eos), True)]
+
+
+def printed(content: str, text: str, begin: int = 0) -> tuple[int, int] | None:
+    """From where to where a content stands in a text that a template wrote, without white space around it.
+
+    begin: where the template may have begun with it; None: it is not there.
+    """
+    own = content.strip()
+    start = text.find(own, begin)
+    return None if start < 0 else (start, start + len(own))
 
 
 def read_chat_template(folder: Path, settings: dict) -> str | None:
@@ -363,11 +372,11 @@ class GenerationTag(jinja2.ext.Extension):
 class ModelTemplate:
     """A checkpoint's own chat template, rendered with what transformers gives it.
 
-    source: a jinja template, run in a sandbox; tokens: bos_token, eos_token and so on. Raises ValueError
-    for a template that is not valid.
+    source: a jinja template, run in a sandbox; tokens: bos_token, eos_token and so on; now: the date that
+    it may write, the same for all rows. Raises ValueError for a template that is not valid.
     """
 
-    def __init__(self, source: str, tokens: dict[str, str], where: str):
+    def __init__(self, source: str, tokens: dict[str, str], where: str, now: datetime | None = None):
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -375,7 +384,9 @@ class ModelTemplate:
         )
         sandbox.filters["tojson"] = _to_json
         sandbox.globals["raise_exception"] = _raise_exception
-        sandbox.globals["strftime_now"] = _strftime_now
+        sandbox.globals["strftime_now"] = (now or datetime.now()).strftime
+        # a row must be the same when a run goes on tomorrow: nothing is drawn at random
+        del sandbox.filters["random"], sandbox.globals["lipsum"]
         try:
             self.compiled = sandbox.from_string(source)
         except jinja2.TemplateError as error:
@@ -398,32 +409,71 @@ class ModelTemplate:
             raise RowError(f"the chat template does not take it ({reason})") from None
 
     def pieces(self, turns: list[Turn]) -> Pieces:
-        """A response is what an assistant turn adds to the text that asks for it.
+        """A response is what a turn that is trained on adds to the text that asks for it, see _answer.
 
         Raises RowError for templates that write earlier turns anew: then this text is not the model's.
         """
-        earlier = "the chat template writes earlier turns anew: it is right for one turn only"
-        begun = "the chat template does not go on from how it asks for an answer"
         pieces: Pieces = []
         done = ""
         for i, turn in enumerate(turns):
-            if turn.role != "assistant":
+            if not turn.train:
                 continue
             asked = self.text(turns[:i], ask=True)
             answered = self.text(turns[: i + 1])
-            pieces.append((_added(done, asked, earlier), False))
-            pieces.append((_added(asked, answered, begun), turn.train))
+            pieces.append((_added(done, asked, REWRITTEN), False))
+            pieces += _answer(_added(asked, answered, NOT_AS_ASKED), turn.content)
             done = answered
-        if turns[-1].role != "assistant":
-            rest = _added(done, self.text(turns), earlier)
+        if not turns[-1].train:
+            rest = _added(done, self.text(turns), REWRITTEN)
             pieces.append((rest, False))
         return pieces
+
+    def before_answer(self, turns: list[Turn]) -> int:
+        """How many characters the template writes between the question and the content of the last turn."""
+        letter = "\ue000"  # of private use: no template writes it
+        asked = self.text(turns[:-1], ask=True)
+        answered = self.text([*turns[:-1], turns[-1]._replace(content=letter)])
+        return max(answered.find(letter) - len(asked), 0)
+
+
+# what a template may do that makes its text another than what the model sees when it is asked
+REWRITTEN = (
+    "the chat template writes earlier turns anew: make a row of each answer, with weight 0 on the answers "
+    "before it"
+)
+NOT_AS_ASKED = (
+    "the chat template does not go on from how it asks for an answer: write prompt and completion as the "
+    "model is to see them"
+)
+
+
+def _answer(text: str, content: str) -> Pieces:
+    """What a template writes for an answer: it is judged up to its end of turn.
+
+    The line break that most templates write behind that is never generated. Raises RowError if the content
+    is not in it.
+    """
+    place = printed(content, text)
+    if place is None:
+        raise RowError("the chat template does not write the answer as it is", ALTERNATIVE)
+    _, end = place
+    if text[end:].strip():  # where nothing else ends the turn, white space does
+        end = len(text.rstrip())
+    else:
+        end = len(text)
+    pieces = [(text[:end], True)]
+    if text[end:]:
+        pieces.append((text[end:], False))
+    return pieces
+
+
+ALTERNATIVE = " (or --template tulu)"
 
 
 def _added(before: str, text: str, reason: str) -> str:
     """What a text has more than the one before. Raises RowError, with a reason, if it begins otherwise."""
     if not text.startswith(before):
-        raise RowError(reason, " (--template tulu)")
+        raise RowError(reason, ALTERNATIVE)
     return text[len(before) :]
 
 
@@ -448,20 +498,17 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 # ------------------------------------------------------------------------------------------- rendering
 
 
 @dataclass
 class RenderedRow:
-    """A row as text; spans are those of its responses, in characters."""
+    """A row as text; spans are those of its responses, noise is what is known in them, in characters."""
 
     row: dict
     text: str
     spans: tuple[tuple[int, int], ...]
+    noise: list[tuple[int, int, str]]  # from, to, kind
     raw: bool  # text that took no template
     templated: bool  # by the model's chat template, which writes the special tokens itself
 
@@ -473,7 +520,7 @@ def render(row: dict, eos: str, template: ModelTemplate | None = None) -> Pieces
     taken as they are, joined by a space unless one is there. Raises ValueError naming the row.
     """
     try:
-        return _pieces(read_row(row, set()), eos, template)
+        return _pieces(read_row(row, eos, set()), eos, template)
     except RowError as error:
         error.where = row.get("_source", "row")
         raise
@@ -520,7 +567,7 @@ def render_rows(
 
 
 def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRow:
-    found = read_row(row, unused)
+    found = read_row(row, tokenizer.eos, unused)
     pieces = _pieces(found, tokenizer.eos, tokenizer.template)
     spans: list[tuple[int, int]] = []
     end = 0
@@ -531,20 +578,84 @@ def _render_row(row: dict, tokenizer: Tokenizer, unused: set[str]) -> RenderedRo
                 start = spans.pop()[0]
             spans.append((start, end))
     raw = isinstance(found, Raw)
+    noise = []
+    if marks := noise_of(row):
+        noise = _noise_spans(marks, _last_answer(found, tokenizer.template), pieces)
+        if len(noise) < len(marks):
+            unused.add("marks of noise that are not in the response")
     return RenderedRow(
         row=row,
         text="".join(text for text, _ in pieces),
         spans=tuple(spans),
+        noise=noise,
         raw=raw,
         templated=not raw and tokenizer.template is not None,
     )
 
 
+def noise_of(row: dict) -> list[list]:
+    """The field `noise` of a row, [start, end, kind] each; [] where it is absent, or means something else."""
+    marks = row.get("noise")
+    if not isinstance(marks, list):
+        return []
+    for mark in marks:
+        if not isinstance(mark, list) or [type(value) for value in mark] != [int, int, str]:
+            return []
+    return marks
+
+
+def _last_answer(found: Raw | list[Turn], template: ModelTemplate | None) -> tuple[str, int]:
+    """The last response as the row has it, and how many characters a template writes in front of it."""
+    if isinstance(found, Raw):
+        return found.response, 0
+    last = max(i for i, turn in enumerate(found) if turn.train)
+    turns = found[: last + 1]
+    before = 0 if template is None else template.before_answer(turns)
+    return turns[-1].content, before
+
+
+def _noise_spans(marks: list[list], answer: tuple[str, int], pieces: Pieces) -> list[tuple[int, int, str]]:
+    """Where marks, which count in characters of the answer, lie in the row's text; without those that do not.
+
+    Of white space around an answer a template may write less, or nothing.
+    """
+    content, before = answer
+    written, length = [], 0
+    for text, is_response in pieces:
+        if is_response and text:
+            written.append((length, text))
+        length += len(text)
+    offset, text = written[-1]
+    place = printed(content, text, before)
+    if place is None:
+        return []
+    first, last = place
+    zero = first - len(content) + len(content.lstrip())  # where the content begins, or would
+    if zero >= 0 and text.startswith(content, zero):
+        first, last = zero, zero + len(content)
+    spans = []
+    for start, end, kind in marks:
+        start = max(zero + start, first)
+        end = min(zero + end, last)
+        if start < end:
+            spans.append((offset + start, offset + end, kind))
+    return spans
+
+
+def asked_in(pieces: Pieces) -> str:
+    """The text up to the first response."""
+    text = ""
+    for piece, is_response in pieces:
+        if is_response:
+            break
+        text += piece
+    return text
+
+
 def question_ids(question: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a question in the template, up to where the answer begins."""
     pieces = render({"instruction": question, "output": "-"}, tokenizer.eos, tokenizer.template)
-    text = "".join(text for text, is_response in pieces if not is_response)
-    ((ids, _),) = tokenizer.encode([text], special=tokenizer.template is None)
+    ((ids, _),) = tokenizer.encode([asked_in(pieces)], special=tokenizer.template is None)
     return ids
 
 
@@ -606,6 +717,8 @@ TEXTS = (
 # of a turn or a row: 0 and false say that it is not trained on
 TRAIN = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "train_on_turn")
 SYSTEM = ("system", "system_prompt", "system_message")  # names of one thing
+STRUCTURED = ("messages", "conversations", "history", "noise")  # fields that are no text
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 BAD_ANSWER = ("label", "kto_tag")  # 0 and false mark a bad answer (KTO)
 # these say nothing of the text, and pass; what nobody knows passes, too, and is said once
 HARMLESS = frozenset(
@@ -630,10 +743,52 @@ def meaning_of(name: str) -> str | None:
     return None
 
 
+# all that shows nothing: white space, controls, what has no width, and letters that are drawn as a blank
+VISIBLE = re.compile(
+    "[^\\s\\x00-\\x1f\\x7f-\\x9f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b-\\u200f"
+    "\\u202a-\\u202e\\u2060-\\u206f\\u2800\\u3164\\ufe00-\\ufe0f\\ufeff\\uffa0\\U000e0000-\\U000e0fff]"
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no character that can be seen."""
+    return VISIBLE.search(text) is None
+
+
+def is_null(value: Any) -> bool:
+    """null, or NaN, as pandas writes it."""
+    return value is None or value != value
+
+
+def says_nothing(value: Any) -> bool:
+    """null, NaN, a blank text, and lists and objects of nothing else."""
+    if isinstance(value, str):
+        return is_blank(value)
+    if isinstance(value, list | tuple):
+        return all(says_nothing(part) for part in value)
+    if isinstance(value, dict):
+        return all(says_nothing(part) for part in value.values())
+    return is_null(value)
+
+
+def is_empty_json(name: str, value: Any) -> bool:
+    """Whether a field that may hold JSON as text, as TRL prefers for tools, holds nothing: "[]", "null"."""
+    if not isinstance(value, str) or not (name in STRUCTURED or meaning_of(name)):
+        return False
+    try:
+        content = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return not content or says_nothing(content)
+
+
 def present(fields: dict) -> dict:
-    """The fields that say something: null, "", [] and {} are as good as absent; "_source" is our own."""
-    absent = (None, "", [], {})
-    return {name: value for name, value in fields.items() if value not in absent and name != "_source"}
+    """The fields that say something; "_source" is our own."""
+    found = {}
+    for name, value in fields.items():
+        if name != "_source" and not says_nothing(value) and not is_empty_json(name, value):
+            found[name] = value
+    return found
 
 
 def take_text(fields: dict, name: str) -> str:
@@ -648,7 +803,7 @@ def take_one(fields: dict, *names: str) -> str:
     """Take the text of the fields of one meaning, of which a row has one, or equal ones."""
     there = [name for name in names if name in fields]
     found = [take_text(fields, name) for name in there]
-    if len(set(found)) > 1:
+    if len({text.strip() for text in found}) > 1:
         raise RowError(f"{' and '.join(there)} are both there: one of them is needed")
     return found[0] if found else ""
 
@@ -667,14 +822,14 @@ def take_train(fields: dict) -> bool:
     return train
 
 
-def check_rest(fields: dict, unused: set[str], said: Sequence[str] = (), owner: str = "") -> None:
+def check_rest(fields: dict, unused: set[str], said: Sequence = (), owner: str = "") -> None:
     """Judge the fields that no format has taken: refused, harmless, or put into `unused`.
 
-    A text that is said elsewhere in the row, such as a prompt beside messages, is a copy.
+    What is said elsewhere in the row, such as a prompt beside messages, is a copy.
     """
     mend = "write it into the text, or take the field out"
     for name, value in fields.items():
-        if value in said:
+        if said and is_copy(value, said):
             continue
         meaning = meaning_of(name)
         if value and meaning:
@@ -688,17 +843,38 @@ def check_rest(fields: dict, unused: set[str], said: Sequence[str] = (), owner: 
             unused.add(owner + name)
 
 
+def is_copy(value: Any, said: Sequence) -> bool:
+    """Whether a field is one of the texts of a row, or some of its turns, as messages."""
+    if isinstance(value, str):
+        return value.strip() in said
+    if not isinstance(value, list):
+        return False
+    try:
+        turns = [as_said(read_message(message, set())) for message in value]
+    except RowError:
+        return False
+    return any(list(said[i : i + len(turns)]) == turns for i in range(len(said)))
+
+
+def as_said(turn: Turn) -> tuple[str, str]:
+    return turn.role, turn.content.strip()
+
+
 def read_message(message: Any, unused: set[str]) -> Turn:
     """A message of OpenAI's (role, content) or ShareGPT's (from, value) format."""
     fields = present(message) if isinstance(message, dict) else {}
-    role = take_one(fields, "role", "from")
-    if not role:
+    names = [take_text(fields, name) for name in ("role", "from") if name in fields]
+    roles = {ROLES.get(name, name) for name in names}
+    if not roles or not {"content", "value"} & message.keys():
         raise RowError("a message must be an object with role and content, or from and value")
-    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    if len(roles) > 1:
+        raise RowError("role and from are both there: one of them is needed")
+    (role,) = roles
     if role not in ("system", "user", "assistant"):
         raise RowError(f"role {role!r} is not allowed: system, user, assistant")
-    name = "value" if "value" in message and "content" not in message else "content"
-    content = fields.pop(name, message.get(name))
+    content = read_content(message, unused)
+    for name in ("content", "value"):
+        fields.pop(name, None)
     flags = [flag for flag in TRAIN if flag in fields]
     train = take_train(fields)
     if flags and train and role != "assistant":
@@ -706,12 +882,21 @@ def read_message(message: Any, unused: set[str]) -> Turn:
     if "name" in fields:
         raise RowError("a speaker's name cannot be rendered: write it into the content, or take it out")
     check_rest(fields, unused, owner="a message's ")
+    return Turn(role, content, train and role == "assistant")
+
+
+def read_content(message: dict, unused: set[str]) -> str:
+    """The text of a message; its white space is kept, as that of its parts."""
+    given = [message[name] for name in ("content", "value") if not is_null(message.get(name))]
+    if len(given) > 1 and given[0] != given[1]:
+        raise RowError("content and value are both there: one of them is needed")
+    content = given[0] if given else ""
     if isinstance(content, list):
         content = "".join(read_part(part, unused) for part in content)
     if not isinstance(content, str):
         kind = type(content).__name__
         raise RowError("the content of a message must be a string, or a list of text parts", f", not {kind}")
-    return Turn(role, content, train and role == "assistant")
+    return content
 
 
 def read_part(part: Any, unused: set[str]) -> str:
@@ -719,11 +904,16 @@ def read_part(part: Any, unused: set[str]) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text":
         raise RowError(f"a part of a content must be of type text, not {kind}")
+    texts = [part[name] for name in ("text", "value") if not is_null(part.get(name))]
+    if not {"text", "value"} & part.keys() or not all(isinstance(text, str) for text in texts):
+        raise RowError("a part of type text must have a text")
+    if len(texts) > 1 and texts[0] != texts[1]:
+        raise RowError("text and value are both there: one of them is needed")
     fields = present(part)
-    del fields["type"]
-    text = take_one(fields, "text", "value")
+    for name in ("type", "text", "value"):
+        fields.pop(name, None)
     check_rest(fields, unused, owner="a part's ")
-    return text
+    return texts[0] if texts else ""
 
 
 def read_messages(messages: Any, name: str, unused: set[str]) -> list[Turn]:
@@ -739,13 +929,20 @@ def read_history(history: Any, unused: set[str]) -> list[Turn]:
     for entry in history if isinstance(history, list) else [history]:
         if isinstance(entry, dict):
             turns.append(read_message(entry, unused))
-        elif isinstance(entry, list) and [type(text) for text in entry] == [str, str]:
-            question, answer = entry
+        elif is_pair(entry):
+            question, answer = ["" if is_null(text) else text for text in entry]
             turns.append(Turn("user", question, train=False))
-            turns.append(Turn("assistant", answer, train=bool(answer)))
+            turns.append(Turn("assistant", answer, train=True))
         else:
             raise RowError("history must be a list of messages, or of pairs of a question and an answer")
     return turns
+
+
+def is_pair(entry: Any) -> bool:
+    """Whether an entry of a history is a list of two texts, which may be null."""
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    return all(isinstance(text, str) or is_null(text) for text in entry)
 
 
 def conversation(fields: dict, unused: set[str], name: str) -> list[Turn]:
@@ -760,7 +957,7 @@ def text_pair(fields: dict, unused: set[str], prompt: str, response: str) -> Raw
     """
     asked, answered = fields.get(prompt), fields.get(response)
     if isinstance(asked, list) or isinstance(answered, list):
-        turns = read_messages(fields.pop(prompt), prompt, unused)
+        turns = read_messages(fields.pop(prompt, []), prompt, unused)
         turns = [turn._replace(train=False) for turn in turns]
         turns += read_messages(fields.pop(response), response, unused)
         return turns
@@ -801,8 +998,8 @@ def format_of(row: dict) -> tuple[str, ...]:
     for names in FORMATS:
         if all(name in fields for name in names):
             return names
-    for names in FORMATS:  # a prompt may be empty, where its response is a text on its own
-        if names[-1] in fields and row.get(names[0]) == "":
+    for names in FORMATS:  # a prompt may be blank, where its response is a text on its own
+        if names[-1] in fields and names[0] in row:
             return names
     for name in fields:
         if meaning := meaning_of(name):
@@ -817,28 +1014,61 @@ def format_of(row: dict) -> tuple[str, ...]:
     raise RowError(f"unknown format, fields found: {found}{alone}; known: {known}")
 
 
-def read_row(row: dict, unused: set[str]) -> Raw | list[Turn]:
-    """The turns of a row, or its raw text; the names of fields that are not used go into `unused`."""
+def read_row(row: dict, eos: str, unused: set[str]) -> Raw | list[Turn]:
+    """The turns of a row, or its raw text; the names of fields that are not used go into `unused`.
+
+    Of what has no text of its own, as an eos alone, nothing is trained on.
+    """
     if isinstance(row.get("_bad"), RowError):
         raise row["_bad"]
     names, fields = format_of(row), present(row)
     if not take_train(fields):
         raise RowError("its weight says that the row is not to be learned: leave such rows out")
+    given = dict(fields)
     found = FORMATS[names](fields, unused, *names)
     if isinstance(found, list):
-        found = read_history(fields.pop("history", []), unused) + found
-        if system := take_one(fields, *SYSTEM):
-            found.insert(0, Turn("system", system, train=False))
-        check_turns(found)
+        found = with_earlier(found, fields, unused)
+        found = check_turns(found, eos)
+    elif is_blank(found.response.removesuffix(eos)):
+        raise NoResponse(f"{names[-1]} has no text but the eos")
     if "noise" in fields and not noise_of(row):
         unused.add("noise, which is not [[start, end, kind], ...]")
-    said = [turn.content for turn in found] if isinstance(found, list) else list(found)
-    check_rest(fields, unused, said)
+    if fields:
+        check_rest(fields, unused, what_is_said(found, given, fields))
     return found
 
 
-def check_turns(turns: list[Turn]) -> None:
-    """Raise RowError unless there is at most one system turn, in front, then user and assistant in turn."""
+def what_is_said(found: Raw | list[Turn], given: dict, rest: dict) -> list:
+    """Of a row the turns, as (role, text), and all texts, those of the fields that were taken included."""
+    texts = list(found)
+    said: list = []
+    if not isinstance(found, Raw):
+        said = [as_said(turn) for turn in found]
+        texts = [turn.content for turn in found]
+    for name, value in given.items():
+        if name not in rest and isinstance(value, str):
+            texts.append(value)
+    return said + [text.strip() for text in texts]
+
+
+def with_earlier(turns: list[Turn], fields: dict, unused: set[str]) -> list[Turn]:
+    """The turns behind the row's system prompt and history, where these do not say what the turns say."""
+    earlier = read_history(fields.pop("history", []), unused)
+    spoken = [as_said(turn) for turn in turns if turn.role != "system"]
+    begun = spoken[: len(earlier)]
+    if [as_said(turn) for turn in earlier] != begun or len(begun) == len(spoken):
+        turns = earlier + turns
+    system = Turn("system", take_one(fields, *SYSTEM), train=False)
+    if not system.content or (turns and as_said(turns[0]) == as_said(system)):
+        return turns
+    return [system, *turns]
+
+
+def check_turns(turns: list[Turn], eos: str) -> list[Turn]:
+    """The turns, those without text of their own not trained on.
+
+    Raises RowError unless there is at most one system turn, in front, then user and assistant in turn.
+    """
     roles = [turn.role for turn in turns]
     if roles[:1] == ["system"]:
         del roles[0]
@@ -846,10 +1076,19 @@ def check_turns(turns: list[Turn]) -> None:
     if roles != alternating[: len(roles)]:
         order = ", ".join(roles)
         raise RowError("user and assistant must take turns, starting with user", f", not {order}")
-    if not any(turn.role == "assistant" and turn.content for turn in turns):
+    answers = 0
+    checked = []
+    for turn in turns:
+        if turn.role == "assistant":
+            has_text = not is_blank(turn.content.removesuffix(eos))
+            answers += has_text
+            turn = turn._replace(train=turn.train and has_text)
+        checked.append(turn)
+    if not answers:
         raise NoResponse("no assistant message with text")
-    if not any(turn.train and turn.content for turn in turns):
+    if not any(turn.train for turn in checked):
         raise NoResponse("no assistant message is to be learned")
+    return checked
 
 
 # -------------------------------------------------------------------------------------- reading files
@@ -893,6 +1132,8 @@ def read_rows(files: Iterable[str], keep_bad: bool = False) -> list[dict]:
     """
     rows: list[dict] = []
     for entry in files:
+        if HALF_CHARACTER.search(entry):  # how Python writes a byte that is not UTF-8: no file could keep it
+            raise ValueError(f"{ascii(entry)}: a file name that is not UTF-8: rename it")
         path, _, count = entry.rpartition(":")
         path, count = (path, count) if count.isdecimal() else (entry, "")
         read = _parse(Path(path), _content_of(Path(path)))
@@ -937,19 +1178,43 @@ def _content_of(path: Path) -> str | list:
 
 
 def _read_parquet(path: Path) -> list[dict]:
-    """The rows of a table. Raises ImportError where pyarrow, which is no requirement, is not installed."""
+    """The rows of a table, as the same rows in .jsonl would be read.
+
+    Raises ImportError where pyarrow, which is no requirement, is not installed.
+    """
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        if not hasattr(pyarrow, "json_") and "arrow.json" in table.schema.to_string():
+            raise ValueError(f"its columns of JSON need pyarrow 19, this is {pyarrow.__version__}")
+        rows = table.to_pylist()
+        for column in table.schema:
+            if "arrow.json" in str(column.type):  # pyarrow gives their text
+                for row in rows:
+                    row[column.name] = _decoded(row[column.name], column.type)
+        return rows
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error})") from None
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type: what is JSON text in it, at any depth, as what that text says."""
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return json.loads(value)
+    if isinstance(value, dict):  # a struct
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_decoded(element, kind.value_type) for element in value]
+    return value
 
 
 def _parse(path: Path, content: str | list) -> list[dict]:
     """The rows of one file's content; a value that is no row becomes one with a RowError in "_bad"."""
     # only an escape can write half a character: UTF-8 has no bytes for it
-    may_be_half = isinstance(content, str) and ("\\ud" in content or "\\uD" in content)
+    may_be_half = not isinstance(content, str) or "\\ud" in content or "\\uD" in content
     rows = []
     for number, row in _numbered_values(path, content):
         location = f"{path}:{number}"
@@ -965,7 +1230,7 @@ def _fault_of(row: Any, may_be_half: bool) -> RowError | None:
     """What makes a value no row, if anything does."""
     if not isinstance(row, dict):
         return RowError("a row must be an object", f", not {type(row).__name__}")
-    if may_be_half and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
+    if may_be_half and (found := HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False, default=str))):
         return RowError(f"\\u{ord(found[0]):04x} alone is half a character (of a UTF-16 pair)")
     return None
 
@@ -1038,11 +1303,12 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 class Tokenizer:
     """The tokenizer of a checkpoint folder: its tokens, and what the folder's config files say about them.
 
-    template: how conversations become text, "tulu" or "model" (the checkpoint's own chat template).
+    template: how conversations become text, "tulu" or "model" (the checkpoint's own chat template);
+    now: the date that a chat template may write, today's where it is None.
     Raises ValueError naming the file for what cannot be read, and for a template that is not there.
     """
 
-    def __init__(self, folder: str | os.PathLike, template: str = "tulu"):
+    def __init__(self, folder: str | os.PathLike, template: str = "tulu", now: datetime | None = None):
         folder = Path(folder)
         settings = tokenizer_settings(folder)
         self.raw = _read_tokenizer(folder, settings)
@@ -1059,10 +1325,12 @@ class Tokenizer:
         self.model_eos_ids = of_generation or of_model
         if self.raw.encode(self.eos, add_special_tokens=False).ids != [self.eos_id]:
             raise ValueError(f"{folder}: the eos token {self.eos!r} is not encoded as one token")
-        if self.raw.post_processor is None and self.bos is not None and settings.get("add_bos_token"):
-            self._put_bos()  # where there is a processor, it says so itself
+        # of tokenizer.json it is the processor that says so, whatever the settings say
+        is_pair = not (folder / "tokenizer.json").is_file()
+        if is_pair and self.bos is not None and settings.get("add_bos_token"):
+            self._put_bos()
         self.chat_template = read_chat_template(folder, settings)
-        self.template = None if template == "tulu" else self._model_template(settings, folder)
+        self.template = None if template == "tulu" else self._model_template(settings, folder, now)
 
     @property
     def stop_ids(self) -> set[int]:
@@ -1074,6 +1342,8 @@ class Tokenizer:
     ) -> tuple[str | None, int | None]:
         """Text and id of a special token: the tokenizer's files come first, then the model's configs."""
         text = _content(settings.get(name), name)
+        if name == "bos_token" and text is None and name in settings:
+            return None, None  # null says that there is none, whatever the model's config says
         if text is None:
             ids: list[int] = []
             for config in configs:
@@ -1089,7 +1359,7 @@ class Tokenizer:
             single=single, pair=pair, special_tokens=[(self.bos, self.bos_id)]
         )
 
-    def _model_template(self, settings: dict, folder: Path) -> ModelTemplate:
+    def _model_template(self, settings: dict, folder: Path, now: datetime | None) -> ModelTemplate:
         if self.chat_template is None:
             raise ValueError(f"{folder}: it has no chat template, which --template model needs: use tulu")
         texts = {}  # by name, of every token that the settings name
@@ -1099,7 +1369,7 @@ class Tokenizer:
         texts["bos_token"] = self.bos
         texts["eos_token"] = self.eos
         given = {name: text for name, text in texts.items() if text is not None}
-        return ModelTemplate(self.chat_template, given, f"{folder}: its chat template")
+        return ModelTemplate(self.chat_template, given, f"{folder}: its chat template", now)
 
     def encode(self, texts: list[str], special: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, character spans) of each text, with one bos if the tokenizer puts any; no eos is added."""
@@ -1153,15 +1423,13 @@ def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
     try:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
-            return tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+            raw = tokenizers.Tokenizer.from_str(json.dumps(keep_offsets(content)))
+            for token in content.get("added_tokens", []):  # tokenizers takes the next free id instead
+                _check_id(raw, token["content"], token["id"], folder)
+            return raw
         path = Path(pair[0])
         if not all(map(os.path.isfile, pair)):
-            convert = (
-                f'python -c "from transformers import AutoTokenizer as A; '
-                f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
-            )
-            missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
-            raise ValueError(f"{folder}: {missing}; a sentencepiece tokenizer.model is converted: {convert}")
+            raise ValueError(f"{folder}: {_missing_tokenizer(folder)}")
         family = settings.get("tokenizer_class") or _object(folder / "config.json").get("model_type", "gpt2")
         if family not in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2", "gpt_neo"):
             reason = f"vocab.json and merges.txt are read as GPT-2's, not as those of {family}"
@@ -1176,6 +1444,25 @@ def _read_tokenizer(folder: Path, settings: dict) -> tokenizers.Tokenizer:
     for name in ("bos_token", "eos_token", "unk_token"):  # GPT-2's defaults
         settings.setdefault(name, "<|endoftext|>")
     return raw
+
+
+def _missing_tokenizer(folder: Path) -> str:
+    """What to say of a folder without tokenizer.json and without GPT-2's pair of files."""
+    if not (folder / "config.json").is_file():
+        return "no config.json in it, and no tokenizer: not the folder of a checkpoint"
+    missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
+    if not list(folder.glob("*.model")):
+        return f"{missing}: is the download complete?"
+    convert = f"A.from_pretrained('{folder}').save_pretrained('{folder}')"
+    python = f'python -c "from transformers import AutoTokenizer as A; {convert}"'
+    return f"{missing}; a sentencepiece tokenizer.model is converted: {python}"
+
+
+def _check_id(raw: tokenizers.Tokenizer, text: str, index: int, folder: Path) -> None:
+    """Raise ValueError where an added token has another id than the files say: its embedding is there."""
+    found = raw.token_to_id(text)
+    if found != index:
+        raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
 
 
 def _special_tokens(settings: dict) -> list[tuple[str, Any]]:
@@ -1203,9 +1490,7 @@ def _add_tokens(raw: tokenizers.Tokenizer, settings: dict, folder: Path) -> None
         raise ValueError(f"{folder}: its list of added tokens cannot be read ({error})") from None
     for index, token in sorted(listed.items()):
         raw.add_tokens([token])
-        text, found = token.content, raw.token_to_id(token.content)
-        if found != index:
-            raise ValueError(f"{folder}: its files disagree about the token {text!r}: id {index}, or {found}")
+        _check_id(raw, token.content, index, folder)
     known = {token.content for token in raw.get_added_tokens_decoder().values()}
     for name, token in _special_tokens(settings):
         if _content(token, name) not in known:
@@ -1317,9 +1602,11 @@ def wait_for_all() -> None:
 
 
 def print0(text: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0; "?" for what the terminal cannot show."""
     if rank_and_world()[0] == 0:
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        shown = text.encode(encoding, errors="replace")
+        print(shown.decode(encoding), flush=True)
 
 
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:

@@ -26,6 +26,7 @@ import string
 import sys
 from collections import Counter, deque
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -1300,19 +1301,30 @@ def table_rows(results: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
-def template_of(adapters: list[str]) -> str:
-    """The template that the adapters' runs were trained with, as their config.json says; else Tulu's."""
-    found = set()
+def run_configs(adapters: list[str]) -> list[dict]:
+    """config.json of each adapter's run, where it lies in one."""
+    configs = []
     for adapter in adapters:
         above = Path(adapter).resolve().parents  # RUN/METHOD/seed-S or RUN/reference
         for folder in above[:2]:
             path = folder / "config.json"
             if path.is_file():
-                config = read_object(path)
-                found.add(config.get("template", "tulu"))
+                configs.append(read_object(path))
+    return configs
+
+
+def template_of(adapters: list[str]) -> str:
+    """The template that the adapters' runs were trained with, as their config.json says; else Tulu's."""
+    found = {config.get("template", "tulu") for config in run_configs(adapters)}
     if len(found) > 1:
         raise ValueError("the adapters were trained with different templates: give --template")
     return found.pop() if found else "tulu"
+
+
+def date_of(adapters: list[str]) -> datetime | None:
+    """The date that the template of the adapters' runs wrote, None where no run says; the last of several."""
+    found = [config["date"] for config in run_configs(adapters) if "date" in config]
+    return datetime.fromisoformat(max(found)) if found else None
 
 
 def answer_prompts(
@@ -1340,7 +1352,8 @@ def main() -> None:
         folder = checkpoint_folder(arguments.model)
         for adapter in arguments.adapter:
             check_adapter_base(adapter, folder)
-        tokenizer = Tokenizer(folder, arguments.template or template_of(arguments.adapter))
+        template = arguments.template or template_of(arguments.adapter)
+        tokenizer = Tokenizer(folder, template, date_of(arguments.adapter))
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)
         model = load_model(folder, device, DTYPES[arguments.dtype])

@@ -37,6 +37,7 @@ import time
 import typing
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -54,7 +55,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress, rank_and_world
-from data import read_object, read_rows, render_rows, shift, split_rows, start_ranks, sum_over_ranks
+from data import (
+    join_over_ranks,
+    read_object,
+    read_rows,
+    render_rows,
+    shift,
+    split_rows,
+    start_ranks,
+    sum_over_ranks,
+)
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
 from eval import Documents, check_room, evaluate, metrics_of, prepare, primary_metrics, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
@@ -77,14 +87,15 @@ def run(options: Options) -> Results:
     # What goes in. All that can be wrong with it is found here, before anything is trained
     trained = {name: method_of(name, options) for name in options.methods if name not in UNTRAINED}
     checkpoint = checkpoint_folder(options.model)
-    tokenizer = Tokenizer(checkpoint, options.template)
+    date = run_date(Path(options.out))
+    tokenizer = Tokenizer(checkpoint, options.template, date)
     documents = prepare(options.tasks, tokenizer, options.data_dir, options.limit)
     d_ref, d_train = select_data(options, tokenizer)
     held_out = read_held_out(options, tokenizer, d_ref, d_train)  # an empty corpus without --eval-data
     model = load_base(options, checkpoint, documents, d_ref, d_train, held_out)
     ref_options = reference_options(options, len(d_ref))
     print0(describe_plan(ref_options, trained, d_ref, d_train, len(options.seeds)))
-    out = open_run(options, checkpoint, d_ref, d_train)
+    out = open_run(options, checkpoint, date, d_ref, d_train)
 
     # Stage 1. The reference theta' is trained on D_ref, where every response token has sign +1
     all_positive = d_ref.response.astype(np.int8)  # (C,)
@@ -307,6 +318,7 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         base_loss, ref_loss, done = read_scores(path, corpus)
         what_next = "skipping" if done == count else f"continuing from example {done:,} of {count:,}"
         print0(f"found {path}, {what_next}")
+    found = done
 
     arrays = {"tokens": corpus.tokens, "offsets": corpus.offsets}
     sources = "\n".join(corpus.locations).encode()
@@ -322,9 +334,10 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         tokens = slice(corpus.offsets[first], corpus.offsets[last])
         base_loss[tokens], ref_loss[tokens] = both_losses(model, part, options.micro_tokens, label)
         if rank_and_world()[0] == 0:
-            with whole_file(path) as file:
-                losses = {"base_loss": base_loss, "ref_loss": ref_loss}
-                save_arrays(arrays | losses, file, {"done": str(last)})
+            save_scores(path, arrays, base_loss, ref_loss, last)
+    if found == count and rank_and_world()[0] == 0 and not marks_are_same(path, corpus):
+        save_scores(path, arrays, base_loss, ref_loss, count)
+        print0(f"{path} has the noise that the rows mark now, which is not what they marked before")
     wait_for_all()
 
     quality = quality_scores(base_loss, ref_loss)
@@ -333,6 +346,24 @@ def score(model: Transformer, corpus: Corpus, out: Path, options: Options) -> tu
         mend = "more --n-reference, --reference-epochs or --reference-lr, and another --out"
         raise ValueError(f"the reference learned nothing: Q is {lowest:g} for every token; {mend}")
     return base_loss, ref_loss
+
+
+def save_scores(path: Path, arrays: dict[str, Array], base_loss: Array, ref_loss: Array, done: int) -> None:
+    """Write the file of score(), whole or not at all."""
+    with whole_file(path) as file:
+        losses = {"base_loss": base_loss, "ref_loss": ref_loss}
+        save_arrays(arrays | losses, file, {"done": str(done)})
+
+
+def marks_are_same(path: Path, corpus: Corpus) -> bool:
+    """Whether the noise in a file of scores is the corpus': marks may come later, they change no loss."""
+    kept = {}
+    for name, known in load_arrays(path).items():
+        if name.startswith("noise."):
+            kept[name.removeprefix("noise.")] = known
+    if kept.keys() != corpus.noise.keys():
+        return False
+    return all(np.array_equal(kept[kind], known) for kind, known in corpus.noise.items())
 
 
 def read_scores(path: Path, corpus: Corpus | None = None) -> tuple[Array, Array, int]:
@@ -1021,7 +1052,15 @@ def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]
         counts = f"{len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response"
         dropped = f"{corpus.dropped} rows dropped: no response within {options.max_length} tokens"
         print0(f"{name} {len(corpus):,} examples, {counts}; {dropped}")
+        print_cut(name, corpus, options)
     return d_ref, d_train
+
+
+def print_cut(name: str, corpus: Corpus, options: Options) -> None:
+    """Say how many answers are not whole."""
+    if corpus.cut:
+        lost = f"{corpus.cut} answers are cut: they lose their end and eos to --max-length"
+        print0(f"{name} {lost} {options.max_length}")
 
 
 def read_held_out(options: Options, tokenizer: Tokenizer, *trained: Corpus) -> Corpus:
@@ -1033,6 +1072,7 @@ def read_held_out(options: Options, tokenizer: Tokenizer, *trained: Corpus) -> C
     for note in notes:
         print0(f"--eval-data: {note}")
     held_out = encode_rows(unique_rows(rows), tokenizer, options.max_length)
+    print_cut("--eval-data", held_out, options)
     known = set()
     for corpus in trained:
         known |= {tokens.tobytes() for tokens in corpus.split()}
@@ -1102,7 +1142,24 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def open_run(options: Options, checkpoint: Path, d_ref: Corpus, d_train: Corpus) -> Path:
+def run_date(out: Path) -> datetime:
+    """The date that a chat template may write into the rows: that of the run's first start, on every rank.
+
+    It is kept in config.json, so that the same command makes the same rows tomorrow.
+    """
+    rank, _ = rank_and_world()
+    date = datetime.now().replace(microsecond=0)
+    config = out / "config.json"
+    if rank == 0 and config.is_file():
+        kept = read_object(config).get("date", date.isoformat())  # an older run has none
+        try:
+            date = datetime.fromisoformat(kept)
+        except (TypeError, ValueError):
+            raise ValueError(f"{config}: date {kept!r} is not a date") from None
+    return join_over_ranks({rank: date})[0]
+
+
+def open_run(options: Options, checkpoint: Path, date: datetime, d_ref: Corpus, d_train: Corpus) -> Path:
     """The run folder, with config.json: every option, the packages' versions, what the run is made from.
 
     Raises ValueError for a folder with files of somebody else, and for a run that was made from other inputs.
@@ -1118,7 +1175,8 @@ def open_run(options: Options, checkpoint: Path, d_ref: Corpus, d_train: Corpus)
     wait_for_all()  # every rank has looked before rank 0 writes
     if rank_and_world()[0] == 0:
         versions = {package.__name__: package.__version__ for package in (torch, np, safetensors, tokenizers)}
-        content = dataclasses.asdict(options) | {"versions": versions, "inputs": inputs}
+        content = dataclasses.asdict(options) | {"date": date.isoformat(), "versions": versions}
+        content["inputs"] = inputs
         write_text(json.dumps(content, indent=2) + "\n", out / "config.json")
     print0(f"{out}: {options.model}")
     return out

@@ -4,6 +4,7 @@ The templates are ours, in the shape of each family's: what they write, trim, re
 """
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import tiny
@@ -89,11 +90,25 @@ TEMPLATES = {  # family: (template, eos)
     "marked": (
         "{%- set n = namespace(seen=0) %}{%- for message in messages %}{%- set n.seen = n.seen + 1 %}{%- if n.seen > 9 %}{%- break %}"
         "{%- endif %}{%- if message.role == 'system' %}{{- pad_token }}{%- continue %}{%- endif %}{{- message.role + ':' }}"
-        "{%- generation %}{{- message.content | tojson(ensure_ascii=True) }}{%- endgeneration %}{{- eos_token }}{%- endfor %}"
+        "{%- if message.role == 'user' %}{{- message.content | tojson(ensure_ascii=True) }}{%- else %}"
+        "{%- generation %}{{- message.content }}{%- endgeneration %}{%- endif %}{{- eos_token }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}",
         "</s>",
     ),
+    # Llama 3.2's kind: a date, tools, JSON in three styles, and tags that are indented
+    "dated": (
+        "{{- bos_token }}\n{%- if strftime_now is defined %}\n    {%- set day = strftime_now('%d %b %Y, %H') %}\n{%- endif %}\n"
+        "{{- 'Today: ' + day + '\\n' }}\n{%- if tools is not none %}\n    {{- 'Tools: ' + (tools | tojson) + '\\n' }}\n{%- endif %}\n"
+        "{{- {'b': [1, 'é'], 'a': messages[0].content} | tojson(indent=2, sort_keys=True) }}\n"
+        "{{ {'b': 1, 'a': '<é>'} | tojson(ensure_ascii=true, separators=(',', ':')) }}\n"
+        "{% for message in messages %}\n    {% if message.role == 'assistant' %}\n"
+        "    {% set head = 'A' %}\n    {% else %}\n    {% set head = message.role | upper %}\n    {% endif %}\n"
+        "{{ '<|start_header_id|>' + head + '<|end_header_id|>' + message.content | trim + eos_token }}\n    {% endfor %}\n"
+        "{% if add_generation_prompt %}\n{{ '<|start_header_id|>A<|end_header_id|>' }}{% endif %}",
+        "<|eot_id|>",
+    ),
 }
+NOW = datetime(2026, 7, 4, 9, 30)  # the date that these templates write
 # Qwen3's kind: the thoughts of every turn but the last are taken out, so that earlier turns change
 REWRITING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' and loop.last %}"

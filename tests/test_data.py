@@ -84,7 +84,7 @@ def test_whitespace_tokens_are_response_tokens(tmp_path):
     raw.post_processor = tiny.processors.ByteLevel(trim_offsets=True)
     raw.save(str(tmp_path / "tokenizer.json"))
     tokenizer, response = Tokenizer(tmp_path), "def f(x):\n    return x 🙂 é   \n"
-    corpus = build_corpus([{"instruction": "Write", "output": response}], tokenizer)
+    corpus = build_corpus([{"prompt": "Write", "completion": response}], tokenizer)
     assert (
         tokenizer.decode(corpus.tokens[corpus.response].tolist(), skip_special=False)
         == response + tokenizer.eos
@@ -245,7 +245,7 @@ def test_bad_files_are_named(tmp_path, text, message):
         ({"prompt": "a", "completion": 3}, "completion must be a string, not int"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": "a", "completion": None, "instruction": None, "output": None}, "completion is empty"),
-        ({"prompt": None, "response": "b"}, "unknown format, fields found: response"),
+        ({"response": "b"}, "unknown format, fields found: response"),
         ({"instruction": "a", "input": 0, "output": "b"}, "input must be a string, not int"),
         (
             {"instruction": "a", "input": "x", "context": "y", "output": "b"},
@@ -253,9 +253,10 @@ def test_bad_files_are_named(tmp_path, text, message):
         ),
         ({"messages": "x"}, "must be a list"),
         (
-            {"messages": [{"role": "user", "content": None}]},
-            "must be a string, or a list of text parts, not NoneType",
+            {"messages": [{"role": "user", "content": 3}]},
+            "must be a string, or a list of text parts, not int",
         ),
+        ({"messages": [{"role": "user"}]}, "a message must be an object with role and content"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not allowed"),
         (
             {"messages": [{"content": "x"}]},

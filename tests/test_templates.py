@@ -1,13 +1,14 @@
 """A model's own chat template: what transformers' apply_chat_template makes of the same messages (goldens/rows.json)."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import row_cases as cases
 import tiny
 
-from data import Tokenizer, build_corpus, question_ids, render, render_rows
+from data import Tokenizer, Turn, build_corpus, question_ids, render, render_rows
 from forgetting import Options, select_data
 from publish import chat_template
 
@@ -17,13 +18,20 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens" / "rows.json").read_text
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("templates")
-    return {name: Tokenizer(cases.template_folder(folder / name, name), "model") for name in cases.TEMPLATES}
+    return {
+        name: Tokenizer(cases.template_folder(folder / name, name), "model", cases.NOW)
+        for name in cases.TEMPLATES
+    }
 
 
 @pytest.mark.parametrize("which", cases.CONVERSATIONS)
 @pytest.mark.parametrize("name", cases.TEMPLATES)
 def test_texts_spans_and_ids_are_those_of_transformers(tokenizers, name, which):
-    """A response is the difference of two renderings: up to the question, asked for an answer, and with the answer."""
+    """A response is the difference of two renderings: up to the question, asked for an answer, and with the answer.
+
+    Without the white space behind its end of turn, which is never generated. dated: tools that are none,
+    indented tags, tojson's arguments, the date, the bos (transformers 5.23.0; its clock stood still).
+    """
     tokenizer, golden, row = tokenizers[name], GOLDENS[name][which], {"messages": cases.messages_of(which)}
     if isinstance(golden, str):
         with pytest.raises(ValueError, match=rf"row: the chat template does not take it \({golden}\)"):
@@ -31,7 +39,7 @@ def test_texts_spans_and_ids_are_those_of_transformers(tokenizers, name, which):
         return
     pieces = render(row, tokenizer.eos, tokenizer.template)
     assert "".join(text for text, _ in pieces) == golden["text"]
-    answers = [after.removeprefix(before) for before, after in golden["turns"]]
+    answers = [after.removeprefix(before).rstrip() for before, after in golden["turns"]]
     assert [text for text, is_response in pieces if is_response] == answers
     corpus = build_corpus([row], tokenizer)
     assert corpus.tokens.tolist() == golden["ids"]  # with no bos and no eos that the template did not write
@@ -43,6 +51,19 @@ def test_a_question_is_asked_in_the_template(tokenizers):
     tokenizer = tokenizers["llama3"]
     assert tokenizer.decode(question_ids("What is 12 plus 30?", tokenizer), skip_special=False) == before
     assert question_ids("What is 12 plus 30?", tokenizer).count(tokenizer.bos_id) == 1
+    # zephyr's writes no bos, and then there is none, though the tokenizer puts one
+    before = GOLDENS["zephyr"]["one turn"]["turns"][0][0]
+    ids = question_ids("What is 12 plus 30?", tokenizers["zephyr"])
+    assert tokenizers["zephyr"].bos_id not in ids
+    assert tokenizers["zephyr"].decode(ids, skip_special=False) == before
+
+
+def text_of(pieces: list) -> str:
+    return "".join(text for text, _ in pieces)
+
+
+def answers_of(pieces: list) -> list[str]:
+    return [text for text, is_response in pieces if is_response]
 
 
 def test_a_turn_that_is_not_learned_is_not_judged(tokenizers):
@@ -51,16 +72,17 @@ def test_a_turn_that_is_not_learned_is_not_judged(tokenizers):
     for tokenizer in tokenizers.values():
         pieces = render({"messages": messages}, tokenizer.eos, tokenizer.template)
         plain = render({"messages": cases.messages_of("two turns")}, tokenizer.eos, tokenizer.template)
-        assert [text for text, _ in pieces] == [text for text, _ in plain]
-        assert [text for text, is_response in pieces if is_response] == [plain[-1][0]]
+        assert text_of(pieces) == text_of(plain)
+        assert answers_of(pieces) == answers_of(plain)[1:]
 
 
 def test_two_lists_of_messages_are_learned_as_trl_learns_them(tokenizers):
     golden = json.loads((Path(__file__).parent / "goldens" / "rows.json").read_text())["trl"]
     tokenizer = tokenizers["zephyr"]
     pieces = render(cases.TWO_LISTS, tokenizer.eos, tokenizer.template)
-    assert "".join(text for text, is_response in pieces if not is_response) == golden["prompt"]
-    assert "".join(text for text, is_response in pieces if is_response) == golden["completion"]
+    assert text_of(pieces[: pieces.index((answers_of(pieces)[0], True))]) == golden["prompt"]
+    assert "".join(answers_of(pieces)) == golden["completion"].rstrip()  # zephyr's ends in a line break
+    assert text_of(pieces) == golden["prompt"] + golden["completion"]
 
 
 def folder_with(folder: Path, template: object) -> Path:
@@ -90,11 +112,89 @@ def test_a_template_that_rewrites_earlier_turns_is_for_one_turn_only(tmp_path):
     """Qwen3's takes the thoughts of earlier turns out: what was learned would not be what the model sees later."""
     tokenizer = Tokenizer(folder_with(tmp_path, cases.REWRITING), "model")
     shown = render({"messages": cases.messages_of("one turn")}, tokenizer.eos, tokenizer.template)
-    assert shown[1] == ("<think>\n\n</think>\n\nIt is 42.<|im_end|>\n", True)
-    with pytest.raises(
-        ValueError, match="row: the chat template writes earlier turns anew: it is right for one turn only"
-    ):
-        render({"messages": cases.messages_of("two turns")}, tokenizer.eos, tokenizer.template)
+    assert shown[1:] == [("<think>\n\n</think>\n\nIt is 42.<|im_end|>", True), ("\n", False)]
+    messages = cases.messages_of("two turns")
+    how = "writes earlier turns anew: make a row of each answer, with weight 0 on the answers before it"
+    with pytest.raises(ValueError, match=f"row: the chat template {how}"):
+        render({"messages": messages}, tokenizer.eos, tokenizer.template)
+    messages[1]["weight"] = 0
+    pieces = render({"messages": messages}, tokenizer.eos, tokenizer.template)  # what the message says is so
+    assert answers_of(pieces) == ["<think>\n\n</think>\n\né 🦊<|im_end|>"]
+    assert text_of(pieces).count("<think>") == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}{% for part in m.content %}{{ part.text }}{% endfor %}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.role }}{{ m.content | upper }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.role }}{{ m.content.split('is')[-1] }}</s>{% endfor %}",
+    ],
+)
+def test_an_answer_that_the_template_does_not_write_is_refused(tmp_path, template):
+    """llava's, smolvlm's and idefics' write a list of parts, and of a string nothing but the end of turn."""
+    ask = "{% if add_generation_prompt %}assistant{% endif %}"
+    tokenizer = Tokenizer(folder_with(tmp_path, template + ask), "model")
+    row = {"messages": cases.messages_of("one turn")}
+    with pytest.raises(ValueError, match="does not write the answer as it is .or --template tulu."):
+        render(row, tokenizer.eos, tokenizer.template)
+
+
+def jinja_text(text: str) -> str:
+    return "{{ " + json.dumps(text) + " }}"
+
+
+def test_only_white_space_behind_an_end_of_turn_is_not_judged(tmp_path):
+    """Where white space ends the turn it is judged, as is what is part of the answer."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    ends = {"</s>\n": ["b \n</s>"], "\n": ["b \n\n"], "": ["b \n"], " </s>\u00a0\u2028": ["b \n </s>"]}
+    for i, (end, answers) in enumerate(ends.items()):
+        tokenizer = Tokenizer(
+            folder_with(tmp_path / str(i), template.replace("END", jinja_text(end))), "model"
+        )
+        row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b \n"}]}
+        pieces = render(row, tokenizer.eos, tokenizer.template)
+        assert answers_of(pieces) == answers, end
+        assert text_of(pieces) == f"user: a{end}assistant: b \n{end}"
+
+
+def test_a_template_has_the_date_that_it_is_given(tmp_path):
+    """Two rows of a run, and two runs of a run folder, never have two dates; nothing is drawn at random."""
+    folder = folder_with(
+        tmp_path, "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{{ messages | map(attribute='content') | join }}"
+    )
+    row = {"messages": cases.messages_of("one turn")}
+    for now in (datetime(2024, 2, 29, 23, 59, 59), datetime(2031, 1, 1)):
+        template = Tokenizer(folder, "model", now).template
+        assert template.text([Turn("user", "x", False)]) == f"{now}x"
+        assert text_of(render(row, "</s>", template)).startswith(f"{now}")
+    for drawn in ("{{ [1, 2, 3] | random }}", "{{ lipsum() }}{{ messages[0].content }}"):
+        with pytest.raises(ValueError, match="No filter named 'random'|'lipsum' is undefined"):
+            drawing = Tokenizer(folder_with(tmp_path / "random", drawn), "model")
+            render(row, "</s>", drawing.template)
+
+
+def test_noise_counts_in_the_rows_own_characters(tokenizers, tmp_path):
+    """A template may put thoughts in front of an answer, trim it, or write its words there, too."""
+    rewriting = Tokenizer(folder_with(tmp_path, cases.REWRITING), "model")
+    for tokenizer in [*tokenizers.values(), rewriting]:
+        for content, marks in ((" \n think: wrong \n", [[10, 15, "a"]]), ("a", [[0, 1, "a"]])):
+            rows = [{"instruction": "q", "output": content, "noise": marks}]
+            (((rendered,),), notes) = render_rows([rows], tokenizer)
+            marked = [rendered.text[start:end] for start, end, _ in rendered.noise]
+            assert (marked, notes) == ([content[start:end] for start, end, _ in marks], []), content
+            assert build_corpus(rows, tokenizer).noisy.any()
+
+
+def test_marks_that_are_nowhere_in_the_answer_are_said(tokenizers):
+    for tokenizer in (tokenizers["llama3"], tokenizers["zephyr"]):
+        marks = [[0, 2, "white space"], [2, 7, "kept"], [8, 40, "the eos"], [-3, -1, "in front"], [4, 4, "x"]]
+        rows = [{"instruction": "q", "output": "\n\nwrong ", "noise": marks}]
+        (((rendered,),), notes) = render_rows([rows], tokenizer)
+        assert notes == ["fields not used: marks of noise that are not in the response"]
+        kinds = ["kept"] if tokenizer is tokenizers["llama3"] else ["white space", "kept"]
+        assert [kind for _, _, kind in rendered.noise] == kinds  # zephyr's does not trim
 
 
 @pytest.mark.parametrize("attack", ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ 1 // 0 }}"])

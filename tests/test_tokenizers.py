@@ -8,9 +8,10 @@ import pytest
 import row_cases as cases
 import tiny
 import torch
+from tokenizers.normalizers import Lowercase
 
 import model
-from data import Tokenizer, build_corpus
+from data import Tokenizer, build_corpus, render
 from eval import generate
 from model import load_model
 
@@ -59,11 +60,16 @@ def test_generation_ends_at_every_stop_id(tmp_path):
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
-    with pytest.raises(
-        ValueError,
-        match=r"no tokenizer.json in it, nor vocab.json and merges.txt; a sentencepiece .*python -c",
-    ):
+    with pytest.raises(ValueError, match="no config.json in it, and no tokenizer: not the folder of a"):
         Tokenizer(tmp_path)
+    cases.write(tmp_path, config={"model_type": "llama"})
+    missing = "no tokenizer.json in it, nor vocab.json and merges.txt"
+    with pytest.raises(ValueError, match=f"{missing}: is the download complete"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match=f"{missing}; a sentencepiece .*python -c"):
+        Tokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
     cases.gpt_neo_pair(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     with pytest.raises(ValueError, match="are read as GPT-2's, not as those of Qwen2Tokenizer"):
@@ -83,6 +89,115 @@ def test_files_that_disagree_about_an_id_are_refused(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"its files disagree about the token '<\|late\|>': id 999, or 387"):
         Tokenizer(tmp_path)
+
+
+def test_a_gap_in_the_ids_of_added_tokens_is_refused(tmp_path):
+    """tokenizers 0.23.3 ignores the id in tokenizer.json and takes the next free one, silently."""
+    tiny.save_tokenizer(tmp_path, "llama3")
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    first = tiny.make_tokenizer("llama3").get_vocab_size()
+    Tokenizer(tmp_path)
+    for index in (first, first + 1):
+        added = {"id": index, "lstrip": False, "rstrip": False, "single_word": False}
+        added |= {"content": "<|late|>", "normalized": False, "special": True}
+        path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], added]}))
+        if index == first:
+            assert Tokenizer(tmp_path).raw.token_to_id("<|late|>") == first
+        else:
+            said = rf"its files disagree about the token '<\|late\|>': id {index}, or {first}"
+            with pytest.raises(ValueError, match=said):
+                Tokenizer(tmp_path)
+
+
+def test_add_bos_token_is_obeyed_where_no_processor_could_say_so(tmp_path):
+    """Of vocab.json and merges.txt. Beside a tokenizer.json transformers 5.23.0 puts none, whatever it says;
+    4.57.1 only for the classes of Llama, GPT-NeoX and Cohere."""
+    tiny.save_tokenizer(tmp_path / "whole", "qwen2")
+    bos = {"add_bos_token": True, "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    cases.write(tmp_path / "whole", tokenizer_config=bos)
+    tokenizer = Tokenizer(tmp_path / "whole")
+    ((ids, _),) = tokenizer.encode(["The dog."])
+    assert tokenizer.bos_id is not None and ids[0] != tokenizer.bos_id
+    cases.gpt_neo_pair(tmp_path / "pair")
+    for asked in (True, False):
+        settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": asked}
+        cases.write(tmp_path / "pair", tokenizer_config=settings)
+        tokenizer = Tokenizer(tmp_path / "pair")
+        ((ids, _),) = tokenizer.encode(["The dog."])
+        assert (ids[0] == tokenizer.bos_id) == asked
+
+
+def test_a_bos_token_of_null_is_none(tmp_path):
+    """Qwen2.5's: "bos_token": null, and bos_token_id in config.json. transformers 5.23.0 has none, and nor does
+    its template; lm_eval 0.4.13 scores without a context behind the eos then."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    for kind, said in (("with", {}), ("without", {"bos_token": None})):
+        tiny.save_tokenizer(tmp_path / kind, "llama3")
+        settings = {"eos_token": "<|end_of_text|>", "chat_template": template} | said
+        cases.write(tmp_path / kind, tokenizer_config=settings, config={"bos_token_id": 0})
+        tokenizer = Tokenizer(tmp_path / kind, "model")
+        row = {"messages": cases.messages_of("one turn")}
+        text = "".join(text for text, _ in render(row, tokenizer.eos, tokenizer.template))
+        assert (tokenizer.bos is None) == (kind == "without") == (not text.startswith("<|begin"))
+        assert tokenizer.start_id == (tokenizer.eos_id if kind == "without" else 0)
+
+
+def test_every_eos_that_the_tokenizer_appends_is_taken_off(tmp_path):
+    """A processor may put two; the text's own stays."""
+    tiny.save_tokenizer(tmp_path, "llama2")
+    raw = tiny.make_tokenizer("llama2")
+    tokens = [("<s>", raw.token_to_id("<s>")), ("</s>", raw.token_to_id("</s>"))]
+    raw.post_processor = tiny.processors.TemplateProcessing(
+        single="<s> $A </s> </s>", pair="<s> $A $B </s> </s>", special_tokens=tokens
+    )
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    (prompt, spans), (row, _) = tokenizer.encode(["Tell me", "Tell me</s>"])
+    assert prompt.count(tokenizer.eos_id) == 0 and len(spans) == len(prompt)
+    assert row == [*prompt, tokenizer.eos_id]
+
+
+def test_what_an_added_token_says_of_itself_is_kept(tmp_path):
+    """special: left out of what is decoded; normalized: looked for in the normalised text."""
+    tiny.save_tokenizer(tmp_path, "llama3")
+    raw = tiny.make_tokenizer("llama3")
+    raw.normalizer = Lowercase()
+    raw.save(str(tmp_path / "tokenizer.json"))
+    first = raw.get_vocab_size()
+    added = {
+        str(first): cases.token("<A>", special=True),  # normalized false
+        str(first + 1): cases.token("<b>", special=False),  # normalized true
+    }
+    settings = {"eos_token": "<|end_of_text|>", "added_tokens_decoder": added}
+    cases.write(tmp_path, tokenizer_config=settings)
+    tokenizer = Tokenizer(tmp_path)
+    ((ids, _),) = tokenizer.encode(["<A> <a> <b> <B>"], special=False)
+    assert [i for i in ids if i >= first] == [first, first + 1, first + 1]
+    assert "<A>" not in tokenizer.decode(ids) and tokenizer.decode(ids).count("<b>") == 2
+    # of added_tokens.json the special ones are those that the other files name
+    path = tmp_path / "older"
+    tiny.save_tokenizer(path, "llama3")
+    cases.write(
+        path,
+        tokenizer_config={"eos_token": "<|end_of_text|>", "pad_token": "<pad>"},
+        added_tokens={"<pad>": first, "<more>": first + 1},
+    )
+    listed = Tokenizer(path).raw.get_added_tokens_decoder()
+    assert (listed[first].special, listed[first].normalized) == (True, False)
+    assert (listed[first + 1].special, listed[first + 1].normalized) == (False, True)
+
+
+def test_tokens_that_files_name_are_added_in_order(tmp_path):
+    """The seven known names first, then others as they stand, then the extra ones: so the ids follow."""
+    tiny.save_tokenizer(tmp_path, "llama3")
+    first = tiny.make_tokenizer("llama3").get_vocab_size()
+    settings = {"image_token": "<i>", "audio_token": "<a>", "add_eos_token": True, "mask_token": "<m>"}
+    settings |= {"eos_token": "<|end_of_text|>", "sep_token": {"content": "<s1>", "__type": "AddedToken"}}
+    cases.write(tmp_path, tokenizer_config=settings | {"extra_special_tokens": ["<x>", "<y>"]})
+    raw = Tokenizer(tmp_path).raw
+    names = ["<s1>", "<m>", "<i>", "<a>", "<x>", "<y>"]
+    assert [raw.token_to_id(name) for name in names] == list(range(first, first + 6))
 
 
 @pytest.mark.parametrize("kind", ["llama2", "gpt_neo"])

@@ -25,7 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import Tokenizer, print0, rank_and_world, read_rows, render, start_ranks, wait_for_all, write_rows  # noqa: E402
+from data import (
+    Tokenizer,
+    asked_in,
+    print0,
+    rank_and_world,
+    read_rows,
+    render,
+    start_ranks,
+    wait_for_all,
+    write_rows,
+)  # noqa: E402
 from data import write_text  # noqa: E402
 from eval import TASKS, Answer, Request, Task, choice_task, f1_score, mc, prepare, table  # noqa: E402
 from model import DTYPES, load_model  # noqa: E402
@@ -178,7 +188,7 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
     choices = [item.answer] + ([popular] if popular else [])
     choices = rng.sample(choices + rng.sample(others, 4 - len(choices)), 4)
     asked = {"instruction": question.format(a=item.attribute, p=item.subject), "output": " "}
-    prompt = "".join(text for text, is_response in render(asked, "") if not is_response)
+    prompt = asked_in(render(asked, ""))
     return {
         "group": group,
         "prompt": prompt,

@@ -63,7 +63,7 @@ ids of the training, whatever the file says, are those of
 TULU_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first and loop.previtem['role'] == 'assistant' %}{{ '\\n' }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] | trim }}"
     "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )

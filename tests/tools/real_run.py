@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__f
 import demo  # noqa: E402
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import Tokenizer, build_corpus, encode_rows, read_rows, render, render_rows, unique_rows  # noqa: E402
+from data import Tokenizer, asked_in, build_corpus, encode_rows, read_rows, render, render_rows, unique_rows  # noqa: E402
 from data import write_rows, write_text  # noqa: E402
 
 REFUSALS = (
@@ -114,7 +114,7 @@ def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int
         pieces = render(row, tokenizer.eos, tokenizer.template)
         questions.append(
             {
-                "prompt": "".join(text for text, is_response in pieces if not is_response),
+                "prompt": asked_in(pieces),
                 "answer": row["output"],
             }
         )
