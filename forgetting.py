@@ -1336,11 +1336,13 @@ def describe_rows(
 
 def show_row(corpus: Corpus, example: int, tokenizer: Tokenizer) -> str:
     """Where a row stands, the end of its question and the beginning of its answer."""
-    span = slice(corpus.offsets[example], corpus.offsets[example + 1])
-    tokens, response = corpus.tokens[span], corpus.response[span]
-    question = tokenizer.decode(tokens[: response.argmax()].tolist())[-60:]
-    answer = tokenizer.decode(tokens[response].tolist())[:60]
-    return f"{corpus.locations[example]}  {question!r} -> {answer!r}"
+    first, last = corpus.offsets[example], corpus.offsets[example + 1]
+    tokens = corpus.tokens[first:last]  # (length,)
+    response = corpus.response[first:last]
+    before = response.argmax()  # how many tokens there are before the first of a response
+    question = tokenizer.decode(tokens[:before].tolist())
+    answer = tokenizer.decode(tokens[response].tolist())
+    return f"{corpus.locations[example]}  {question[-60:]!r} -> {answer[:60]!r}"
 
 
 # ---------------------------------------------------------------------------------- figures and the table

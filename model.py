@@ -1262,9 +1262,7 @@ def save_model(model: Transformer, folder: str | os.PathLike, shard_bytes: int =
     temporary = folder / "config.json.tmp"
     temporary.write_text(text + "\n")
     for path in folder.glob("*.safetensors"):
-        path.chmod(
-            temporary.stat().st_mode
-        )  # what the umask gives; safetensors lets the owner alone read
+        path.chmod(temporary.stat().st_mode)  # what the umask gives; safetensors lets the owner alone read
     os.replace(temporary, folder / "config.json")
 
 
