@@ -235,7 +235,7 @@ def test_other_inputs_are_refused_and_nothing_is_changed(finished, setting, monk
         (["--t-max", 0.5], "was made with other t_max (there 0.25, now 0.5): use another --out"),
         (
             ["--epochs", 2, "--rank", 5],
-            "was made with other rank (there 4, now 5); epochs (there 1, now 2): use another --out",
+            "was made with other epochs (there 1, now 2); rank (there 4, now 5): use another --out",
         ),
         (["--n-train", 23], "was made with other training data (there"),
         (["--n-reference", 11], "was made with other reference data (there"),
