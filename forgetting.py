@@ -101,6 +101,12 @@ def run(options: Options) -> Results:
     all_positive = d_ref.response.astype(np.int8)  # (C,)
     train(model, d_ref, all_positive, out / "reference", ref_options, seed=0)
 
+    time_to_come = describe_time(
+        read_log(out / "reference/metrics.jsonl"), trained, d_train, len(options.seeds)
+    )
+    if time_to_come:
+        print0(time_to_come)
+
     # Stage 2. Score D_train. With the adapter on, the model is theta'; with it off, theta
     scorer = model
     if options.score_dtype != options.dtype:
@@ -114,7 +120,7 @@ def run(options: Options) -> Results:
     plain_options = dataclasses.replace(options, forget_rate=None)
     plain_signs = choose_signs(METHODS["forgetting"], quality, d_train, plain_options, seed=0)  # (C,)
     print0(describe_scores(base_loss, ref_loss, plain_signs))
-    print0(describe_trust(scorer, held_out, quality, options))
+    print0(describe_trust(scorer, held_out, quality, d_train, options))
     detected = detection(quality, plain_signs < 0, d_train)
     if detected:  # the rows mark what is known to be noise
         print0(describe_noise(detected))
@@ -886,7 +892,7 @@ class Options:
     )
     reference_lr: float = option("setting", None, "peak rate of the reference [--lr]", "(0, inf)")
     reference_epochs: int | None = option(
-        "setting", None, "passes over D_ref [--epochs, 8 steps]", "[1, inf)"
+        "setting", None, "passes over D_ref [--epochs, and 24 steps; 8 if drawn from --data]", "[1, inf)"
     )
     # not float16, whose gradients would underflow
     dtype: str = option(
@@ -1082,13 +1088,23 @@ def read_held_out(options: Options, tokenizer: Tokenizer, *trained: Corpus) -> C
     return held_out
 
 
+TRUSTED_STEPS, DRAWN_STEPS = 24, 8  # the fewest steps of a reference, by where D_ref comes from
+
+
 def reference_options(options: Options, n_reference: int) -> Options:
-    """The options of stage 1: --reference-lr, and --reference-epochs, or as many as make at least 8 steps."""
-    # the rate begins at 0 and ends near it: fewer steps teach nothing, and all Q are equal
-    steps = math.ceil(n_reference / options.batch_size)
-    epochs = options.reference_epochs or max(options.epochs, math.ceil(8 / steps))
+    """The options of stage 1: --reference-lr, and --reference-epochs or as many as make enough steps.
+
+    On rows that are trusted a reference needs 24 steps, however few rows there are: after 8 its Q tells
+    nothing yet (tests/README.md). A D_ref that was drawn from --data gets the paper's single pass, but 8 steps
+    at least: the rate begins at 0 and ends near it, and fewer steps teach nothing.
+    """
+    fewest = TRUSTED_STEPS if options.reference_data else DRAWN_STEPS
+    steps_per_epoch = math.ceil(n_reference / options.batch_size)
+    enough = math.ceil(fewest / steps_per_epoch)
+    epochs = options.reference_epochs or max(options.epochs, enough)
     if epochs > options.epochs and options.reference_epochs is None:
-        print0(f"D_ref has {n_reference} examples: the reference takes {epochs} epochs (--reference-epochs)")
+        steps = epochs * steps_per_epoch
+        print0(f"D_ref has {n_reference} examples: {epochs} epochs, {steps} steps (--reference-epochs)")
     return dataclasses.replace(options, lr=options.reference_lr, epochs=epochs)
 
 
@@ -1220,12 +1236,20 @@ def describe_plan(ref_options: Options, trained: dict, d_ref: Corpus, d_train: C
         if steps == 1 and options.warmup:
             notes["warning: a single step has rate 0 and teaches nothing: --warmup 0, or more epochs"] = None
         elif steps * options.lr < 0.006:  # 17 steps at 3e-4 hardly told methods apart, 20 at 5e-4 did
-            mend = (
-                "for a few hundred rows try --lr 5e-4 --reference-lr 1e-3 --batch-size 10, or more --epochs"
-            )
-            notes[f"note: {steps} steps at {options.lr:g}: expect little; {mend}"] = None
+            notes["note: so few steps at such a rate teach little: more --epochs, or a higher --lr"] = None
     plan = table(["plan", "trainings", "steps each", "rate", "tokens"], lines)
     return "\n".join([plan, *notes])
+
+
+def describe_time(log: list[dict], trained: dict, d_train: Corpus, seeds: int) -> str:
+    """How long the trainings of stage 4 take, at the speed of the reference's; "" where none is known."""
+    speeds = [line["tokens/s"] for line in log if line.get("tokens/s")]
+    epochs = sum(method_options.epochs for _, method_options in trained.values()) * seeds
+    if not speeds or not epochs:
+        return ""
+    minutes = epochs * len(d_train.tokens) / float(np.median(speeds)) / 60
+    about = f"{minutes:.0f}" if minutes >= 2 else f"{minutes:.1f}"
+    return f"the trainings to come take about {about} minutes; scores and figures come on top"
 
 
 def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
@@ -1251,24 +1275,59 @@ def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
     return "\n".join(lines)
 
 
-def describe_trust(model: Transformer, held_out: Corpus, quality: Array, options: Options) -> str:
-    """The trust gap: mean Q on rows that the user trusts minus mean Q on D_train. theta' is on the model."""
+def describe_trust(
+    model: Transformer, held_out: Corpus, quality: Array, d_train: Corpus, options: Options
+) -> str:
+    """Where D_ref comes from, and the trust gap, with what it told in our runs. theta' is on the model."""
     origin = "D_ref is --reference-data"
     if not options.reference_data:
         origin = "D_ref was drawn from --data and is as noisy as it: --reference-data takes rows you trust"
-    if not len(held_out):
+    if len(held_out) < 3:
         return f"{origin}\nno --eval-data: only rows that you trust could tell whether Q points the right way"
     base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
-    trusted = float(np.nanmean(quality_scores(base_loss, ref_loss)))
-    noisy = float(np.nanmean(quality))
-    rows = f"{trusted:.3f} on the {len(held_out)} rows of --eval-data"
-    text = f"{origin}\ntrust gap {trusted - noisy:+.3f}: mean Q {rows}, {noisy:.3f} on D_train"
-    if trusted > noisy:
-        return text
-    return f"{text}\n" + (
-        "warning: the gap is not positive. In the runs of tests/README.md leaving tokens out won where it\n"
-        "was +0.16 to +0.32, and lost to full where it was -0.05 to -0.56: get a cleaner D_ref, or use full"
-    )
+    trusted = sequence_means(quality_scores(base_loss, ref_loss), held_out)
+    deviation = float(np.nanstd(quality))
+    gap, low, high = trust_gap(trusted, sequence_means(quality, d_train), deviation)
+    than = f"Q of the {len(held_out)} rows of --eval-data against rows of D_train of the same length"
+    lines = [origin, f"trust gap {gap:+.2f} [{low:+.2f}, {high:+.2f}] deviations of Q: {than}"]
+    if high < 0:
+        lines.append(
+            "warning: Q is lower on rows you trust: it points the wrong way. A cleaner D_ref, or full"
+        )
+    elif low <= 0:
+        lines.append(
+            "so whether Q points the right way cannot be told: more trusted rows, or more --reference-epochs"
+        )
+    else:
+        lines.append("so Q points the right way: leaving out what it ranks low should help")
+    return "\n".join(lines)
+
+
+def trust_gap(
+    trusted: tuple[Array, Array], d_train: tuple[Array, Array], deviation: float
+) -> tuple[float, float, float]:
+    """How much higher Q is on trusted rows than on rows of D_train of the same length, in deviations of Q.
+
+    Each is (mean Q (R,), tokens (R,)) of its rows, as sequence_means has them. Short answers have another Q
+    than long ones whatever they say, so a line of mean Q over the logarithm of the length is fitted to
+    D_train, and the trusted rows are compared with it, every token counting the same. Returns the gap and its
+    95 % interval over rows.
+    """
+    means, tokens = d_train
+    lengths = np.log(tokens)
+    slope, level = 0.0, float(means.mean())
+    if len(means) > 2 and lengths.std() > 0:
+        slope, level = np.polyfit(lengths, means, 1)
+    scatter = float((means - level - slope * lengths).std()) / math.sqrt(len(means))
+
+    trusted_means, trusted_tokens = trusted
+    above = trusted_means - level - slope * np.log(trusted_tokens)  # (R,)
+    weights = trusted_tokens / trusted_tokens.sum()
+    gap = float(weights @ above)
+    rows = len(above)
+    error = math.sqrt(float(weights**2 @ (above - gap) ** 2) * rows / (rows - 1))
+    reach = student_t_quantile(0.05, rows - 1) * math.hypot(error, scatter)
+    return gap / deviation, (gap - reach) / deviation, (gap + reach) / deviation
 
 
 def roc_auc(low: Array, high: Array) -> float:
