@@ -1095,8 +1095,8 @@ def reference_options(options: Options, n_reference: int) -> Options:
     """The options of stage 1: --reference-lr, and --reference-epochs or as many as make enough steps.
 
     On rows that are trusted a reference needs 24 steps, however few rows there are: after 8 its Q tells
-    nothing yet (tests/README.md). A D_ref that was drawn from --data gets the paper's single pass, but 8 steps
-    at least: the rate begins at 0 and ends near it, and fewer steps teach nothing.
+    nothing yet (tests/README.md). A D_ref that was drawn from --data gets the paper's single pass, but at
+    least 8 steps: the rate begins at 0 and ends near it, and fewer teach nothing.
     """
     fewest = TRUSTED_STEPS if options.reference_data else DRAWN_STEPS
     steps_per_epoch = math.ceil(n_reference / options.batch_size)

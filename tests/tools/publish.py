@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
-from forgetting import METHODS, options_of  # noqa: E402
+from forgetting import DRAWN_STEPS, METHODS, TRUSTED_STEPS, options_of  # noqa: E402
 from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, read_config, save_model, weight_files  # noqa: E402
 
@@ -230,7 +230,8 @@ def trained_options(name: str, config: dict) -> dict:
     stem, _, changes = name.partition(":")
     method = METHODS.get(stem, METHODS["full"])  # the reference is trained as full is
     if stem == "reference":
-        epochs = config["reference_epochs"] or f"at least {config['epochs']}, and at least 8 steps"
+        fewest = TRUSTED_STEPS if config.get("reference_data") else DRAWN_STEPS
+        epochs = config["reference_epochs"] or f"at least {config['epochs']}, and at least {fewest} steps"
         config = config | {"lr": config["reference_lr"], "epochs": epochs}
     config = config | dict(change.split("=", 1) for change in changes.split(",") if change)
     for key in ("rho", "ceiling"):  # the method's own where none is given
