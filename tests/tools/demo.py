@@ -187,7 +187,7 @@ def _question(item: Item, wrapper: str, group: str, rng: random.Random) -> dict:
     others = [x for x in item.others if x != popular]
     choices = [item.answer] + ([popular] if popular else [])
     choices = rng.sample(choices + rng.sample(others, 4 - len(choices)), 4)
-    asked = {"instruction": question.format(a=item.attribute, p=item.subject), "output": " "}
+    asked = {"instruction": question.format(a=item.attribute, p=item.subject), "output": "-"}
     prompt = asked_in(render(asked, ""))
     return {
         "group": group,
