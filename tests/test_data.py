@@ -1,6 +1,7 @@
 """data.py: from rows to masks to packs."""
 
 import gzip
+import io
 import json
 import sys
 
@@ -642,3 +643,400 @@ def test_a_field_noise_of_another_meaning_is_said(tmp_path):
     ]
     notes = [render_rows([[row]], Tokenizer(tmp_path))[1] for row in rows]
     assert notes == [[], *[["fields not used: noise, which is not [[start, end, kind], ...]"]] * 2]
+
+
+BLANKS = [
+    "",
+    " ",
+    "\n\t",
+    "\u00a0",
+    "\u3000\u2003",
+    "\u2028\x85",
+    "\u200b",
+    "\ufeff\u2060",
+    "\u3164",
+    "\u2800",
+    None,
+    float("nan"),
+]
+
+
+@pytest.mark.parametrize("blank", BLANKS, ids=ascii)
+def test_a_text_that_says_nothing_is_absent(blank):
+    """Found at 14fe823: " " was a system prompt, a NaN of pandas a text that must be a string, and a blank answer
+    was learned, or its eos alone."""
+    pair = {"instruction": "a", "output": "b"}
+    said = render(pair, "$")
+    for name in (
+        "input",
+        "context",
+        "system",
+        "system_prompt",
+        "history",
+        "prompt",
+        "completion",
+        "tools",
+        "chosen",
+        "weight",
+    ):
+        assert render(pair | {name: blank}, "$") == said, name
+    assert render({"instruction": blank, "input": "a", "output": "b"}, "$") == said
+    assert render({"messages": blank, "prompt": blank, "instruction": "a", "response": "b"}, "$") == said
+    assert render({"prompt": blank, "completion": "b"}, "$") == [("", False), ("b$", True)]
+    row = {"messages": messages("a", "b", "c", "d", tool_calls=blank, name=blank, reasoning_content=blank)}
+    assert render(row, "$") == render({"messages": messages("a", "b", "c", "d")}, "$")
+    for nothing in (
+        {"instruction": "a", "output": blank},
+        {"prompt": "a", "completion": blank},
+        {"messages": messages("a", blank)},
+        {"prompt": messages("a"), "completion": messages("x", blank)[1:]},
+    ):
+        with pytest.raises(data.NoResponse):
+            render(nothing, "$")
+    for turns in (messages("a", blank, "c", "d"), messages("a", "b", "c", blank)):
+        answers = [text for text, is_response in render({"messages": turns}, "$") if is_response]
+        assert answers == [("d$" if turns[1]["content"] is blank else "b$")], "not even its eos is judged"
+    history = render(pair | {"history": [["q", blank]]}, "$")
+    assert [text for text, is_response in history if is_response] == ["b$"]
+
+
+def test_an_answer_of_an_eos_alone_has_no_text():
+    """Files that wrote the eos already have it behind an empty answer, too."""
+    for row in ({"prompt": "a", "completion": " </s>"}, {"messages": messages("a", "</s>")}):
+        with pytest.raises(data.NoResponse):
+            render(row, "</s>")
+    pieces = render({"messages": messages("a", "</s>", "c", "d</s>")}, "</s>")
+    assert [text for text, is_response in pieces if is_response] == ["d</s>"]
+
+
+def test_white_space_inside_a_content_of_parts_is_text():
+    parts = [{"type": "text", "text": text} for text in ("a", " ", "b", "\n", None, "c")]
+    row = {"messages": [{"role": "user", "content": parts}, *messages("a", "b")[1:]]}
+    assert render(row, "$") == render({"messages": messages("a b\nc", "b")}, "$")
+    with pytest.raises(ValueError, match="a part of type text must have a text"):
+        render({"messages": [{"role": "user", "content": [{"type": "text", "content": "x"}]}]}, "$")
+
+
+@pytest.mark.parametrize(
+    "nothing", ["[]", "null", "{}", " [ ] ", '""', "[null]", '[{}, {"name": null}]', "NaN", "false", "0"]
+)
+@pytest.mark.parametrize("name", ["tools", "functions", "images", "tool_calls"])
+def test_json_text_of_nothing_is_absent(name, nothing):
+    """TRL 1.16.0 prefers tools as JSON text; in a column of text the same letters are an answer."""
+    assert render({"messages": messages("a", "b"), name: nothing}, "$") == render(
+        {"messages": messages("a", "b")}, "$"
+    )
+    assert render({"messages": messages("a", "b", **{name: nothing})}, "$") == render(
+        {"messages": messages("a", "b")}, "$"
+    )
+    assert ("[]$", True) in render({"instruction": "An empty list?", "output": "[]"}, "$")
+    assert ("null$", True) in render({"messages": messages("a", "null")}, "$")
+
+
+def test_json_text_of_something_is_something():
+    for name, text in {
+        "tools": '[{"name": "f"}]',
+        "functions": "[0, {}, 1]",
+        "images": '"a.png"',
+        "tool_calls": "[oops",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} cannot be rendered"):
+            render({"messages": messages("a", "b"), name: text}, "$")
+    for name in ("messages", "conversations", "history"):
+        assert render({"instruction": "a", "output": "b", name: "[]"}, "$") == render(
+            {"instruction": "a", "output": "b"}, "$"
+        )
+    with pytest.raises(ValueError, match="messages must be a list of messages, not str"):
+        render({"messages": json.dumps(messages("a", "b"))}, "$")
+
+
+OTHER = {"from": "human", "value": "a"}
+LONGER = {"messages": [{"role": "system", "content": "s"}, *messages("q", "r", "a", "b")]}
+
+
+@pytest.mark.parametrize(
+    "row, same",
+    [
+        # nulls of the other format, in both directions; and both, if they say the same
+        (
+            {"messages": [OTHER | {"role": None, "content": None}, *messages("a", "b")[1:]]},
+            {"messages": messages("a", "b")},
+        ),
+        (
+            {"conversations": messages("a", "b", value=None, **{"from": float("nan")})},
+            {"messages": messages("a", "b")},
+        ),
+        (
+            {"messages": [OTHER | {"role": "user", "content": "a"}, *messages("a", "b")[1:]]},
+            {"messages": messages("a", "b")},
+        ),
+        # copies of what is said
+        (WITH_SYSTEM | {"system": "s"}, WITH_SYSTEM),
+        (WITH_SYSTEM | {"system_prompt": " s\n", "system_message": "s"}, WITH_SYSTEM),
+        (WITH_SYSTEM | {"instruction": " a", "output": "b "}, WITH_SYSTEM),
+        (EARLIER | {"history": [["q", "r"]]}, EARLIER),
+        (LONGER | {"history": messages("q", "r"), "system": "s"}, LONGER),
+        (EARLIER | {"prompt": messages("q", "r", "a")}, EARLIER),
+        (
+            EARLIER
+            | {"conversations": messages("q", "r", "a", "b"), "chosen": messages("q", "r", "a", "b")[3:]},
+            EARLIER,
+        ),
+        (
+            {
+                "instruction": "a",
+                "input": "x",
+                "output": "b",
+                "question": "a",
+                "context": "x",
+                "query": "a\n\nx",
+            },
+            {"instruction": "a\n\nx", "output": "b"},
+        ),
+    ],
+)
+def test_what_is_said_twice_is_said_once(row, same):
+    assert render(row, "$") == render(same, "$")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (WITH_SYSTEM | {"system": "another"}, "must take turns"),
+        ({"messages": messages("a", "b", value="c")}, "content and value are both there"),
+        ({"messages": [OTHER | {"role": "assistant"}]}, "role and from are both there"),
+        (EARLIER | {"prompt": messages("another")}, "prompt has no place in this format"),
+        (EARLIER | {"prompt": messages("q", "another")}, "prompt has no place in this format"),
+        (EARLIER | {"completion": []}, None),
+    ],
+)
+def test_what_says_something_else_is_no_copy(row, message):
+    if message is None:
+        assert render(row, "$") == render(EARLIER, "$")
+        return
+    with pytest.raises(ValueError, match=message):
+        render(row, "$")
+
+
+def test_tulus_template_strips_as_open_instruct_does():
+    """open-instruct's encode_with_messages_format strips every content; the authors' ids are made so: of 2,699 real
+    conversations 500 had a line break at an end."""
+    row = {
+        "messages": [
+            {"role": "system", "content": " s "},
+            *messages("\n a\u00a0", "b\n\n", " c", " \td </s>"),
+        ]
+    }
+    text = "".join(piece for piece, _ in render(row, "</s>"))
+    assert text == "<|system|>\ns\n<|user|>\na\n<|assistant|>\nb</s>\n<|user|>\nc\n<|assistant|>\nd </s>"
+    assert render({"prompt": " a ", "completion": " b "}, "$") == [(" a ", False), (" b $", True)], (
+        "no template"
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3"])
+def test_the_published_template_writes_a_bos_where_the_tokenizer_puts_one(tmp_path, kind):
+    """And none where it does not; contents are stripped as in training."""
+    import jinja2
+
+    tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path, kind))
+    turns = messages(" The quick\n", "fox \n", "\njumps", " over")
+    puts_bos = tokenizer.encode(["x"])[0][0][0] == tokenizer.bos_id
+    template = chat_template(tokenizer)
+    assert puts_bos == template.startswith("{{ bos_token }}") == tiny.SPECIAL[kind][3]
+    shown = (
+        jinja2.Environment()
+        .from_string(template)
+        .render(messages=turns, bos_token=tokenizer.bos, eos_token=tokenizer.eos)
+    )
+    ((ids, _),) = tokenizer.encode([shown], special=False)
+    corpus = build_corpus([{"messages": turns}], tokenizer)
+    assert ids == corpus.tokens.tolist()
+    assert ids.count(tokenizer.bos_id) == (1 if puts_bos else 0) or tokenizer.bos_id == tokenizer.eos_id
+
+
+def test_noise_without_a_template_counts_in_the_row_too(tokenizer):
+    """Of the last response that is trained on; tulu trims, raw text does not."""
+    marks = [[0, 3, "space"], [3, 8, "wrong"], [9, 99, "behind"]]
+    cases = {
+        "tulu": {"messages": messages("q", "x", "a", "\n\n wrong "), "noise": marks},
+        "raw": {"prompt": "a", "completion": "\n\n wrong ", "noise": marks},
+        "off": {"messages": messages("q", "\n\n wrong ", "a", "wrong", weight=1), "noise": marks},
+    }
+    cases["off"]["messages"][3]["weight"] = 0
+    kinds = {"tulu": ["wrong"], "raw": ["space", "wrong"], "off": ["wrong"]}
+    for name, row in cases.items():
+        (((rendered,),), notes) = render_rows([[row]], tokenizer)
+        assert [kind for _, _, kind in rendered.noise] == kinds[name], name
+        start, end, _ = rendered.noise[-1]
+        assert rendered.text[start:end] == "wrong"
+        assert notes == ["fields not used: marks of noise that are not in the response"]
+    corpus = build_corpus([cases["tulu"]], tokenizer)
+    marked = tokenizer.decode(corpus.tokens[corpus.noisy].tolist(), skip_special=False)
+    assert marked.strip() == "wrong", "the eos is no part of it"
+
+
+def test_the_fingerprint_is_of_tokens_mask_and_boundaries():
+    corpus = position_corpus([3, 4])
+    before = corpus.fingerprint()
+    changed = position_corpus([3, 4])
+    changed.response[2] = False
+    assert changed.fingerprint() != before, "of the same text less is judged"
+    changed = position_corpus([4, 3])
+    changed.response[:] = corpus.response
+    assert changed.fingerprint() != before
+    corpus.tokens[1] += 1
+    assert corpus.fingerprint() != before
+
+
+def test_answers_that_lose_their_end_are_counted(tokenizer):
+    """Whole rows are dropped, and counted apart; an answer that ends with the last token is whole."""
+    row = {"messages": messages("a", "the quick fox", "c", "jumps over")}
+    whole = build_corpus([row], tokenizer)
+    length = len(whole.tokens)
+    long = {"prompt": "the dog " * 200, "completion": "x"}
+    assert whole.cut == 0 == build_corpus([row], tokenizer, max_length=length).cut
+    judged = np.flatnonzero(whole.response)
+    second = judged[np.flatnonzero(np.diff(judged) > 1)[0] + 1]  # where the second answer begins
+    for end, cut in ((length - 1, 1), (second + 1, 1), (second, 1), (second - 3, 1), (judged[0] + 1, 2)):
+        corpus = build_corpus([long, row], tokenizer, max_length=int(end))
+        assert (corpus.cut, corpus.dropped, len(corpus.tokens)) == (cut, 1, end)
+
+
+def test_several_flags_of_one_turn():
+    """Each may switch it off; what is not 0 or 1 is refused, whatever the others say."""
+    for flags in (
+        {"weight": 1, "train": 0},
+        {"train": 0, "weight": 1},
+        {"masked": 1, "loss": 1},
+        {"masked": 0, "loss": 0},
+    ):
+        pieces = render({"messages": messages("q", "r", "a", "b", **flags)}, "$")
+        assert [text for text, is_response in pieces if is_response] == ["b$"], flags
+    pieces = render({"messages": messages("q", "r", "a", "b", weight=1, train=True, masked=False)}, "$")
+    assert [text for text, is_response in pieces if is_response] == ["r$", "b$"]
+    with pytest.raises(ValueError, match="loss can only be 0, 1"):
+        render({"messages": messages("q", "r", "a", "b", train=0, loss=2)}, "$")
+
+
+def test_a_users_weight_does_not_make_it_an_answer(tokenizer):
+    turns = messages("a", "b")
+    for weight, notes in (
+        (0, []),
+        (1, ["fields not used: a message's weight, where it is not the assistant's"]),
+    ):
+        turns[0]["weight"] = weight
+        assert render({"messages": turns}, "$") == render({"messages": messages("a", "b")}, "$")
+        assert render_rows([[{"messages": turns}]], tokenizer)[1] == notes
+
+
+def test_a_response_that_begins_with_a_space_gets_no_second():
+    for space in (" ", "\n", "\u00a0"):
+        assert render({"prompt": "p", "completion": f"{space}c"}, "$") == [("p", False), (f"{space}c$", True)]
+        assert render({"prompt": f"p{space}", "completion": "c"}, "$") == [(f"p{space}", False), ("c$", True)]
+
+
+def test_responses_that_touch_are_one_span(tmp_path):
+    """A template may write nothing between two answers: then the text and its duplicate have the same spans."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tiny.save_tokenizer(tmp_path, "llama3")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    rows = [{"messages": messages("a", "b", "c", "d")}]
+    ((rendered,),), _ = render_rows([rows], Tokenizer(tmp_path, "model"))
+    assert (rendered.text, rendered.spans) == ("b</s>d</s>", ((0, 10),))
+
+
+def test_half_a_character_is_named_in_small_and_capital_letters(tmp_path):
+    """json.dumps writes "\\ud83d", Java's and C#'s writers "\\uD83D"; a whole pair is a character."""
+    for escape in ("\\ud83d", "\\uD83D", "\\uDE00", "\\uDB40"):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b' + escape + '"}')
+        with pytest.raises(ValueError, match=f"a.jsonl:1: .u{escape[2:].lower()} alone is half a character"):
+            read_rows([str(tmp_path / "a.jsonl")])
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "\\uD83D\\uDE00"}')
+    assert read_rows([str(tmp_path / "a.jsonl")])[0]["completion"] == "\U0001f600"
+
+
+def test_capital_suffixes_are_read(tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    for name in ("a.jsonl.GZ", "a.JSON.Gz", "a.JSONL.gz"):
+        content = [row] if ".JSON." in name else row
+        (tmp_path / name).write_bytes(gzip.compress(json.dumps(content).encode()))
+        assert read_rows([str(tmp_path / name)])[0]["prompt"] == "a"
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_read(tmp_path):
+    """Such a name could be kept in no file of a run: it ended after the reference was trained."""
+    with pytest.raises(ValueError, match=r"'.*r.udce9.jsonl': a file name that is not UTF-8: rename it"):
+        read_rows([str(tmp_path / "r\udce9.jsonl")])
+
+
+def test_a_terminal_shows_what_it_can(monkeypatch):
+    for encoding, shown in (
+        ("ascii", b"caf? ?\n"),
+        ("latin-1", b"caf\xe9 ?\n"),
+        ("utf-8", "café 第\n".encode()),
+    ):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", screen)
+        data.print0("café 第")
+        assert screen.buffer.getvalue() == shown
+
+
+def json_table(rows: list[dict], path) -> None:
+    """A table as datasets 5.2.0 writes it where the objects of a list differ in their keys."""
+    import pyarrow
+    import pyarrow.parquet
+
+    as_json = pyarrow.json_()
+    texts = [json.dumps(message) for row in rows for message in row["messages"]]
+    elements = pyarrow.ExtensionArray.from_storage(as_json, pyarrow.array(texts))
+    offsets = np.cumsum([0, *(len(row["messages"]) for row in rows)])
+    columns = {"messages": pyarrow.ListArray.from_arrays(pyarrow.array(offsets, "int32"), elements)}
+    notes = pyarrow.ExtensionArray.from_storage(
+        as_json, pyarrow.array([json.dumps(row["noise"]) for row in rows])
+    )
+    columns["noise"] = notes
+    tools = pyarrow.ExtensionArray.from_storage(as_json, pyarrow.array(["[]", "null", None][: len(rows)]))
+    columns["extra"] = pyarrow.StructArray.from_arrays(
+        [tools, pyarrow.array(["x"] * len(rows))], names=["tools", "tag"]
+    )
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_columns_of_json_give_what_their_text_says(tmp_path, monkeypatch):
+    """Arrow's type arrow.json, in lists and structs, too: pyarrow 26.0.1's to_pylist gives the JSON text, and
+    "Santiago." was trained with its quotation marks."""
+    pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [
+        {"messages": messages("a", "Santiago.", weight=1), "noise": [[0, 3, "x"]]},
+        {"messages": messages("c", 'He said "no"', "d", "e"), "noise": []},
+    ]
+    json_table(rows, tmp_path / "a.parquet")
+    read = read_rows([str(tmp_path / "a.parquet")])
+    for row, found in zip(rows, read, strict=True):
+        assert {name: found[name] for name in row} == row
+        assert found["extra"]["tools"] in ([], None) and found["extra"]["tag"] == "x"
+    monkeypatch.delattr(pyarrow, "json_")  # as before pyarrow 19
+    with pytest.raises(ValueError, match="its columns of JSON need pyarrow 19"):
+        read_rows([str(tmp_path / "a.parquet")])
+
+
+def test_public_tables_are_read_as_rows(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    rows = [{"messages": messages("a", "b"), "noise": []}]
+    json_table(rows, tmp_path / "a.parquet")
+    (row,) = map(json.loads, get_data.table_as_lines(tmp_path / "a.parquet").splitlines())
+    assert row["messages"] == rows[0]["messages"] and "_source" not in row
+
+
+def test_the_name_of_a_public_file_in_the_cache(monkeypatch):
+    """Others' scripts look there; a slash in it would be a folder."""
+    monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
+    monkeypatch.setattr(get_data.constants, "HF_HOME", "/cache")
+    for kind in ("jsonl", "parquet"):
+        path = get_data.fetch_rows(f"{get_data.HUB_PREFIX}a/b/c d/rows.{kind}@main")
+        assert path.as_posix() == f"/cache/forgetting-rows/a%2Fb%2Fc%20d%2Frows.{kind}%40main.jsonl"

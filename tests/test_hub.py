@@ -194,6 +194,7 @@ def session(hub, home) -> tuple[dict, str, list]:
         ("rows", "nowhere"),
         ("again", "wizardlm"),
         ("rows", "hf://datasets/someone/parquet/data/train-00000.parquet"),
+        ("rows", "hf://datasets/someone/parquet/data/train.csv"),
         ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
         ("rows", "hf://datasets/someone/absent/rows.jsonl"),
         ("rows", "hf://datasets/someone"),
@@ -282,7 +283,12 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
         (
             "rows",
             "hf://datasets/someone/parquet/data/train-00000.parquet",
-            "only JSON and JSONL are read; convert it: hf",
+            "hub:someone/parquet:data/train-00000.parquet: ",  # what data.py says of it
+        ),
+        (
+            "rows",
+            "hf://datasets/someone/parquet/data/train.csv",
+            "only JSON, JSONL and parquet are read; convert it: hf",
         ),
         (
             "rows",

@@ -2,7 +2,7 @@
 
     ./run.sh get_data boolq arithmetic paper      # tasks of eval.py, and groups of them
     ./run.sh get_data flan_v2 dolly alpaca        # training sets: --data runs/data/flan_v2.jsonl
-    ./run.sh get_data hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows
+    ./run.sh get_data hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows      # .json, .parquet, too
 
 They are converted once, checked where their sha256 is known, kept under the Hugging Face cache (HF_HOME), and copied.
 """
@@ -27,7 +27,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import NoResponse, RowError, render, whole_file  # noqa: E402
+from data import NoResponse, RowError, read_rows, render, whole_file  # noqa: E402
 from eval import GROUPS, TASKS  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -199,22 +199,48 @@ BENCHMARKS = {  # file: (where its originals are, how they are converted, start 
 }
 
 
+def hub_file(source: str) -> Path:
+    """The file of "hub:REPO:FILE@REVISION", through the Hub's client and its cache."""
+    _, repo, file = source.split(":")
+    file, _, revision = file.partition("@")
+    return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision or None))
+
+
+class NotATable(ValueError):
+    """A parquet file that cannot be read, or not here."""
+
+
+def table_as_lines(path: Path) -> str:
+    """The rows of a parquet file, as data.py reads them, as JSONL."""
+    try:
+        rows = read_rows([str(path)])
+    except ValueError as error:
+        raise NotATable(error) from None
+    lines = []
+    for row in rows:
+        del row["_source"]
+        lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    return "".join(lines)
+
+
 def fetch_text(source: str) -> str:
     """A public text: "hub:REPO:FILE" through the Hub's client (and its cache), anything else by https.
 
-    What is gzipped is unpacked. Raises ValueError naming the source.
+    What is gzipped is unpacked, a table becomes JSON lines. Raises ValueError naming the source.
     """
     try:
         if source.startswith("hub:"):
-            _, repo, file = source.split(":")
-            file, _, revision = file.partition("@")
-            path = hf_hub_download(repo, file, repo_type="dataset", revision=revision or None)
-            content = Path(path).read_bytes()
+            path = hub_file(source)
+            if path.suffix.lower() == ".parquet":
+                return table_as_lines(path)
+            content = path.read_bytes()
         elif constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         else:
             content = download(source)
         return (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8")
+    except NotATable as error:
+        raise ValueError(f"{source}: {error}") from None
     except Exception as error:  # urllib and the Hub's client have many error types; a user needs one line
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # "not in the cache either" hides why the Hub was no help
@@ -358,9 +384,9 @@ def fetch_rows(name: str) -> Path:
                 f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl"
             )
         owner, repo, file = parts
-        if not re.search(r"\.jsonl?(\.gz)?(@|$)", file):
+        if not re.search(r"\.(jsonl?(\.gz)?|parquet)(@|$)", file, re.IGNORECASE):
             raise ValueError(
-                f"{name}: only JSON and JSONL are read; convert it: hf download {owner}/{repo} "
+                f"{name}: only JSON, JSONL and parquet are read; convert it: hf download {owner}/{repo} "
                 f'{file.partition("@")[0]} --repo-type dataset --local-dir ., then python -c "import pandas; '
                 "pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)\""
             )
