@@ -245,7 +245,7 @@ CASES = [
     rows_case(
         "no content",
         lines({"messages": [{"role": "user"}]}),
-        "must be a string, or a list of text parts, not NoneType",
+        "a message must be an object with role and content",
     ),
     rows_case(
         "nothing said",
