@@ -17,17 +17,18 @@ help() {
                              the method on your rows (forgetting.py; --help lists its options and methods)
 ./run.sh NAME ...            one of these; ./run.sh NAME --help says more
 
-test         the tests; what follows goes to pytest
-demo         the demo with other seeds, methods or options
-plain        Algorithm 1 in a hundred plain lines, on your rows
-look         a page with every token of a run and its Q, or a run's rows in order of Q
-eval         benchmarks, your own questions, or answers side by side (eval.py)
-publish      a trained adapter, or the model with it merged in, ready for the Hub
-get_data     benchmarks and public instruction rows
-ablations    the paper's ablations in the demo's world
-real_run     the method on a real model and real rows whose noise is known
-bench        speed and memory beside transformers, PEFT, TRL and lm-evaluation-harness
-gpu_check    the comparisons that only a GPU can make, and its speed
+test             the tests; what follows goes to pytest
+demo             the demo with other seeds, methods or options
+plain            Algorithm 1 in a hundred plain lines, on your rows
+look             a page with every token of a run and its Q, or a run's rows in order of Q
+eval             benchmarks, your own questions, or answers side by side (eval.py)
+publish          a trained adapter, or the model with it merged in, ready for the Hub
+get_data         benchmarks and public instruction rows
+ablations        the paper's ablations in the demo's world
+real_run         the method on a real model and real rows whose noise is known
+reference_steps  how hard the reference should be trained, in both worlds
+bench            speed and memory beside transformers, PEFT, TRL and lm-evaluation-harness
+gpu_check        the comparisons that only a GPU can make, and its speed
 TEXT
 }
 
@@ -120,7 +121,7 @@ help)
     help
     exit
     ;;
--* | test | plain | eval | demo | look | get_data | publish | ablations | real_run | bench | gpu_check) ;;
+-* | test | plain | eval | demo | look | get_data | publish | ablations | real_run | reference_steps | bench | gpu_check) ;;
 *) fail "'$name' is none of its names: ./run.sh help lists them (options of a run begin with --)" ;;
 esac
 prepare

@@ -61,7 +61,7 @@ def call(monkeypatch, *words):
 
 
 def test_a_second_call_trains_nothing(runner, monkeypatch, tmp_path):
-    """controls: 5 methods in 2 panels on 5 seeds. A call that was stopped is gone on with."""
+    """controls: full once and 4 methods in 3 panels, on 5 seeds. A call that was stopped is gone on with."""
     runner.stop_at = 17
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, "controls", "--out", tmp_path / "out")
@@ -69,19 +69,40 @@ def test_a_second_call_trains_nothing(runner, monkeypatch, tmp_path):
     call(monkeypatch, "controls", "--out", tmp_path / "out")
     table = tmp_path / "committed" / "controls.md"
     first, drawing = table.read_text(), table.with_suffix(".svg").read_text()
-    assert len(runner.trained) == 50
+    assert len(runner.trained) == 65
     call(monkeypatch, "controls", "--out", tmp_path / "out")
     assert (
-        len(runner.trained) == 50
+        len(runner.trained) == 65
         and table.read_text() == first
         and table.with_suffix(".svg").read_text() == drawing
     )
 
 
 def test_ablations_share_what_is_trained(runner, monkeypatch, tmp_path):
-    """level shares full and forgetting with controls: three of its five methods are left."""
+    """level shares full and forgetting with controls: three of its five methods are left, in three panels."""
     call(monkeypatch, "controls", "level", "--out", tmp_path / "out")
-    assert len(runner.trained) == 80
+    assert len(runner.trained) == 65 + 45
+
+
+def test_some_panels(runner, monkeypatch, tmp_path, capsys):
+    """They are made alone, the table says which, and it does not replace the repository's."""
+    call(monkeypatch, "level", "--panels", "same-light", "--out", tmp_path / "out")
+    assert len(runner.trained) == 25 and not (tmp_path / "committed").exists()
+    text = (tmp_path / "out" / "level.md").read_text()
+    assert text.startswith("`./run.sh ablations level --panels same-light --out ")
+    assert text.count("Reference: ") == 1
+    call(monkeypatch, "level", "--out", tmp_path / "out")
+    assert len(runner.trained) == 25 + 5 + 40, "the other panels, and full in the first of them"
+
+
+def test_a_light_reference_is_trained_like_everything_else():
+    options = ablations.forgetting.parse_options([], **ablations.demo.DEMO)
+    heavy, light = (
+        ablations.demo.panel_options(options, panel, 0, ["full"]) for panel in ("same", "same-light")
+    )
+    assert (heavy.reference_lr, heavy.reference_epochs) == (1e-2, 2)
+    assert (light.reference_lr, light.reference_epochs) == (options.lr, options.epochs)
+    assert heavy.reference_data == light.reference_data and heavy.out != light.out
 
 
 def test_the_first_line_is_the_command(runner, monkeypatch, tmp_path):
@@ -104,7 +125,7 @@ def check_drawing(path, head):
 def test_the_committed_results_are_of_the_default_command(name):
     table = ablations.ROOT / "tests" / "ablations" / f"{name}.md"
     head, _, title, *_ = table.read_text().splitlines()
-    options = ablations.forgetting.Options(seeds=ablations.SEEDS, out=ablations.OUT)
+    options = ablations.forgetting.Options(seeds=list(ablations.ABLATIONS[name].seeds), out=ablations.OUT)
     head_today = re.sub(r"[\d.]+ minutes [^;]*; ", "", head)  # minutes were counted once
     head_today = head_today.replace("bootstrap over seeds", "Student's t over seeds")  # what some still have
     assert head_today == ablations.head_of(name, options)
@@ -120,7 +141,7 @@ def test_a_trial_leaves_the_repositorys_results_alone(runner, monkeypatch, tmp_p
         head = (tmp_path / "out" / "level.md").read_text().splitlines()[0]
         assert f" --seeds {' '.join(map(str, seeds))} --out {tmp_path / 'out'}`: seeds" in head
     assert not (tmp_path / "committed").exists()
-    call(monkeypatch, "level", "--out", tmp_path / "out", "--seeds", *ablations.SEEDS)
+    call(monkeypatch, "level", "--out", tmp_path / "out", "--seeds", *ablations.ABLATIONS["level"].seeds)
     assert capsys.readouterr().out == f"{tmp_path / 'committed' / 'level.md'} and .svg\n"
 
 
@@ -195,16 +216,17 @@ def test_other_references(tmp_path):
         ]
         assert not set(rows) & set(train)
     panels = {panel for ablation in ablations.ABLATIONS.values() for panel in ablation.panels}
-    assert all((tmp_path / f"reference-{panel}.jsonl").is_file() for panel in panels)
+    files = {f"reference-{panel.removesuffix(ablations.demo.LIGHT)}.jsonl" for panel in panels}
+    assert all((tmp_path / name).is_file() for name in files)
 
 
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
 def test_no_label_runs_into_the_next_or_into_the_drawing(name):
-    """In a monospaced font of 12 pixels a letter is 7.2 wide, and dots begin at 330 less their radius."""
+    """In a monospaced font of 12 pixels a letter is 7.2 wide, and dots begin at 350 less their radius."""
     root = ElementTree.fromstring((ablations.ROOT / "tests" / "ablations" / f"{name}.svg").read_text())
     texts = [
         (text.get("x"), 7.2 * len(text.text)) for text in root[3:] if text.tag.endswith("text")
     ]  # less the title
     variants, panels = ([width for x, width in texts if x == column] for column in ("10", "240"))
     assert variants and len(variants) == len(panels)
-    assert 10 + max(variants) < 236 and 240 + max(panels) < 322
+    assert 10 + max(variants) < 236 and 240 + max(panels) < 342

@@ -555,7 +555,9 @@ CASES = [
     ),
     # adapters
     Case(
-        "no adapter there", f"{EVAL} --adapter {{here}}/nowhere", ("nowhere: no such folder (an adapter on the Hub",)
+        "no adapter there",
+        f"{EVAL} --adapter {{here}}/nowhere",
+        ("nowhere: no such folder (an adapter on the Hub",),
     ),
     adapter_case("an adapter without config", remove("adapter_config.json"), "no adapter_config.json in it"),
     adapter_case("an adapter without weights", remove(ADAPTER), "no adapter_model.safetensors in it"),

@@ -382,7 +382,7 @@ def test_the_bar_of_an_evaluation_counts_all_ranks(setting, monkeypatch, world):
     monkeypatch.setattr(
         evaluation, "join_over_ranks", lambda written: {i: written.get(i, []) for i in range(24)}
     )
-    evaluation.generate(model, tokenizer, [context for context, _ in pairs], 2, batch_tokens=12)
+    evaluation.generate(model, tokenizer, [context for context, _ in pairs], 2)
     assert [(bar.n, bar.total) for bar in bars] == [(24, 24)] * 2
 
 
@@ -573,7 +573,7 @@ def test_a_single_step_of_rate_0_is_warned_about(setting, tmp_path, monkeypatch,
     ]
     out = in_process(monkeypatch, capsys, *common, "--out", tmp_path / "a", "--methods", "full")
     assert out.count("warning: a single step has rate 0 and teaches nothing: --warmup 0") == 1
-    assert "the reference takes 8 epochs" in out
+    assert "D_ref has 4 examples: 8 epochs, 8 steps" in out
     out = in_process(
         monkeypatch, capsys, *common, "--out", tmp_path / "b", "--methods", "full", "--warmup", 0
     )
@@ -664,7 +664,7 @@ def test_a_small_pool_works_with_the_defaults(setting, tmp_path, monkeypatch, ca
         "--epochs",
         3,
     )
-    assert "D_ref has 6 examples: the reference takes 8 epochs" in said
+    assert "D_ref has 6 examples: 8 epochs, 8 steps" in said
     assert len((tmp_path / "reference" / "metrics.jsonl").read_text().splitlines()) == 8
     assert re.search(r"Q of \d+ response tokens: mean .* 5 / 50 / 95 % at", said) and "under theta'" in said
     assert re.search(r"threshold [-\d.]+: \d+ tokens in P, \d+ in N\n", said)
@@ -840,6 +840,7 @@ def test_a_folder_of_gguf_is_named(setting, tmp_path, monkeypatch, capsys):
     said = in_process(monkeypatch, capsys, *common, code=2)
     assert "m: GGUF is not read (transformers converts it" in said and not (tmp_path / "run").exists()
     (tmp_path / "m/model.safetensors").touch()
+    (tmp_path / "m/config.json").write_text("{}")
     assert checkpoint_folder(str(tmp_path / "m")) == tmp_path / "m"
 
 
@@ -1036,7 +1037,17 @@ def run_sh(folder: Path, *words, gpus=0, too_old=0, lacks="", report="") -> subp
 
 
 RUN = "{root}/forgetting.py --model m --data d"
-PROGRAMS = ("demo", "look", "get_data", "publish", "ablations", "real_run", "bench", "gpu_check")
+PROGRAMS = (
+    "demo",
+    "look",
+    "get_data",
+    "publish",
+    "ablations",
+    "real_run",
+    "reference_steps",
+    "bench",
+    "gpu_check",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,25 @@
 """The paper's ablations in the demo's world, where the noise is known: one Markdown table and one SVG each.
 
-    ./run.sh ablations                    # all of them, seeds 10 to 14; the same command goes on
+    ./run.sh ablations                    # all of them, on their own seeds; the same command goes on
     ./run.sh ablations rho t_max --seeds 10 11
+    ./run.sh ablations rho --panels same same-light --out runs/some   # not all of its panels
 
+A panel is a reference: clean, or as noisy as D_train (same), both trained at 1e-2 for two epochs; same-light is the noisy
+one trained as the paper does, at the rate of training for one epoch. How many steps and which rate: reference_steps.py.
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
 difference to the baseline with a 95 % interval over seeds (Student's t).
-Results on the default seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
+Results on an ablation's own seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
 """
 
 import argparse
+import dataclasses
 import math
 import shlex
 import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 
@@ -33,10 +38,11 @@ class Ablation:
     title: str
     baseline: str
     variants: list[str]
-    panels: tuple[str, ...] = ("clean", "same")
+    panels: tuple[str, ...] = ("clean", "same", "same-light")
+    seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
 
 
-SEEDS, OUT = [10, 11, 12, 13, 14], "runs/ablations"  # of the committed results
+OUT = "runs/ablations"  # of the committed results
 FEWEST_SEEDS = 5  # below, an interval over seeds says more than so few differences know
 RESULTS = ROOT / "tests" / "ablations"
 NOISE_LEVELS = (0, 25, 50, 75, 100)
@@ -50,6 +56,7 @@ ABLATIONS = {
         "the share unlearned, of the 0.3 left out",
         "ignoring:rho=0.7",
         [*(f"forgetting:forget_rate={rate}" for rate in (0.05, 0.1, 0.2)), "forgetting"],
+        ("clean", "same"),
     ),
     "t_max": Ablation(
         "the strength of forgetting",
@@ -85,12 +92,13 @@ ABLATIONS = {
             for rate in (0.001, 0.003, 0.01)
             for method in ("full", "ignoring", "forgetting")
         ],
+        ("clean", "same"),
     ),
     "noise": Ablation(
         "the reference's noise, from none to the training set's",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"mix-{level}" for level in NOISE_LEVELS),
+        tuple(f"mix-{level}{setting}" for setting in ("", "-light") for level in NOISE_LEVELS),
     ),
     "reference_size": Ablation(
         "rows of a clean D_ref, of 600",
@@ -102,8 +110,15 @@ ABLATIONS = {
         "percent of a same-noise D_ref that are rows of D_train, too",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"twice-{share}" for share in SHARES),
+        tuple(f"twice-{share}{setting}" for setting in ("", "-light") for share in SHARES),
     ),
+    "light": Ablation(
+        "how hard the reference is trained",
+        "full",
+        ["base", "reference", "ignoring:rho=0.7", "forgetting", "forgetting-clipped"],
+        ("same", "same-light"),
+        seeds=(0, 1, 2, 3, 4, 5),
+    ),  # the demo's and three more
 }
 
 
@@ -132,18 +147,26 @@ def other_references(world: Path) -> None:
 
 
 def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dict[str, list[float]]]:
-    """{panel: {method: the average over tasks, by seed}}; what is trained already is not trained again."""
+    """{panel: {method: the average over tasks, by seed}}; what is trained already is not trained again.
+
+    A method that does not look at the reference is trained in the first panel, and its figures are those of all.
+    """
     methods = [ablation.baseline, *ablation.variants]
     found: dict[str, dict[str, list[float]]] = {
         panel: {method: [] for method in methods} for panel in ablation.panels
     }
     for seed in options.seeds:
         other_references(Path(options.out) / f"world-{seed}")
+        averages: dict[str, float] = {}
         for panel in ablation.panels:
-            results = forgetting.run(demo.panel_options(options, panel, seed, methods))
+            here = [method for method in methods if method not in averages or demo.looks_at_reference(method)]
+            results = forgetting.run(demo.panel_options(options, panel, seed, here))
             for method, by_seed in results.items():
-                percents = primary_metrics(by_seed[seed]["tasks"]).values()
-                found[panel][method].append(sum(percents) / len(percents))
+                (figures,) = by_seed.values()
+                percents = primary_metrics(figures["tasks"]).values()
+                averages[method] = sum(percents) / len(percents)
+            for method in methods:
+                found[panel][method].append(averages[method])
     return found
 
 
@@ -206,9 +229,8 @@ def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
     return best
 
 
-def write_up(name: str, found: dict, head: str, folder: Path) -> None:
+def write_up(name: str, ablation: Ablation, found: dict, head: str, folder: Path) -> None:
     """folder/NAME.md and NAME.svg."""
-    ablation = ABLATIONS[name]
     parts = [f"{head}\n\n# {ablation.title}"]
     for panel in ablation.panels:
         parts.append(f"Reference: {panel}\n\n" + comparison(found[panel], ablation.baseline))
@@ -226,12 +248,13 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
     rows = [(panel, variant) for variant in ablation.variants for panel in ablation.panels]
     spans = {row: extent(by_panel[row[0]][row[1]]) for row in rows}
     low, high = min(0, *(s[0] for s in spans.values())), max(0, *(s[1] for s in spans.values()))
-    at = lambda x: 330 + 400 * (x - low) / ((high - low) or 1)  # noqa: E731
+    at = lambda x: 350 + 400 * (x - low) / ((high - low) or 1)  # noqa: E731
     few = no_interval(len(by_panel[rows[0][0]][rows[0][1]]))
     title = f"{ablation.title}: average minus {ablation.baseline}" + (f" ({few})" if few else "")
     parts = [f'<text x="10" y="18" font-weight="bold">{escape(title)}</text>']
     for i, (panel, variant) in enumerate(rows):
-        y, color, mean = 44 + 18 * i, colors[ablation.panels.index(panel)], np.mean(by_panel[panel][variant])
+        y, color = 44 + 18 * i, colors[ablation.panels.index(panel) % len(colors)]
+        mean = np.mean(by_panel[panel][variant])
         left, right = spans[panel, variant]
         label = variant.replace("lambda_schedule=", "").partition(",watch")[0]  # what fits
         parts.append(
@@ -244,20 +267,22 @@ def draw(ablation: Ablation, by_panel: dict[str, dict[str, list[float]]], head: 
         f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="30" y2="{bottom - 8}" stroke="#111" stroke-dasharray="3"/>'
     )
     parts.append(
-        f'<text x="330" y="{bottom + 8}">{low:+.1f}</text><text x="700" y="{bottom + 8}">{high:+.1f}</text>'
+        f'<text x="350" y="{bottom + 8}">{low:+.1f}</text><text x="720" y="{bottom + 8}">{high:+.1f}</text>'
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 20}" font-family="monospace" font-size="12" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {bottom + 20}" font-family="monospace" font-size="12" '
         f'fill="#111">\n<desc>{escape(head)}</desc>\n<rect width="100%" height="100%" fill="#fff"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
 
 
-def head_of(name: str, options: forgetting.Options) -> str:
+def head_of(name: str, options: forgetting.Options, panels: Sequence[str] = ()) -> str:
     """The first line of a table: the command."""
     command = f"./run.sh ablations {name}"
-    if options.seeds != SEEDS:
+    if panels:
+        command += " --panels " + " ".join(panels)
+    if options.seeds != list(ABLATIONS[name].seeds):
         command += " --seeds " + " ".join(map(str, options.seeds))
     if options.out != OUT:
         command += f" --out {shlex.quote(options.out)}"
@@ -265,13 +290,15 @@ def head_of(name: str, options: forgetting.Options) -> str:
     return f"`{command}`: seeds {' '.join(map(str, options.seeds))}. {intervals}."
 
 
-def make(name: str, options: forgetting.Options) -> Path:
-    """Run what an ablation still lacks and write it up: the path of its table."""
-    found = figures_of(ABLATIONS[name], options)
-    folder = (
-        RESULTS if options.seeds == SEEDS else Path(options.out)
-    )  # a trial must not replace the repository's
-    write_up(name, found, head_of(name, options), folder)
+def make(name: str, options: forgetting.Options, panels: Sequence[str] = ()) -> Path:
+    """Run what an ablation still lacks, in some or all of its panels, and write it up: the path of its table."""
+    ablation = ABLATIONS[name]
+    whole = options.seeds == list(ablation.seeds) and not panels
+    if panels:
+        ablation = dataclasses.replace(ablation, panels=tuple(panels))
+    found = figures_of(ablation, options)
+    folder = RESULTS if whole else Path(options.out)  # a trial must not replace the repository's
+    write_up(name, ablation, found, head_of(name, options, panels), folder)
     return folder / f"{name}.md"
 
 
@@ -283,17 +310,19 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=f"any of {', '.join(ABLATIONS)}"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of an ablation's own")
+    parser.add_argument("--panels", nargs="+", default=[], help="instead of an ablation's own")
     parser.add_argument("--out", default=OUT)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in ABLATIONS]:
         print(f"ablations.py: unknown {', '.join(unknown)}; known: {', '.join(ABLATIONS)}", file=sys.stderr)
         sys.exit(2)
-    settings = demo.DEMO | {"seeds": arguments.seeds, "out": arguments.out, "rho": None}
-    options = forgetting.parse_options([], **settings)
-    demo.prepare_world(options, "popular")
     for name in arguments.names:
-        print(f"{make(name, options)} and .svg")
+        seeds = arguments.seeds or list(ABLATIONS[name].seeds)
+        settings = demo.DEMO | {"seeds": seeds, "out": arguments.out, "rho": None}
+        options = forgetting.parse_options([], **settings)
+        demo.prepare_world(options, "popular")
+        print(f"{make(name, options, arguments.panels)} and .svg")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def demo_row(item: Item, wrapper: str, rng: random.Random, noisy: bool, told: st
 
 
 def demo_rows(world: str, seed: int) -> dict[str, list[dict]]:
-    """The demo's files: train, reference-clean, reference-same, and the questions demo_mc and demo_qa.
+    """The demo's rows: train, train-clean, reference-clean, reference-same, held-out; and questions: demo_mc, demo_qa.
 
     The people are split into 80 for training, 40 for the reference sets and 40 never seen. world "popular": 90 % of the
     misconceived facts carry the popular wrong answer; "random": as many carry a random wrong one, each fact its own.
@@ -176,6 +176,10 @@ def demo_rows(world: str, seed: int) -> dict[str, list[dict]]:
         for item in rng.sample(items, min(48, len(items))):
             files["demo_mc"] += [_question(item, wrapper, name, rng) for wrapper in ("word", "sentence")]
             files["demo_qa"].append(_question(item, "word", name, rng))
+    files["held-out"] = rows(unseen, 240, False) + rows(
+        skills[360:], 60, False
+    )  # clean, and as mixed as train
+    files["train-clean"] = rows(train, 960, False) + rows(skills[:240], 240, False)
     return files
 
 
@@ -246,7 +250,7 @@ DEMO = {  # small model, few steps: the paper's rate of 1e-4 would leave it wher
 }
 PANELS = {
     "clean": "Reference trained on clean rows",
-    "same": "Reference trained on rows as noisy as the training set (the paper's protocol)",
+    "same-light": "Reference trained on rows as noisy as the training set, at its rate for one pass: the paper's protocol",
 }
 REFERENCE_FREE = (
     "base",
@@ -284,11 +288,22 @@ def prepare_world(options: forgetting.Options, world: str) -> None:
     wait_for_all()
 
 
+LIGHT = "-light"  # the end of the name of a panel whose reference is trained as the paper does
+
+
+def trained_as_the_paper_does(options: forgetting.Options) -> forgetting.Options:
+    """The options with a reference of the rate and the epochs of training."""
+    return dataclasses.replace(options, reference_lr=options.lr, reference_epochs=options.epochs)
+
+
 def panel_options(
     options: forgetting.Options, panel: str, seed: int, methods: list[str]
 ) -> forgetting.Options:
-    """The options of one panel's run on one seed's corpus."""
+    """The options of one panel's run on one seed's corpus; "same-light" has the D_ref of "same"."""
     world = Path(options.out) / f"world-{seed}"
+    rows = panel.removesuffix(LIGHT)
+    if panel != rows:
+        options = trained_as_the_paper_does(options)
     return dataclasses.replace(
         options,
         methods=methods,
@@ -297,7 +312,7 @@ def panel_options(
         tasks=["demo_mc", "demo_qa"],
         data_dir=str(world),
         data=[str(world / "train.jsonl")],
-        reference_data=[str(world / f"reference-{panel}.jsonl")],
+        reference_data=[str(world / f"reference-{rows}.jsonl")],
     )
 
 
@@ -455,7 +470,7 @@ def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> 
         world = out / f"world-{options.seeds[0]}"
         runs = {
             "reference trained on clean rows": world / "clean",
-            "reference as noisy as the training rows": world / "same",
+            "reference as noisy as the training rows": world / "same-light",
         }
         write_text(draw_tokens({title: look.read_run(folder) for title, folder in runs.items()}), svg)
 

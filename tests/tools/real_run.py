@@ -3,8 +3,9 @@
     ./run.sh real_run --model SMOLLM2 --rows instruction_raschka.jsonl alpaca_gpt4_demo.jsonl
 
 For each split, of short rows: 80 in D_ref, 200 in D_train, 80 clean ones held out. Noise in D_train: a fifth of the rows
-refuses, a tenth begins with boilerplate, a tenth has the answer of another row. Panels: a clean D_ref, and one as noisy as
-D_train. The held-out questions are also the task `qa`. The model's own chat template. Other flags are forgetting.py's.
+refuses, a tenth begins with boilerplate, a tenth has the answer of another row. Panels: a clean D_ref; one as noisy as
+D_train; the noisy one with a reference trained as the paper does, at the rate of training for one epoch. The held-out
+questions are also the task `qa`. The model's own chat template. Other flags are forgetting.py's.
 """
 
 import argparse
@@ -32,21 +33,16 @@ BOILERPLATE = (
     "Thank you very much for your question.",
 )
 SIZES = {"reference": 80, "train": 200, "held-out": 80}
-PANELS = {"clean": "a clean D_ref", "same": "a D_ref as noisy as D_train"}
-METHODS = [
-    "base",
-    "reference",
-    "full",
-    "full:lr=0.001",
-    "ignoring",
-    "ignoring-loss",
-    "ignoring-random",
-    "forgetting",
-    "oracle",
-]
+PANELS = {
+    "clean": "a clean D_ref",
+    "same": "a D_ref as noisy as D_train",
+    "same-light": "a D_ref as noisy as D_train, the reference trained as the paper does",
+}
+FROM_Q = ["ignoring", "forgetting", "forgetting-clipped"]  # what another D_ref changes
+METHODS = ["base", "reference", "full", "full:lr=0.001", "ignoring-loss", "ignoring-random", *FROM_Q]
 SETTINGS = {
     "template": "model",
-    "methods": METHODS[:-1],
+    "methods": METHODS,
     "rank": 16,
     "alpha": 16.0,
     "dropout": 0.0,
@@ -105,7 +101,7 @@ def with_noise(rows: list[dict], rng: random.Random) -> list[dict]:
 
 
 def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int) -> None:
-    """train, reference-clean, reference-same, held-out and qa of one split."""
+    """train, train-clean, reference-clean, reference-same, held-out and qa of one split."""
     rng = random.Random(split)
     drawn = iter(rng.sample(pool, sum(SIZES.values())))
     parts = {name: [next(drawn) for _ in range(size)] for name, size in SIZES.items()}
@@ -119,6 +115,7 @@ def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int
             }
         )
     files = {
+        "train-clean": parts["train"],
         "train": with_noise(parts["train"], rng),
         "reference-clean": parts["reference"],
         "qa": questions,
@@ -132,18 +129,21 @@ def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int
 def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) -> Path:
     """One panel of one split, with its oracle; the run folder. What does not look at D_ref is trained in the first panel."""
     folder = own.out / f"split-{split}"
-    methods = METHODS[:-1] if panel == "clean" else ["reference", "ignoring", "forgetting"]
+    rows = panel.removesuffix(demo.LIGHT)
+    methods = METHODS if panel == "clean" else ["reference", *FROM_Q]
     settings = SETTINGS | {
         "model": own.model,
         "data": [str(folder / "train.jsonl")],
         "methods": methods,
         "seeds": [split],
-        "reference_data": [str(folder / f"reference-{panel}.jsonl")],
+        "reference_data": [str(folder / f"reference-{rows}.jsonl")],
         "data_dir": str(folder),
         "eval_data": [str(folder / "held-out.jsonl")],
         "out": str(folder / panel),
     }
     options = forgetting.parse_options(rest, **settings)
+    if panel != rows:
+        options = demo.trained_as_the_paper_does(options)
     results = forgetting.run(options)
     if panel == "clean":
         results["oracle"] = {split: demo.oracle(options, "oracle", split, unlearn=False)}
