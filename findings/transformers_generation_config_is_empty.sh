@@ -28,5 +28,5 @@ try:
     GenerationConfig(temperature=0.6, eos_token_id=2).save_pretrained("copy")
     raise SystemExit("made here: saved; this has changed")
 except ValueError as error:
-    print("made here:", str(error).splitlines()[0])
+    print("made here:", " ".join(str(error).split())[:90])
 END

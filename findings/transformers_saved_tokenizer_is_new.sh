@@ -32,7 +32,7 @@ try:
     AutoTokenizer.from_pretrained("saved")
     raise SystemExit("4.57.1 reads it: this has changed")
 except ValueError as error:
-    print("4.57.1:", str(error).splitlines()[0])
+    print("4.57.1:", " ".join(str(error).split())[:90])
 with open("saved/tokenizer_config.json") as file:
     config = json.load(file)
 with open("saved/tokenizer_config.json", "w") as file:
