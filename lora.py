@@ -394,9 +394,6 @@ def listed_targets(raw: dict) -> tuple[str, ...] | None:
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """An adapter folder: read_adapter_config, and the tensors under the names of lora_parameters."""
-    if not folder.is_dir():
-        fetch = f"an adapter on the Hub is fetched by `hf download {folder} --local-dir FOLDER`"
-        raise ValueError(f"{folder}: no such folder ({fetch})")
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not path.is_file() and (pickle := path.with_suffix(".bin")).is_file():
         command = f"save_file(torch.load({str(pickle)!r}, weights_only=True), {str(path)!r})"
@@ -404,7 +401,8 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{pickle}: a pickle is not read; this command converts it: {command}")
     for file in (config_path, path):
         if not file.is_file():
-            raise ValueError(f"{folder}: no {file.name} in it, so it is not an adapter folder")
+            hint = "" if folder.is_dir() else f"; one on the Hub: hf download {folder} --local-dir FOLDER"
+            raise ValueError(f"{folder}: no {file.name} in it, so it is not an adapter folder{hint}")
     config = read_adapter_config(config_path)
     try:
         tensors = load_file(path)

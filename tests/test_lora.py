@@ -540,10 +540,10 @@ def test_an_adapters_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
 
 
 def test_an_adapter_on_the_hub_is_to_be_fetched_first(tmp_path, monkeypatch):
-    """Found at 14fe823: "no adapter_config.json in it", of a folder that is not there."""
+    """Found at 14fe823: nothing said that --adapter takes no Hub id, as --model does."""
     model = load_model(tiny.make_checkpoint(tmp_path / "m", "llama2"))
     with pytest.raises(
-        ValueError, match="^owner/name: no such folder .*`hf download owner/name --local-dir FOLDER`"
+        ValueError, match="^owner/name: .* on the Hub: hf download owner/name --local-dir FOLDER$"
     ):
         load_adapter(model, "owner/name")
 
