@@ -28,7 +28,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -110,19 +110,6 @@ class Budget:
     cache_bytes: int | None = None  # of keys and values while replies are written; None: see cache_rows()
 
 
-@dataclass
-class Sequence:
-    """Token ids, the cache rows of their keys and values, and how many of them have run.
-
-    Prefix sharing: a sequence begins with rows of another one where both begin with the same tokens, and runs
-    from there on.
-    """
-
-    ids: list[int]
-    rows: Tensor  # (at least len(ids),) int64
-    done: int  # the first `done` tokens have run, or are another sequence's in the same pass
-
-
 SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more in attention than it saves
 
 
@@ -136,22 +123,6 @@ def shared_length(ids: list[int], before: list[int]) -> int:
     if length < min(SHORTEST_PREFIX, len(ids)):
         return 0
     return length
-
-
-def run(model: Transformer, cache: Cache, sequences: list[Sequence]) -> Tensor:
-    """Run the tokens that are not done, of all sequences in one pass: hidden states (T, D)."""
-    ids, rows, past = [], [], []
-    lengths = [0]
-    for sequence in sequences:
-        done, end = sequence.done, len(sequence.ids)
-        ids += sequence.ids[done:]
-        rows.append(sequence.rows[done:end])
-        past.append(sequence.rows[:done])
-        lengths.append(end - done)
-        sequence.done = end
-    boundaries = torch.tensor(lengths).cumsum(0)  # (B+1,)
-    tokens = to_device(torch.tensor(ids), model.lm_head.weight.device)  # (T,)
-    return model(tokens, boundaries.int(), cache, torch.cat(rows), past)
 
 
 @torch.inference_mode()
@@ -213,20 +184,25 @@ def _score_pack(model: Transformer, inputs: list[list[int]], continuations: list
     continuation [c d e] it is [a b c d], and the states of b, c and d give the probabilities of c, d and e.
     All indices are made on the CPU, so that a GPU never has to be waited for.
     """
-    shared = [shared_length(ids, before) for before, ids in pairwise([[], *inputs])]
-    cache = Cache(model, sum(len(ids) for ids in inputs) - sum(shared))
-    sequences, before_targets = [], []
-    rows = torch.empty(0, dtype=torch.int64)  # of the input before
-    for ids, length, continuation in zip(inputs, shared, continuations):
-        own = cache.take(len(ids) - length)
-        rows = torch.cat([rows[:length], own])
-        before_targets.append(rows[-len(continuation) :])
+    tokens, boundaries, past, before_targets = [], [0], [], []
+    earlier: list[int] = []
+    places = torch.empty(0, dtype=torch.int64)  # of the earlier input's tokens in the pack
+    for ids, continuation in zip(inputs, continuations):
+        shared = shared_length(ids, earlier)
+        first = len(tokens)
+        tokens += ids[shared:]
+        own = torch.arange(first, len(tokens))
         if len(own):
-            sequences.append(Sequence(ids, rows, done=length))
-    hidden = run(model, cache, sequences)
-    # an empty cache gives its rows out in order: row r is the r-th token of the pack
-    places = to_device(torch.cat(before_targets), hidden.device)
-    return _judge(model, hidden[places], continuations)
+            boundaries.append(len(tokens))
+            past.append(places[:shared])
+        places = torch.cat([places[:shared], own])
+        before_targets.append(places[-len(continuation) :])
+        earlier = ids
+    device = model.lm_head.weight.device
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    hidden = model(to_device(torch.tensor(tokens), device), cu_seqlens, past=past)  # (T, D)
+    states = hidden[to_device(torch.cat(before_targets), device)]  # (n, D)
+    return _judge(model, states, continuations)
 
 
 def _judge(model: Transformer, states: Tensor, continuations: list[list[int]]) -> Tensor:
@@ -286,6 +262,15 @@ def generate(
     return [text.split(stop)[0] for text in texts]
 
 
+@dataclass
+class Sequence:
+    """A prompt and what was written on from it, the cache rows of both, and how many tokens have run."""
+
+    ids: list[int]
+    rows: Tensor  # (prompt + most new tokens,) int64
+    done: int  # the first `done` tokens have run, or run in this pass as another sequence's
+
+
 def continuous_batching(
     model: Transformer,
     prompts: dict[int, list[int]],
@@ -327,9 +312,7 @@ def _let_join(
         place, ids = waiting[0]
         common = torch.empty(0, dtype=torch.int64)
         if in_flight:
-            nearest = list(in_flight.values())[
-                -1
-            ]  # the last that joined begins most alike: prompts are sorted
+            *_, nearest = in_flight.values()  # sorted as prompts are, the last one begins most alike
             length = shared_length(ids[:-1], nearest.ids)  # the last token runs: its state is needed
             common = nearest.rows[:length]
         own = len(ids) - len(common)
@@ -343,11 +326,21 @@ def _let_join(
 
 
 def _step(model: Transformer, cache: Cache, sequences: list[Sequence]) -> list[int]:
-    """Run what is new in every sequence; the most probable token after each."""
-    lengths = [len(sequence.ids) - sequence.done for sequence in sequences]
-    hidden = run(model, cache, sequences)
-    ends = torch.tensor(lengths).cumsum(0) - 1
-    states = hidden[to_device(ends, hidden.device)]  # (sequences, D)
+    """Run what is new in every sequence, in one pass; the most probable token after each."""
+    tokens, rows, past = [], [], []
+    boundaries = [0]
+    for sequence in sequences:
+        end = len(sequence.ids)
+        tokens += sequence.ids[sequence.done :]
+        boundaries.append(len(tokens))
+        rows.append(sequence.rows[sequence.done : end])
+        past.append(sequence.rows[: sequence.done])
+        sequence.done = end
+    device = model.lm_head.weight.device
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)  # (B+1,)
+    hidden = model(to_device(torch.tensor(tokens), device), cu_seqlens, cache, torch.cat(rows), past)
+    ends = to_device(cu_seqlens[1:] - 1, device)
+    states = hidden[ends]  # (B, D)
     unused = states.new_zeros(len(states), dtype=torch.int64)  # targets, whose losses nobody reads
     best = []
     for _, logprobs, _ in head_chunks(states, model.lm_head.weight, unused):

@@ -85,11 +85,11 @@ class PackedSequences:
     cu_seqlens_q: Tensor  # (B+1,) int32: where each sequence's queries begin, and the end
     cu_seqlens_k: Tensor  # (B+1,) int32, of keys: the same unless a cache holds earlier tokens
     runs: list[tuple[int, int, int]]  # neighbours of equal lengths: (sequences, queries each, keys each)
-    run_keys: list[slice | Tensor]  # where each run's keys lie: in the pack, or rows of the cache
+    run_keys: list[slice | Tensor]  # rows of each run's keys, in the pack or in the cache
     longest_q: int  # the greatest lengths are all that the kernel, and so a compiled block, asks for
     longest_k: int
     new_rows: Tensor | None  # (T,) rows of the cache for the pack's own keys and values; None: no cache
-    key_rows: Tensor | None  # (keys,) rows of the cache in the order of cu_seqlens_k
+    key_rows: Tensor | None  # (keys,) rows in the order of cu_seqlens_k; None: the pack's tokens as they lie
     rotation: tuple[Tensor, Tensor] | None = None  # cosines, sines (T, 1, K); None: positions are learned
 
 
@@ -109,7 +109,8 @@ def locate_sequences(
     """Say where the sequences of a pack lie, from their boundaries cu_seqlens (B+1,).
 
     These are best kept on the CPU: reading a GPU's makes it wait. With a cache the pack's keys and values go
-    to its rows `rows` (T,), and past[b] are the rows that sequence b follows.
+    to its rows `rows` (T,), and past[b] are the rows that sequence b follows; without one the pack's tokens
+    are the rows.
     """
     queries = cu_seqlens.diff().tolist()  # B lengths
     before = [0] * len(queries)
@@ -120,8 +121,11 @@ def locate_sequences(
     cu_keys, key_rows = cu_seqlens, None
     if past is not None:
         cu_keys = torch.tensor([0, *keys]).cumsum(0).to(cu_seqlens.dtype)
+        own = rows
+        if rows is None:
+            own = torch.arange(sum(queries))
         seen = []
-        for earlier, new in zip(past, rows.split(queries)):
+        for earlier, new in zip(past, own.split(queries)):
             seen += [earlier, new]
         key_rows = torch.cat(seen)
     runs, run_keys = [], []
@@ -566,10 +570,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Hidden states (T, D), after the last norm, of tokens (T,) int64 in sequences end to end.
 
-        cu_seqlens (B+1,) int32 holds their boundaries. With a cache the tokens' keys and values go to its
-        rows `rows` (T,), and sequence b follows the tokens in the rows past[b] (may be empty); both int64, on
-        the CPU. past[b] may name rows of this very pass, as a layer writes all rows before it reads any:
-        so the beginning that several sequences have in common runs once, as a part of one of them.
+        cu_seqlens (B+1,) int32 holds their boundaries. Sequence b follows the tokens past[b] (int64, may be
+        empty), which are places in this pack: a beginning that several sequences share runs once, as a part
+        of one of them. With a cache they are its rows instead, and the pack's own keys and values go to the
+        rows `rows` (T,). Rows that this pass fills can be followed, too: a layer writes before it reads.
         """
         packed = locate_sequences(cu_seqlens, tokens.device, rows, past)
         x = self.embedding(tokens).float()  # (T, D)

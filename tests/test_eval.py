@@ -101,9 +101,9 @@ class Passes:
         self.lengths: list[list[int]] = []
         forward = model.forward
 
-        def counted(tokens, cu_seqlens, *rest):
+        def counted(tokens, cu_seqlens, *rest, **named):
             self.lengths.append(cu_seqlens.diff().tolist())
-            return forward(tokens, cu_seqlens, *rest)
+            return forward(tokens, cu_seqlens, *rest, **named)
 
         monkeypatch.setattr(model, "forward", counted)
 

@@ -211,17 +211,19 @@ def test_packed_cached_and_alone_agree(tmp_path, kind):
 @pytest.mark.parametrize("kind", tiny.KINDS + tiny.FAMILIES)
 @torch.inference_mode()
 def test_a_beginning_is_shared_within_one_pass(tmp_path, kind):
-    """The second sequence follows rows that the first one fills in the same pass, in rows that lie anywhere."""
+    """The second sequence follows tokens of the first in the same pass: in the pack, and in a cache's rows anywhere."""
     model = load_model(tiny.make_checkpoint(tmp_path, kind))
     first, other = [s for s in tiny.golden_inputs(kind) if len(s) > 20][:2]
     tail = other[:9]
-    cache = Cache(model, 60)
-    rows = torch.randperm(60, generator=torch.Generator().manual_seed(0))[: len(first) + len(tail)]
-    parts, past = [first, tail], [rows[:0], rows[:12]]
-    hidden = model(torch.cat(parts), boundaries(parts), cache, rows, past)
-    second = torch.cat([first[:12], tail])
-    assert torch.allclose(hidden[: len(first)], model(first, boundaries([first])), atol=1e-5)
-    assert torch.allclose(hidden[len(first) :], model(second, boundaries([second]))[12:], atol=1e-5)
+    parts, second = [first, tail], torch.cat([first[:12], tail])
+    alone = model(first, boundaries([first])), model(second, boundaries([second]))[12:]
+    expected = torch.cat(alone)
+    places = torch.arange(12)
+    hidden = model(torch.cat(parts), boundaries(parts), past=[places[:0], places])
+    assert torch.allclose(hidden, expected, atol=1e-5)
+    rows = torch.randperm(60, generator=torch.Generator().manual_seed(0))[: len(expected)]
+    hidden = model(torch.cat(parts), boundaries(parts), Cache(model, 60), rows, [rows[:0], rows[:12]])
+    assert torch.allclose(hidden, expected, atol=1e-5)
 
 
 def test_rows_of_the_cache_are_free_when_their_last_sequence_ends(tmp_path):

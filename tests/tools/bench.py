@@ -2,22 +2,30 @@
 
     ./run.sh bench train    --model SMOLLM2 --data rows.jsonl --peers /path/to/peers/bin/python
     ./run.sh bench score    --model SMOLLM2 --data rows.jsonl --peers ... --dtypes float32 bfloat16
-    ./run.sh bench evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ...
+    ./run.sh bench evaluate --model SMOLLM2 --data-dir benchmarks/ --peers ... --task truthfulqa_mc1 --count 40
+    ./run.sh bench generate --model SMOLLM2 --data-dir benchmarks/ --peers ... --task ifeval --count 32
+    ./run.sh bench prepare  --model SMOLLM2 --data rows.jsonl --peers ...
+    ./run.sh bench run      --model SMOLLM2 --data rows.jsonl --before /path/to/another/checkout
     ./run.sh bench partition
 
 Every measurement is a process of its own, on --threads cores: it loads the model, runs the job once on other examples
 (evaluate: on two documents), and times it alone. Printed are the medians over --repeats: useful tokens a second (no padding),
-the peak of the process's memory (on a GPU: of the memory allocated), and the ratios. Machines are noisy: trust ratios.
+the peak of the process's memory (on a GPU: of the memory allocated), and the ratios. On one thread of a CPU a second is one
+of CPU time, so that other processes count less. Machines are noisy: trust ratios.
 Few CPUs have instructions for bfloat16; without them it takes 13 times as long.
+With --before another checkout of this project runs every job, too, in turn with this one.
 
 transformers: as usually written. Training pads micro-batches of 6 and takes full logits; scoring loads base and merged
-reference and runs one example at a time; evaluation is lm_eval at batch 1. The second peer is the better one: TRL's
-SFTTrainer, padding-free, micro-batch 3; PEFT with the adapter off and on over padding-free packs of 3; lm_eval at batch 8.
+reference and runs one example at a time; evaluation is lm_eval at batch 1; generation is transformers.generate on 16 prompts
+at once. The second peer is the better one: TRL's SFTTrainer, padding-free, micro-batch 3; PEFT with the adapter off and on
+over padding-free packs of 3; lm_eval at batch 8 and 16. Rows are prepared by SFTTrainer, which is datasets.map with TRL's
+tokenisation.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,10 +37,13 @@ from typing import Callable
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent))  # last: no package of the peers may find a file of ours
 WORKERS = {
-    "train": ["ours", "transformers", "trl"],
-    "score": ["ours", "transformers", "peft"],
-    "evaluate": ["ours", "lm_eval-1", "lm_eval-8"],
-    "partition": ["ours"],
+    "train": ["ours", "before", "transformers", "trl"],
+    "score": ["ours", "before", "transformers", "peft"],
+    "evaluate": ["ours", "before", "lm_eval-1", "lm_eval-8"],
+    "generate": ["ours", "before", "lm_eval-1", "lm_eval-8", "lm_eval-16", "transformers"],
+    "prepare": ["ours", "before", "trl"],
+    "run": ["ours", "before"],
+    "partition": ["ours", "before"],
 }
 
 
@@ -50,7 +61,16 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
     from lora import add_lora, lora_disabled, lora_parameters
     from model import DTYPES, load_model
 
+    if job == "prepare":
+        return prepare_rows(task)
     model = load_model(task["model"], task["device"], DTYPES[task["dtype"]])
+    if job == "generate":
+        from eval import generate
+
+        tokenizer = Tokenizer(task["model"])
+        ids = [ids for ids, _ in tokenizer.encode([prompt["text"] for prompt in task["prompts"]])]
+        settings = task["prompts"][0]["new_tokens"], task["prompts"][0]["stop"]
+        return lambda examples: generate(model, tokenizer, [ids[i] for i in examples], *settings)
     if job == "evaluate":
         tokenizer = Tokenizer(task["model"])
         documents = lambda count: prepare([task["task"]], tokenizer, task["data_dir"], limit=count)
@@ -85,6 +105,33 @@ def ours(job: str, task: dict) -> Callable[[list[int]], None]:
         optimizer.step()
 
     return step
+
+
+def prepare_rows(task: dict) -> Callable[[list[int]], None]:
+    """Rows as token ids and response masks, by this project."""
+    from data import Tokenizer, build_corpus
+
+    tokenizer = Tokenizer(task["model"])
+
+    def run(examples: list[int]) -> None:
+        rows = many_rows(task["data"], len(examples))
+        began = clock(task)
+        build_corpus(rows, tokenizer)
+        return clock(task) - began
+
+    return run
+
+
+def many_rows(paths: list[str], count: int) -> list[dict]:
+    """The prompt-completion rows of instruction rows, over and over with another number in front, as many as asked for."""
+    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines]
+    texts = [(f"{row['instruction']}\n{row.get('input') or ''}", row["output"]) for row in rows]
+    found = []
+    for i in range(count):
+        prompt, completion = texts[i % len(texts)]
+        found.append({"prompt": f"{i} {prompt}\n", "completion": completion})
+    return found
 
 
 def peft_model(task: dict):
@@ -125,6 +172,8 @@ def transformers_peft(job: str, task: dict) -> Callable[[list[int]], None]:
     """The job as it is usually written."""
     import torch
 
+    if job == "generate":
+        return transformers_generate(task)
     rows, model = task["rows"], peft_model(task)
     if job == "train":
         model.train()
@@ -151,6 +200,34 @@ def transformers_peft(job: str, task: dict) -> Callable[[list[int]], None]:
                     torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="none")
 
     return score
+
+
+def transformers_generate(task: dict) -> Callable[[list[int]], list[str]]:
+    """transformers.generate on 16 prompts at once, padded on the left, the longest first."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(task["model"], padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    dtype = getattr(torch, task["dtype"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype).to(task["device"])
+    prompts = task["prompts"]
+
+    def write(examples: list[int]) -> list[str]:
+        in_order = sorted(examples, key=lambda i: -len(prompts[i]["text"]))
+        texts = {}
+        for start in range(0, len(in_order), 16):
+            some = in_order[start : start + 16]
+            batch = tokenizer([prompts[i]["text"] for i in some], return_tensors="pt", padding=True)
+            settings = {"max_new_tokens": prompts[0]["new_tokens"], "do_sample": False}
+            if prompts[0]["stop"] is not None:
+                settings |= {"stop_strings": [prompts[0]["stop"]], "tokenizer": tokenizer}
+            written = model.generate(**batch.to(task["device"]), **settings)
+            new = written[:, batch["input_ids"].shape[1] :]
+            texts |= zip(some, tokenizer.batch_decode(new, skip_special_tokens=True))
+        return [texts[i].split(prompts[0]["stop"])[0] if prompts[0]["stop"] else texts[i] for i in examples]
+
+    return write
 
 
 def peft_padding_free(job: str, task: dict) -> Callable[[list[int]], None]:
@@ -183,18 +260,36 @@ def trl(job: str, task: dict) -> Callable[[list[int]], float]:
     import transformers
     from trl import SFTConfig, SFTTrainer
 
-    rows, model = task["rows"], peft_model(task)
     tokenizer = transformers.AutoTokenizer.from_pretrained(task["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if job == "prepare":
+        small = transformers.AutoConfig.from_pretrained(task["model"])
+        small.num_hidden_layers, small.hidden_size, small.intermediate_size = (
+            1,
+            small.num_attention_heads * 8,
+            8,
+        )
+        small.head_dim = 8
+        model = transformers.AutoModelForCausalLM.from_config(small)  # it is there, and has nothing to do
+
+        def prepare(examples: list[int]) -> float:
+            config = SFTConfig(tempfile.mkdtemp(), report_to=[], max_length=2048, use_cpu=True, bf16=False)
+            dataset = datasets.Dataset.from_list(many_rows(task["data"], len(examples)))
+            began = clock(task)
+            SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+            return clock(task) - began
+
+        return prepare
+    rows, model = task["rows"], peft_model(task)
 
     class Clock(transformers.TrainerCallback):
         began = seconds = 0.0
 
         def on_step_begin(self, *args, **kwargs):
-            self.began = time.perf_counter()
+            self.began = clock(task)
 
         def on_step_end(self, *args, **kwargs):
-            self.seconds = time.perf_counter() - self.began
+            self.seconds = clock(task) - self.began
 
     def step(examples: list[int]) -> float:
         clock = Clock()
@@ -233,11 +328,21 @@ def lm_eval(batch_size: int) -> Callable[[str, dict], Callable[[list[int]], None
     def prepare(job: str, task: dict) -> Callable[[list[int]], None]:
         import make_lm_eval_goldens
         from lm_eval import evaluator
+        from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
 
         device = task["device"]
         model = HFLM(pretrained=task["model"], dtype=task["dtype"], device=device, batch_size=batch_size)
-        tasks = {task["task"]: make_lm_eval_goldens.local_task(task["task"], Path(task["data_dir"]))}
+        if job == "generate":
+            requests = []
+            for i, prompt in enumerate(task["prompts"]):
+                until = [] if prompt["stop"] is None else [prompt["stop"]]
+                settings = {"until": until, "max_gen_toks": prompt["new_tokens"], "do_sample": False}
+                requests.append(Instance("generate_until", {}, (prompt["text"], settings), i))
+            return lambda examples: model.generate_until([requests[i] for i in examples], disable_tqdm=True)
+        folder = Path(task["data_dir"])
+        pairs = (folder / "truthfulqa_prompt.txt").read_text(encoding="utf-8")
+        tasks = {task["task"]: make_lm_eval_goldens.local_task(task["task"], folder, pairs)}
         return lambda examples: evaluator.evaluate(
             lm=model, task_dict=tasks, limit=len(examples), bootstrap_iters=0
         )
@@ -270,35 +375,103 @@ def rows_of(task: dict, count: int) -> list[dict]:
     return [{"ids": corpus.tokens[a:b].tolist(), "response": corpus.response[a:b].tolist()} for a, b in spans]
 
 
+def prompts_of(task: dict) -> list[dict]:
+    """Prompts of a task that are spread evenly over its rows, the same for everybody."""
+    from data import Tokenizer
+    from eval import prepare
+
+    (documents,) = prepare([task["task"]], Tokenizer(task["model"]), task["data_dir"])
+    step = max(len(documents.requests) // task["count"], 1)
+    found = []
+    for (request,) in documents.requests[::step][: task["count"]]:
+        new_tokens = task["new_tokens"] or request.max_new_tokens
+        found.append({"text": request.context, "stop": request.stop, "new_tokens": new_tokens})
+    return found
+
+
+def clock(task: dict) -> float:
+    """Seconds: of CPU time where one thread does all the work, else on the wall."""
+    return time.process_time() if task["device"] == "cpu" and task["threads"] == 1 else time.perf_counter()
+
+
 def measure(job: str, who: str, task: dict) -> dict:
     """Run one measurement in this process."""
+    if who == "before":
+        sys.path.insert(0, task["before"])
     if job == "partition":
         return measure_partition()
-    examples, warm_up, tokens = list(range(12)), [0, 1], 0  # documents, for evaluate
+    if job == "run":
+        return measure_run(task["before"] if who == "before" else str(HERE.parent.parent), task)
+    examples, warm_up, tokens = list(range(task["count"])), [0, 1], 0  # documents, prompts or rows
     if job in ("train", "score"):
         first = 24 * task["repetition"]  # of 24 rows half are timed, half are to warm up
         examples, warm_up = list(range(first, first + 12)), list(range(first + 12, first + 24))
         task["rows"] = rows_of(task, first + 24)
         tokens = sum(len(task["rows"][i]["ids"]) for i in examples)
+    if job == "generate":
+        task["prompts"] = prompts_of(task)
     prepare = {
         "ours": ours,
+        "before": ours,
         "transformers": transformers_peft,
         "peft": peft_padding_free,
         "trl": trl,
         "lm_eval-1": lm_eval(1),
         "lm_eval-8": lm_eval(8),
+        "lm_eval-16": lm_eval(16),
     }[who]
     run = prepare(job, task)
-    run(warm_up)
+    if job != "generate":
+        run(warm_up)
     peak_bytes(task["device"], reset=True)
-    began = time.perf_counter()
-    own = run(examples)
+    began = clock(task)
+    result = run(examples)
     if task["device"] != "cpu":
         import torch
 
         torch.cuda.synchronize()
-    seconds = own if isinstance(own, float) else time.perf_counter() - began
-    return {"seconds": seconds, "peak": peak_bytes(task["device"]), "rate": tokens / seconds}
+    seconds = result if isinstance(result, float) else clock(task) - began
+    found = {"seconds": seconds, "peak": peak_bytes(task["device"]), "rate": tokens / seconds}
+    return found | ({"texts": result} if job == "generate" else {})
+
+
+def measure_run(project: str, task: dict) -> dict:
+    """A whole small run of a checkout: 102 rows, of which a sixth are the reference's, and 24 held-out ones."""
+    rows = Path(task["data"][0]).read_text(encoding="utf-8").splitlines()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "rows.jsonl").write_text("\n".join(rows[:102]) + "\n", encoding="utf-8")
+        (folder / "held.jsonl").write_text("\n".join(rows[102:126]) + "\n", encoding="utf-8")
+        command = [
+            sys.executable,
+            f"{project}/forgetting.py",
+            "--model",
+            task["model"],
+            "--device",
+            task["device"],
+        ]
+        command += [
+            "--data",
+            "rows.jsonl",
+            "--eval-data",
+            "held.jsonl",
+            "--out",
+            "run",
+            "--max-length",
+            "256",
+        ]
+        command += ["--methods", "base", "reference", "full", "ignoring", "forgetting"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = time.perf_counter() - began
+        if task["device"] == "cpu":
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        results = (folder / "run" / "results.json").read_text(encoding="utf-8")
+        return {"seconds": seconds, "peak": after.ru_maxrss * 1024, "rate": 0.0, "texts": [results]}
 
 
 def measure_partition() -> dict:
@@ -319,22 +492,12 @@ def measure_partition() -> dict:
 
 def in_a_process(who: str, dtype: str, repeat: int, arguments: argparse.Namespace) -> dict:
     """One measurement in a fresh process, on --threads cores: this program again, with the same flags and --worker."""
-    python = sys.executable if who == "ours" else arguments.peers
+    python = sys.executable if who in ("ours", "before") else arguments.peers
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-arguments.threads :]))
-    command = [
-        "taskset",
-        "-c",
-        cores,
-        python,
-        *sys.argv,
-        "--worker",
-        who,
-        "--dtypes",
-        dtype,
-        "--repetition",
-        str(repeat),
-    ]
+    command = ["taskset", "-c", cores, python, *sys.argv]
+    command += ["--worker", who, "--dtypes", dtype, "--repetition", str(repeat)]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"} if arguments.threads == 1 else {}
     environment |= {"THP_MEM_ALLOC_ENABLE": "1"}  # for everybody: see run.sh
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -342,17 +505,41 @@ def in_a_process(who: str, dtype: str, repeat: int, arguments: argparse.Namespac
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def tokens_equal(texts: list[str], ours: list[str], model: str) -> tuple[int, int, int]:
+    """Tokens of the texts, tokens of ours, and how many of them the texts begin with as ours do."""
+    from data import Tokenizer
+
+    tokenizer = Tokenizer(model)
+    encode = lambda some: [ids for ids, _ in tokenizer.encode(some, special=False)]
+    theirs, right = encode(texts), encode(ours)
+    same = 0
+    for a, b in zip(theirs, right):
+        differs = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+        same += next(differs, min(len(a), len(b)))
+    return sum(map(len, theirs)), sum(map(len, right)), same
+
+
 def compare(arguments: argparse.Namespace, dtype: str) -> None:
     """The interleaved runs of one job in one precision, and their table."""
     job = arguments.job
-    found: dict[str, list[dict]] = {who: [] for who in WORKERS[job] if who == "ours" or arguments.peers}
+    there = {"ours": True, "before": arguments.before is not None}
+    found: dict[str, list[dict]] = {w: [] for w in WORKERS[job] if there.get(w, arguments.peers is not None)}
     for repeat in range(arguments.repeats):
         for who in found:
             found[who].append(in_a_process(who, dtype, repeat, arguments))
-            print(f"  {job} {dtype} {who} {repeat}: {found[who][-1]}", file=sys.stderr, flush=True)
+            shown = {key: value for key, value in found[who][-1].items() if key != "texts"}
+            print(f"  {job} {dtype} {who} {repeat}: {shown}", file=sys.stderr, flush=True)
     for who, runs in found.items():
-        figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        figures = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "texts"}
         line = f"{job:9} {dtype:8} {who:13} {figures['seconds']:8.2f} s  peak {figures['peak'] / 1e9:6.2f} GB"
+        if job == "generate":
+            written, right, same = tokens_equal(runs[0]["texts"], found["ours"][0]["texts"], arguments.model)
+            figures["rate"] = written / figures["seconds"]
+            line += f"  {written} tokens, {same} of {right} as ours"
+        if job == "run":
+            line += (
+                f"  results.json {'equal' if runs[0]['texts'] == found['ours'][0]['texts'] else 'another'}"
+            )
         if figures["rate"]:
             line += f"  {figures['rate']:8.0f} tokens/s"
         if who != "ours":
@@ -368,9 +555,16 @@ def main() -> None:
     )
     parser.add_argument("job", choices=list(WORKERS))
     parser.add_argument("--model", help="a checkpoint folder")
-    parser.add_argument("--data", nargs="+", default=[], help="instruction rows, for train and score")
-    parser.add_argument("--data-dir", help="benchmark rows, for evaluate")
-    parser.add_argument("--task", default="logiqa", help="for evaluate; its first 12 documents")
+    parser.add_argument(
+        "--data", nargs="+", default=[], help="instruction rows, for train, score, prepare, run"
+    )
+    parser.add_argument("--data-dir", help="benchmark rows, for evaluate and generate")
+    parser.add_argument(
+        "--task", default="logiqa", help="for evaluate, its first documents, and generate [logiqa]"
+    )
+    parser.add_argument("--count", type=int, help="documents, prompts, or rows [12; prepare: 50,000]")
+    parser.add_argument("--new-tokens", type=int, help="for generate [the task's]")
+    parser.add_argument("--before", help="another checkout of this project, to compare with")
     parser.add_argument("--peers", help="a Python that has transformers, peft, trl and lm_eval")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--device", default="cpu")
@@ -380,11 +574,12 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.count = arguments.count or (50_000 if arguments.job == "prepare" else 12)
     if arguments.worker:
         task = vars(arguments) | {"dtype": arguments.dtypes[0]}
         print(json.dumps(measure(arguments.job, arguments.worker, task)))
         return
-    for dtype in arguments.dtypes if arguments.job != "partition" else ["float32"]:
+    for dtype in arguments.dtypes if arguments.job not in ("partition", "prepare") else ["float32"]:
         compare(arguments, dtype)
 
 

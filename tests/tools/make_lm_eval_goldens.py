@@ -35,11 +35,15 @@ TASK_FILES = {  # our name: (lm-eval's task file below lm_eval/tasks, split)
 }
 
 
-def local_task(name: str, folder: Path) -> ConfigurableTask:
-    """lm-eval's task over a file of ours."""
-    path, split = TASK_FILES[name]
+def local_task(name: str, folder: Path, pairs: str = rows.TRUTHFULQA_PROMPT) -> ConfigurableTask:
+    """lm-eval's task over a file of ours, any subtask of arithmetic too; `pairs` stand before TruthfulQA's questions."""
+    file = folder / f"{name.split('_mc')[0]}.jsonl"
+    if name.startswith("arithmetic_"):
+        path, split = f"arithmetic/{name}.yaml", "validation"
+        file = own_rows(name, folder / "arithmetic.jsonl")
+    else:
+        path, split = TASK_FILES[name]
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / path)
-    file = folder / (name.split("_mc")[0].replace("arithmetic_2da", "arithmetic") + ".jsonl")
     config |= {
         "dataset_path": "json",
         "dataset_name": None,
@@ -51,10 +55,17 @@ def local_task(name: str, folder: Path) -> ConfigurableTask:
     }
     config.pop("tag", None)
     if name.startswith("truthfulqa"):
-        config["doc_to_text"] = (
-            json.dumps(rows.TRUTHFULQA_PROMPT)[1:-1].replace("\\n", "\n") + "\n\nQ: {{question}}\nA:"
-        )
+        config["doc_to_text"] = json.dumps(pairs)[1:-1].replace("\\n", "\n") + "\n\nQ: {{question}}\nA:"
     return ConfigurableTask(config=config)
+
+
+def own_rows(subtask: str, path: Path) -> Path:
+    """A file with the rows of one subtask of arithmetic, whose ten are in one file here."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    own = [line for line in lines if json.loads(line)["subtask"] == subtask]
+    file = Path(tempfile.mkdtemp()) / f"{subtask}.jsonl"
+    file.write_text("\n".join(own) + "\n", encoding="utf-8")
+    return file
 
 
 def request_goldens() -> dict:
