@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
@@ -191,7 +192,8 @@ class Example(NamedTuple):
 
 def _example(row: RenderedRow, ids: list[int], spans: list[tuple[int, int]], max_length: int) -> Example:
     """A row with its token ids and their character spans."""
-    covered = np.array(spans, dtype=np.int64).reshape(-1, 2)  # (m, 2), of no tokens at all, too
+    ends = chain.from_iterable(spans)
+    covered = np.fromiter(ends, np.int64, 2 * len(spans)).reshape(-1, 2)  # (m, 2): begin and end
     rest = covered[max_length:]
     covered = covered[:max_length]  # (n, 2)
     response = np.zeros(len(covered), bool)
@@ -560,7 +562,7 @@ def render_rows(
         lines.append(f"fields not used: {', '.join(sorted(unused))}")
     raw = [row.row for group in rendered for row in group if row.raw]
     if 0 < len(raw) < total - len(errors):
-        names = {" + ".join(format_of(row)) for row in raw}
+        names = {" + ".join(format_of(row, present(row))) for row in raw}
         formats = " and ".join(sorted(names))
         lines.append(f"{len(raw)} of {total} rows are raw text without turn markers ({formats})")
     return rendered, lines
@@ -992,11 +994,13 @@ FORMATS = {  # the fields that must be there, the last one the response: the fun
 }
 
 
-def format_of(row: dict) -> tuple[str, ...]:
-    """The format of a row, a key of FORMATS. Raises RowError where there is none, or no response."""
-    fields = present(row)
+def format_of(row: dict, fields: dict) -> tuple[str, ...]:
+    """The format of a row, a key of FORMATS; fields: those that say something.
+
+    Raises RowError where there is none, or no response.
+    """
     for names in FORMATS:
-        if all(name in fields for name in names):
+        if fields.keys() >= set(names):
             return names
     for names in FORMATS:  # a prompt may be blank, where its response is a text on its own
         if names[-1] in fields and names[0] in row:
@@ -1021,7 +1025,8 @@ def read_row(row: dict, eos: str, unused: set[str]) -> Raw | list[Turn]:
     """
     if isinstance(row.get("_bad"), RowError):
         raise row["_bad"]
-    names, fields = format_of(row), present(row)
+    fields = present(row)
+    names = format_of(row, fields)
     if not take_train(fields):
         raise RowError("its weight says that the row is not to be learned: leave such rows out")
     given = dict(fields)

@@ -4,12 +4,16 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import row_cases as cases
 import tiny
+from safetensors.numpy import load_file
 
+import forgetting
 from data import Tokenizer, Turn, build_corpus, question_ids, render, render_rows
-from forgetting import Options, select_data
+from eval import date_of
+from forgetting import Options, read_held_out, select_data
 from publish import chat_template
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "rows.json").read_text())["templates"]
@@ -246,3 +250,77 @@ def test_a_run_takes_the_rows_that_can_be_used_and_says_so(tmp_path, capsys):
     _, d_train = select_data(Options(model="m", template="model", skip_bad_rows=True, **files), tokenizer)
     assert tokenizer.decode(d_train.split()[0].tolist(), skip_special=False).startswith("<|user|>\nTell ")
     assert "Tulu" not in capsys.readouterr().out and d_train.tokens[0] != tokenizer.bos_id
+
+
+def test_a_run_goes_on_tomorrow_with_the_date_of_its_first_start(tmp_path, monkeypatch, capsys):
+    """Llama 3.2's template writes today's date: the same command a day later was refused, "made with other
+    training data". And noise that the rows mark by then is kept beside the scores, which it does not change."""
+    model = tiny.make_checkpoint(tmp_path / "model", "llama3")
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content }}</s>{% endfor %}"
+    folder_with(model, template + "{% if add_generation_prompt %}assistant{% endif %}")
+    rows = [{"instruction": f"Tell {i}", "output": f"It is {i} so"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text(tiny.jsonl(rows))
+    options = Options(
+        model=str(model),
+        data=[str(tmp_path / "rows.jsonl")],
+        out=str(tmp_path / "run"),
+        template="model",
+        methods=["forgetting"],
+        rank=2,
+        batch_size=2,
+        n_reference=4,
+        reference_epochs=4,
+        reference_lr=0.01,
+    )
+    scores, config = tmp_path / "run/scores.safetensors", tmp_path / "run/config.json"
+    for day, marks in ((3, []), (4, [[0, 2, "wrong"]]), (5, [[0, 2, "wrong"], [3, 5, "other"]]), (6, [])):
+        now = datetime(2026, 7, day, 8)
+        monkeypatch.setattr(forgetting, "datetime", clock(now))
+        (tmp_path / "rows.jsonl").write_text(tiny.jsonl([row | {"noise": marks} for row in rows]))
+        before = load_file(scores) if day > 3 else None
+        forgetting.run(options)
+        assert json.loads(config.read_text())["date"] == "2026-07-03T08:00:00"
+        after = load_file(scores)
+        assert {name for name in after if name.startswith("noise.")} == {
+            f"noise.{kind}" for *_, kind in marks
+        }
+        assert ("the noise that the rows mark now" in capsys.readouterr().out) == (before is not None)
+        if before is not None:
+            for name in ("tokens", "base_loss", "ref_loss"):
+                np.testing.assert_array_equal(before[name], after[name])
+    assert date_of([str(tmp_path / "run/forgetting/seed-0")]) == datetime(2026, 7, 3, 8)
+    assert date_of([str(tmp_path / "run/reference")]) == datetime(2026, 7, 3, 8)
+    assert date_of([]) is date_of([str(tmp_path)]) is None
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"date": "yesterday"}))
+    with pytest.raises(ValueError, match="config.json: date 'yesterday' is not a date"):
+        forgetting.run(options)
+
+
+def clock(now: datetime) -> type:
+    """datetime, at which it is always the same time."""
+    return type("Clock", (datetime,), {"now": classmethod(lambda cls, tz=None: now)})
+
+
+def test_cut_answers_are_said(tmp_path, capsys):
+    tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path, "llama3"))
+    rows = [{"instruction": f"Tell {i}", "output": f"It is {i} " + "and so on " * (i % 3)} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text(tiny.jsonl(rows))
+    for max_length, cut in ((24, True), (400, False)):
+        files = {"data": [str(tmp_path / "rows.jsonl")], "n_reference": 3, "max_length": max_length}
+        corpora = select_data(Options(model="m", **files), tokenizer)
+        said = capsys.readouterr().out
+        for name, corpus in zip(("D_ref", "D_train"), corpora, strict=True):
+            line = f"{name} {corpus.cut} answers are cut: they lose their end and eos to --max-length {max_length}"
+            assert (line in said) == (corpus.cut > 0) == cut
+
+
+def test_duplicates_among_held_out_rows_are_measured_once(tmp_path):
+    tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path, "llama3"))
+    rows = [{"instruction": f"Tell {i}", "output": f"It is {i}"} for i in (1, 2, 2, 1, 3)]
+    (tmp_path / "held.jsonl").write_text(tiny.jsonl(rows))
+    trained = build_corpus([{"instruction": "another", "output": "row"}], tokenizer)
+    options = Options(model="m", data=["d"], eval_data=[str(tmp_path / "held.jsonl")])
+    held_out = read_held_out(options, tokenizer, trained)
+    assert [location.rpartition(":")[2] for location in held_out.locations] == ["1", "2", "5"]
+    with pytest.raises(ValueError, match="1 of its 3 rows are in D_ref or D_train"):
+        read_held_out(options, tokenizer, trained, build_corpus(rows[1:2], tokenizer))
