@@ -148,7 +148,12 @@ def noise_figures(train: Scored, options: forgetting.Options) -> dict[str, float
     """How well Q finds the known noise, and how well theta's own loss does; {} where there is none."""
     if not train.corpus.noisy.any():
         return {}
-    negative = forgetting.plain_forgetting(train.quality, train.corpus, options) < 0
+    negative = (
+        forgetting.choose_signs(
+            forgetting.METHODS["forgetting"], train.quality, train.corpus, options, seed=0
+        )
+        < 0
+    )
     found = forgetting.detection(train.quality, negative, train.corpus)
     by_loss = forgetting.detection(-train.base_loss, negative, train.corpus)
     return found | {"row AUC of theta's loss": by_loss["row AUC"]}
