@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 import tokenizers
@@ -99,7 +100,7 @@ class Corpus:
             return []
         return np.split(self.tokens, self.offsets[1:-1])
 
-    def places(self, examples: Sequence[int]) -> np.ndarray:
+    def places(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where the tokens of these examples lie in the flat arrays, in order."""
         places = [np.empty(0, np.int64)]  # so that no examples at all are an array, too
         for example in examples:
@@ -276,7 +277,7 @@ def split_by_tokens(lengths: Sequence[int], token_budget: int) -> list[list[int]
     return packs
 
 
-def pack(corpus: Corpus, examples: Sequence[int], token_budget: int) -> Iterator[Batch]:
+def pack(corpus: Corpus, examples: Sequence[int] | np.ndarray, token_budget: int) -> Iterator[Batch]:
     """These examples as batches of at most token_budget tokens; neighbours have like lengths."""
     examples = np.asarray(examples, np.int64)
     lengths = corpus.lengths[examples]
@@ -1322,9 +1323,10 @@ class Tokenizer:
         self.raw.no_padding()
         configs = [_object(folder / name) for name in ("config.json", "generation_config.json")]
         self.bos, self.bos_id = self._special(settings, "bos_token", configs, folder)
-        self.eos, self.eos_id = self._special(settings, "eos_token", configs, folder)
-        if self.eos is None:
+        eos, eos_id = self._special(settings, "eos_token", configs, folder)
+        if eos is None or eos_id is None:
             raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names an eos token")
+        self.eos, self.eos_id = eos, eos_id
         self.start_id = self.eos_id if self.bos_id is None else self.bos_id  # for want of any other context
         of_model, of_generation = (_token_ids(config, "eos_token", folder) for config in configs)
         self.model_eos_ids = of_generation or of_model
@@ -1616,7 +1618,7 @@ def print0(text: str) -> None:
 
 def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = False) -> tqdm:
     """A tqdm bar on rank 0; in a log file a line every ten seconds, or none. keep: it stays on the screen."""
-    seconds = {} if sys.stderr.isatty() else {"mininterval": 10, "delay": 10}
+    in_terminal = sys.stderr.isatty()
     return tqdm(
         desc=label,
         total=total,
@@ -1626,7 +1628,8 @@ def progress(label: str, total: int, unit: str, done: int = 0, keep: bool = Fals
         leave=keep,
         dynamic_ncols=True,
         disable=rank_and_world()[0] > 0,
-        **seconds,
+        mininterval=0.1 if in_terminal else 10,  # seconds
+        delay=0 if in_terminal else 10,
     )
 
 

@@ -184,7 +184,7 @@ def partition(quality: Array, rho: float | str, forget_rate: float | None = None
     if not np.isfinite(quality).all():
         count = int((~np.isfinite(quality)).sum())
         raise ValueError(f"{count} quality scores are not finite")
-    if rho == POSITIVE:
+    if isinstance(rho, str):  # positive
         return quality > 0, quality <= 0
     positive = quality >= quantile(quality, 1 - rho)
     negative = ~positive
@@ -506,9 +506,8 @@ def choose_signs(method: Method, scores: Array, corpus: Corpus, options: Options
         signs[corpus.response] = 1
         return signs
 
-    ranked = scores[corpus.response]  # one score a response token
-    if method.by_sequence:
-        ranked, token_counts = sequence_means(scores, corpus)  # one a sequence
+    means, token_counts = sequence_means(scores, corpus)  # (E,) each
+    ranked = means if method.by_sequence else scores[corpus.response]  # one score a sequence, or a token
     if method.random:
         ranked = np.random.default_rng([seed, 1]).random(len(ranked))
 
@@ -622,7 +621,7 @@ def step_gradient(
     not run), and (n_P, n_N) of the whole step.
     """
     rank, world = rank_and_world()
-    model = getattr(net, "module", net)  # DDP keeps the model as its module
+    model: Transformer = getattr(net, "module", net)  # DDP keeps the model as its module
     head = model.lm_head.weight  # (V, D)
     device = head.device
 
@@ -822,9 +821,10 @@ def option(group: str, default: Any, text: str, allowed: Any = None) -> Any:
 
     allowed is an interval of numbers such as "(0, 1]", a tuple of words, or None for anything.
     """
-    place = "default_factory" if callable(default) else "default"
     metadata = {"group": group, "help": text, "allowed": allowed}
-    return dataclasses.field(**{place: default}, metadata=metadata)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def default_device() -> str:
@@ -997,7 +997,7 @@ def parse_options(argv: list[str] | None = None, **defaults: Any) -> Options:
     """The command line as Options; `defaults` stand in for some of theirs. Raises ValueError."""
     parser = argparse.ArgumentParser(
         usage="./run.sh --model M --data rows.jsonl --out RUN ... (--help lists the options)",
-        description=__doc__.partition("\n\ntests/plain.py")[0],
+        description=(__doc__ or "").partition("\n\ntests/plain.py")[0],
         epilog=describe_methods(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1811,7 +1811,7 @@ def describe_verdicts(pairs: int, seeds: int) -> str:
 def best_of_all(results: Results, verdicts: dict[str, str]) -> str:
     """One sentence: which row of the table has the lowest held-out loss, and whether that can be told."""
     losses = {name: mean_figure(by_seed) for name, by_seed in results.items()}
-    best, *others = sorted(losses, key=losses.get)
+    best = min(losses, key=lambda name: losses[name])
     if best == "base":
         return "Lowest: base. No training at all is best here."
     if best == "reference":
