@@ -1,6 +1,7 @@
 """Algorithm 1 of "Forgetting" (arXiv 2508.04329), as plain as it can be: the file to read first.
 
-    ./run.sh plain --model tests/demo_model --data rows.jsonl --reference-data trusted.jsonl
+    ./run.sh plain --model tests/demo_model --data rows.jsonl --reference-data trusted.jsonl \\
+                   --batch-size 4 --epochs 8          # few rows need several passes
 
     1. reference   theta' = a brief fine-tune of theta on D_ref, rows that are trusted
     2. scores      Q = loss under theta - loss under theta', for each response token of D_train
@@ -28,7 +29,7 @@ from lora import add_lora, lora_disabled, lora_parameters, remove_lora, save_ada
 from model import checkpoint_folder, load_model
 
 
-def examples_of(corpus):
+def sequences_of(corpus):
     """Each sequence as (tokens (L,), response (L,)); response is equation 2: True at the answer's tokens."""
     tokens = torch.from_numpy(corpus.tokens).long()
     response = torch.from_numpy(corpus.response)
@@ -41,7 +42,7 @@ def token_losses(model, tokens, response):
 
     The first token of a sequence is never a response token: nothing predicts it.
     """
-    boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)  # where each sequence begins and ends; one
+    boundaries = torch.tensor([0, len(tokens)], dtype=torch.int32)  # of a pack of one sequence
     logits = model.lm_head(model(tokens, boundaries))  # (L, V)
     losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")  # (L-1,) each token predicts the next
     return losses[response[1:]]  # (R,)
@@ -66,7 +67,7 @@ def quality_scores(model, examples):
 def partition(quality, rho):
     """Equations 6 and 7: the threshold F(1 - rho), then the masks of P and of N, one (R,) for each sequence.
 
-    F is the quantile function of Q: a share rho of all tokens of the corpus reaches the threshold.
+    F is the quantile function of Q: about a share rho of all tokens has Q at the threshold or above.
     """
     if not 0 < rho <= 1:
         raise ValueError(f"rho {rho} is not allowed: more than 0, at most 1")
@@ -78,9 +79,9 @@ def partition(quality, rho):
     return float(threshold), positive, negative
 
 
-def lambda_at(step, total_steps, options):
-    """How strongly N is unlearned: not at all at step 0, then more with every step. t_min lowers the slope."""
-    return (options.t_max - options.t_min) * step / total_steps
+def lambda_at(step, total_steps, t_min, t_max):
+    """How strongly N is unlearned: not at all at step 0, then more at each step. t_min lowers the slope."""
+    return (t_max - t_min) * step / total_steps
 
 
 def learning_rate_at(step, total_steps, options):
@@ -111,7 +112,7 @@ def train(model, examples, positive, negative, seed, options):
         # the means are over all tokens of the step: one counts the same in a long sequence as in a short one
         n_positive = sum(int(positive[i].sum()) for i in batch)
         n_negative = sum(int(negative[i].sum()) for i in batch)
-        lam = lambda_at(step, len(batches), options)
+        lam = lambda_at(step, len(batches), options.t_min, options.t_max)
         mean_positive, mean_negative = 0.0, 0.0
         optimizer.zero_grad()
         for i in batch:
@@ -139,6 +140,10 @@ def algorithm_1(model, d_ref, d_train, options):
     print(f"2. scores: {len(d_train)} sequences of D_train")
     quality = quality_scores(model, d_train)
     remove_lora(model)  # theta' was only there to judge: training begins with theta again
+    if len(torch.cat(quality).unique()) == 1:
+        raise ValueError(
+            "the reference learned nothing, all Q are equal: a smaller --batch-size, more --epochs"
+        )
 
     threshold, positive, negative = partition(quality, options.rho)
     n_positive, n_negative = (int(torch.cat(masks).sum()) for masks in (positive, negative))
@@ -173,7 +178,7 @@ def main(arguments=None):
     (rows, trusted), _ = render_rows(files, tokenizer)
     reference, train_rows, _ = split_rows(rows, trusted, None, None)  # disjoint: no row is in both
     d_ref, d_train = (
-        examples_of(encode_rows(part, tokenizer, options.max_length)) for part in (reference, train_rows)
+        sequences_of(encode_rows(part, tokenizer, options.max_length)) for part in (reference, train_rows)
     )
     return algorithm_1(load_model(folder), d_ref, d_train, options)
 

@@ -212,7 +212,7 @@ def test_lambda_too_high_is_found(tmp_path):
         results[name] = {0: forgetting.measure(model, suite, tmp_path / name)}
         remove_lora(model)
     (warning,) = forgetting.warnings_of(results)
-    assert warning.startswith("warning: loss on P, which it was to learn, of forgetting:t_max=20, ")
+    assert warning.startswith("warning: L_P of forgetting:t_max=20, ")
 
 
 def test_checkpointed_activations_change_memory_not_the_gradient(tmp_path):

@@ -104,7 +104,7 @@ def test_losses_threshold_and_sides_are_the_same(both):
     folder, (quality, threshold, positive, negative) = both
     scores = {name: x.numpy() for name, x in load_file(folder / "run" / "scores.safetensors").items()}
     corpus, model = d_train_of(folder)
-    examples = plain.examples_of(corpus)
+    examples = plain.sequences_of(corpus)
     with torch.no_grad():
         base = torch.cat([plain.token_losses(model, *example) for example in examples])
         load_adapter(model, folder / "plain" / "reference")
@@ -134,6 +134,6 @@ def test_other_sets_are_the_other_methods(both, method):
     corpus, model = d_train_of(folder)
     nothing = [mask & False for mask in negative]
     sets = [~mask for mask in nothing] if method == "full" else positive
-    plain.train(model, plain.examples_of(corpus), sets, nothing, 0, SimpleNamespace(**SETTINGS))
+    plain.train(model, plain.sequences_of(corpus), sets, nothing, 0, SimpleNamespace(**SETTINGS))
     plain.save_adapter(model, folder / method, "tiny")
     same_adapter(folder / method, folder / "run" / method / "seed-0")
