@@ -557,7 +557,7 @@ CASES = [
     Case(
         "no adapter there",
         f"{EVAL} --adapter {{here}}/nowhere",
-        ("nowhere: no such folder (an adapter on the Hub",),
+        ("nowhere: no adapter_config.json in it", "one on the Hub: hf download"),
     ),
     adapter_case("an adapter without config", remove("adapter_config.json"), "no adapter_config.json in it"),
     adapter_case("an adapter without weights", remove(ADAPTER), "no adapter_model.safetensors in it"),

@@ -65,10 +65,12 @@ def run(folder, out: str, *flags: str) -> None:
 # -------------------------------------------------------------------------------------------- training
 
 
-def test_a_small_reference_takes_at_least_eight_steps(folder):
-    """9 examples are 3 steps of 3: 3 epochs make 9 steps, and 8 // 3 = 2 would make 6."""
-    run(folder, "small", "--methods", "reference", "--batch-size", "3")
-    assert len((folder / "small/reference/metrics.jsonl").read_text().splitlines()) == 9
+def test_a_small_reference_of_trusted_rows_takes_at_least_24_steps(folder):
+    """9 examples are 2 steps of 5, and 3 of 4: 12 and 8 epochs."""
+    for batch_size in ("5", "4"):
+        run(folder, f"small-{batch_size}", "--methods", "reference", "--batch-size", batch_size)
+        log = (folder / f"small-{batch_size}/reference/metrics.jsonl").read_text()
+        assert len(log.splitlines()) == 24
 
 
 def test_every_epoch_of_every_seed_has_its_own_order():
