@@ -55,8 +55,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch, Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress
-from data import join_over_ranks, rank_and_world, read_object, read_rows, render_rows, shift, split_rows
-from data import start_ranks, sum_over_ranks
+from data import join_over_ranks, question_ids, rank_and_world, read_object, read_rows, render_rows
+from data import shift, split_rows, start_ranks, sum_over_ranks
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
 from eval import SHORTEST_PREFIX, Documents, check_room, evaluate, metrics_of, prepare, primary_metrics
 from eval import table
@@ -1434,9 +1434,17 @@ def show_row(corpus: Corpus, example: int, tokenizer: Tokenizer) -> str:
     tokens = corpus.tokens[first:last]  # (length,)
     response = corpus.response[first:last]
     before = response.argmax()  # how many tokens there are before the first of a response
-    question = tokenizer.decode(tokens[:before].tolist())
+    asked = tokenizer.decode(tokens[:before].tolist())
+    question = asked.removesuffix(after_question(tokenizer)).rstrip()
     answer = tokenizer.decode(tokens[response].tolist())
     return f"{corpus.locations[example]}  {question[-60:]!r} -> {answer[:60]!r}"
+
+
+def after_question(tokenizer: Tokenizer) -> str:
+    """What the template writes between a question and its answer, as it is shown: without special tokens."""
+    shown = tokenizer.decode(question_ids("7", tokenizer))
+    _, _, after = shown.rpartition("7")
+    return after
 
 
 # ---------------------------------------------------------------------------------- figures and the table
