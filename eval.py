@@ -24,6 +24,7 @@ import os
 import re
 import string
 import sys
+import unicodedata
 from collections import Counter, deque
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Tokenizer, check_ids, question_ids
+from data import Tokenizer, asked_in, check_ids, question_ids, render
 from data import advance, progress
 from data import join_over_ranks, print0, rank_and_world, start_ranks, sum_over_ranks
 from data import read_object, read_rows, write_rows, write_text
@@ -55,6 +56,7 @@ class Request:
     continuation: str | None = None
     max_new_tokens: int = 0
     stop: str | None = None  # generation ends before this text, and at an eos
+    in_template: bool = False  # the context is in a chat template, which writes the bos, too
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,20 @@ class Answer:
     text: str = ""  # what was written
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, special: bool = True
+) -> tuple[list[int], list[int]]:
     """Token ids of context and continuation, split as lm-evaluation-harness splits them.
 
     Trailing whitespace of the context moves to the continuation; both together are encoded once, and what
     exceeds the encoded context is the continuation. An empty context becomes the bos token, or the eos.
+    special: the tokenizer puts its bos in front.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if not stripped:
         return [tokenizer.start_id], _encode_alone(tokenizer, continuation)
-    whole, context_ids = (ids for ids, _ in tokenizer.encode([stripped + continuation, stripped]))
+    whole, context_ids = (ids for ids, _ in tokenizer.encode([stripped + continuation, stripped], special))
     if len(whole) <= len(context_ids):
         raise ValueError(f"continuation {continuation!r} adds no token to its context")
     return context_ids, whole[len(context_ids) :]
@@ -393,17 +398,22 @@ def choice_task(
     ask: Callable[[dict], tuple],
     normed: bool = False,
     delimiter: str = " ",
+    chat: bool = False,
     **rest: Any,
 ) -> Task:
     """Multiple choice: ask(row) gives context, choices, place of the right one; delimiter + choice is scored.
 
     acc takes the greatest log-likelihood, acc_norm that per character of the choice; the first wins a tie.
+    chat: a model with a chat template is asked in it.
     """
 
-    def requests(row: dict, _: Tokenizer) -> list[Request]:
+    def requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
         context, choices, gold = ask(row)
         if not choices or not 0 <= gold < len(choices):
             raise ValueError(f"{len(choices)} choices, the right one is number {gold}")
+        if chat and tokenizer.template is not None:
+            asked = in_template(context, tokenizer)
+            return [Request(asked, choice, in_template=True) for choice in choices]
         return [Request(context, delimiter + choice) for choice in choices]
 
     def score(row: dict, answers: list[Answer]) -> dict:
@@ -444,6 +454,12 @@ def exact_task(
     return Task(file, version, requests, score, **rest)
 
 
+def in_template(question: str, tokenizer: Tokenizer) -> str:
+    """A question in the tokenizer's template, up to where the answer begins."""
+    row = {"instruction": question.rstrip(), "output": "-"}
+    return asked_in(render(row, tokenizer.eos, tokenizer.template))
+
+
 def words_of(text: str) -> list[str]:
     """Words as SQuAD compares them: lower case, no ASCII punctuation, no articles."""
     lower = text.lower()
@@ -452,20 +468,38 @@ def words_of(text: str) -> list[str]:
     return without_articles.split()
 
 
-def f1_score(prediction: str, answer: str) -> float:
+# scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, Han
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+
+
+def words_of_any_language(text: str) -> list[str]:
+    """Words as MLQA compares them: punctuation is what Unicode says, and characters of UNSPACED are words.
+
+    As DRCD does it, too. Articles are the English ones: a row does not say its language.
+    """
+    letters = "".join(c for c in text if not unicodedata.category(c).startswith("P"))
+    spaced = re.sub(f"([{UNSPACED}])", r" \1 ", letters)
+    return words_of(spaced)
+
+
+def f1_score(prediction: str, answer: str, words: Callable[[str], list[str]] = words_of) -> float:
     """Word overlap F1 of SQuAD, 0 to 1; 0 if nothing is shared."""
-    found = Counter(words_of(prediction))
-    right = Counter(words_of(answer))
+    found = Counter(words(prediction))
+    right = Counter(words(answer))
     shared = (found & right).total()
     if shared == 0:
         return 0.0
     return 2 * shared / (found.total() + right.total())
 
 
-def squad_score(reply: str, right: list[str]) -> dict:
+def squad_score(
+    reply: str, right: list[str], words: Callable[[str], list[str]] = words_of_any_language
+) -> dict:
     """F1 and exact match as SQuAD counts them, the best over the right answers."""
-    f1 = max(f1_score(reply, answer) for answer in right)
-    same_words = [words_of(reply) == words_of(answer) for answer in right]
+    f1 = max(f1_score(reply, answer, words) for answer in right)
+    same_words = [words(reply) == words(answer) for answer in right]
     metrics = {"f1": f1, "exact_match": float(any(same_words))}
     return {"prediction": reply, "target": right, "metrics": metrics}
 
@@ -598,7 +632,7 @@ def tydiqa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
 def tydiqa_score(row: dict, answers: list[Answer]) -> dict:
     """SQuAD's figures, a mean over the languages."""
     (answer,) = answers
-    return squad_score(answer.text.strip(), row["answers"]["text"])
+    return squad_score(answer.text.strip(), row["answers"]["text"], words_of)
 
 
 def mc(row: dict) -> tuple:
@@ -619,9 +653,13 @@ def mc(row: dict) -> tuple:
     return row["prompt"] + joint, choices, answer
 
 
-def qa_requests(row: dict, _: Tokenizer) -> list[Request]:
+def qa_requests(row: dict, tokenizer: Tokenizer) -> list[Request]:
     """Your own questions with short answers: prompt, and answer or a list of them; one line is written."""
-    return [Request(row["prompt"], max_new_tokens=32, stop="\n")]
+    prompt = row["prompt"]
+    chat = tokenizer.template is not None and isinstance(prompt, str)
+    if chat:
+        prompt = in_template(prompt, tokenizer)
+    return [Request(prompt, max_new_tokens=32, stop="\n", in_template=chat)]
 
 
 def qa_score(row: dict, answers: list[Answer]) -> dict:
@@ -694,7 +732,7 @@ TASKS = {
     "lambada": exact_task("lambada.jsonl", 1, lambada, perplexity=True),
     "ifeval": Task("ifeval.jsonl", 4, ifeval_requests, ifeval_score),
     **{name: arithmetic_task(name) for name in SUBTASKS},
-    "mc": choice_task("mc.jsonl", 1, mc, normed=True, delimiter=""),
+    "mc": choice_task("mc.jsonl", 1, mc, normed=True, delimiter="", chat=True),
     "qa": Task("qa.jsonl", 1, qa_requests, qa_score),
 }
 GROUPS = {
@@ -765,7 +803,8 @@ def fingerprint(rows: list[dict], requests: list[list[Request]]) -> str:
     for row, group in zip(rows, requests):
         content = {key: value for key, value in row.items() if not key.startswith("_")}
         contents.append(content)
-        asked.append([vars(request) for request in group])
+        fields = [vars(request) for request in group]
+        asked.append([{key: value for key, value in one.items() if value is not False} for one in fields])
     text = json.dumps([contents, asked])
     digest = hashlib.sha256(text.encode())
     return digest.hexdigest()[:16]
@@ -872,26 +911,32 @@ def score_documents(
 def answer_requests(
     model: Transformer, tokenizer: Tokenizer, documents: Documents, budget: Budget
 ) -> list[list[Answer]]:
-    """The answers to a task's requests, document by document. Raises ValueError where one is not finite."""
+    """The answers to a task's requests, document by document. Raises ValueError where one is not finite.
+
+    Says how many prompts lose their beginning, as they do not fit the model's positions.
+    """
     requests, sources = [], []
     for row, group in zip(documents.rows, documents.requests):
         requests += group
         sources += [row["_source"]] * len(group)
+    positions, cut = model.config.max_position_embeddings, 0
     scored, pairs = [], []
-    written: dict[tuple, list[int]] = {}  # (max_new_tokens, stop): the requests to write on from
+    to_write: dict[tuple, list[int]] = {}  # requests to write on from, by what they have in common
     for i, request in enumerate(requests):
         if request.continuation is None:
-            kind = request.max_new_tokens, request.stop
-            written.setdefault(kind, []).append(i)
+            kind = request.max_new_tokens, request.stop, request.in_template
+            to_write.setdefault(kind, []).append(i)
             continue
         try:
-            pair = encode_pair(tokenizer, request.context, request.continuation)
-            check_length(model, pair[1])
+            special = not request.in_template
+            context, continuation = encode_pair(tokenizer, request.context, request.continuation, special)
+            check_length(model, continuation)
         except ValueError as error:
             raise ValueError(f"{sources[i]}: {error}") from None
-        check_ids(pair[0] + pair[1], model.config.vocab_size, model.folder)
+        check_ids(context + continuation, model.config.vocab_size, model.folder)
+        cut += len(context) + len(continuation) > positions + 1
         scored.append(i)
-        pairs.append(pair)
+        pairs.append((context, continuation))
 
     answers = [Answer()] * len(requests)
     found = loglikelihoods(model, pairs, budget.batch_tokens, documents.name)
@@ -900,14 +945,18 @@ def answer_requests(
         if not math.isfinite(total):  # an argmax of NaN would look like an answer
             raise ValueError(f"{sources[i]}: {documents.name} has the log-likelihood {total}")
         answers[i] = answer
-    for (max_new_tokens, stop), places in written.items():
+    for (max_new_tokens, stop, chat), places in to_write.items():
         contexts = [requests[i].context for i in places]
-        prompts = [ids for ids, _ in tokenizer.encode(contexts)]
+        prompts = [ids for ids, _ in tokenizer.encode(contexts, special=not chat)]
         for ids in prompts:
             check_ids(ids, model.config.vocab_size, model.folder)
+            cut += len(ids) + max_new_tokens > positions
         texts = generate(model, tokenizer, prompts, max_new_tokens, stop, budget, documents.name)
         for i, text in zip(places, texts):
             answers[i] = Answer(text=text)
+    if cut:
+        what = f"{cut} of {len(requests)} prompts are cut at their beginning"
+        print0(f"{documents.name}: {what} to fit the model's {positions} positions")
 
     rest = iter(answers)
     return [list(islice(rest, len(group))) for group in documents.requests]
@@ -1205,7 +1254,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", nargs="+", default=[], help="folder of a PEFT-layout adapter; any number with --prompt")
     add("--tasks", nargs="+", default=[], help=f"of {', '.join([*TASKS, *GROUPS])}")
     add("--prompt", help="instead of tasks: answer this, without and with each adapter; -: lines of stdin")
-    add("--template", choices=["tulu", "model"], help="of --prompt [that of the adapter's run; tulu]")
+    add(
+        "--template",
+        choices=["tulu", "model"],
+        help="of --prompt, and of mc and qa if it is the model's own [that of the adapter's run; tulu]",
+    )
     add("--data-dir", default="runs/data", help="folder of the row files [runs/data]")
     add("--limit", type=int, help="only the first LIMIT documents of each task")
     add("--output", help="write the results here (.json)")
@@ -1325,6 +1378,8 @@ def answer_prompts(
 ) -> None:
     """Print greedy answers of the model alone and of each adapter, to prompts in the template of training."""
     ids = [question_ids(prompt, tokenizer) for prompt in prompts]
+    for prompt_ids in ids:
+        check_ids(prompt_ids, model.config.vocab_size, model.folder)
     length = min(256, model.config.max_position_embeddings // 2)
     answers = {"base": generate(model, tokenizer, ids, length, budget=budget)}
     for adapter in adapters:

@@ -54,19 +54,12 @@ from safetensors.numpy import save_file as save_arrays
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress, rank_and_world
-from data import (
-    join_over_ranks,
-    read_object,
-    read_rows,
-    render_rows,
-    shift,
-    split_rows,
-    start_ranks,
-    sum_over_ranks,
-)
+from data import Batch, Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress
+from data import join_over_ranks, question_ids, rank_and_world, read_object, read_rows, render_rows
+from data import shift, split_rows, start_ranks, sum_over_ranks
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
-from eval import Documents, check_room, evaluate, metrics_of, prepare, primary_metrics, table
+from eval import SHORTEST_PREFIX, Documents, check_room, evaluate, metrics_of, prepare, primary_metrics
+from eval import table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
 from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model, model_fingerprint
@@ -283,15 +276,19 @@ def response_losses(
     lengths = corpus.lengths[examples]
     longest_first = examples[np.argsort(-lengths, kind="stable")]
     budget = 4 * token_budget  # nothing is kept for a backward pass, so more fits
+    common = common_beginning(corpus, examples)
     with progress(label, int(lengths.sum()), "tokens") as bar:
         for batch in pack(corpus, longest_first[rank::world], budget):
+            advance(bar, len(batch.tokens))
+            past = None
+            if common:
+                batch, past = share_beginning(batch, common)
             judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
             rows, targets = shift(batch.tokens, judged)  # (n,) each
             rows, targets = to_device(rows, head.device), to_device(targets, head.device)
             places = to_device(batch.places[judged], head.device)  # (n,)
-            hidden = model(to_device(batch.tokens, head.device), batch.cu_seqlens)  # (T, D)
+            hidden = model(to_device(batch.tokens, head.device), batch.cu_seqlens, past=past)  # (T, D)
             losses[places] = token_losses(hidden[rows], head, targets)
-            advance(bar, len(batch.tokens))
     model.train(was_training)
     of_all_ranks = sum_over_ranks(losses).cpu().numpy()
     places = corpus.places(examples)
@@ -299,6 +296,44 @@ def response_losses(
     result = np.full(len(corpus.tokens), np.nan, np.float32)
     result[places] = of_all_ranks[places]
     return result
+
+
+def common_beginning(corpus: Corpus, examples: Array) -> int:
+    """How many tokens all these examples begin with, well before a response: a template's system text.
+
+    0 where they are too few for prefix sharing to pay.
+    """
+    begin = corpus.tokens[:0]
+    for number, example in enumerate(examples):
+        start, end = corpus.offsets[example], corpus.offsets[example + 1]
+        before_response = int(corpus.response[start:end].argmax()) - 1  # the state there is the row's own
+        tokens = corpus.tokens[start : start + max(before_response, 0)]
+        if number == 0:
+            begin = tokens
+        length = min(len(begin), len(tokens))
+        differs = begin[:length] != tokens[:length]
+        begin = begin[: differs.argmax() if differs.any() else length]
+        if len(begin) < SHORTEST_PREFIX:
+            return 0
+    return len(begin)
+
+
+def share_beginning(batch: Batch, length: int) -> tuple[Batch, list[Tensor]]:
+    """Prefix sharing: the first `length` tokens, the same in all sequences, stay in the first one alone.
+
+    Also returns what each sequence follows, as Transformer.forward takes it.
+    """
+    starts, lengths = batch.cu_seqlens[:-1], batch.cu_seqlens.diff()
+    positions = torch.arange(len(batch.tokens)) - starts.repeat_interleave(lengths)  # (T,)
+    own = positions >= length
+    own[:length] = True
+    lengths = lengths - length
+    lengths[0] += length
+    cu_seqlens = torch.zeros_like(batch.cu_seqlens)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    beginning = torch.arange(length)
+    past = [beginning[:0]] + [beginning] * (len(lengths) - 1)
+    return Batch(batch.tokens[own], cu_seqlens, batch.places[own]), past
 
 
 def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> tuple[Array, Array]:
@@ -1409,9 +1444,17 @@ def show_row(corpus: Corpus, example: int, tokenizer: Tokenizer) -> str:
     tokens = corpus.tokens[first:last]  # (length,)
     response = corpus.response[first:last]
     before = response.argmax()  # how many tokens there are before the first of a response
-    question = tokenizer.decode(tokens[:before].tolist())
+    asked = tokenizer.decode(tokens[:before].tolist())
+    question = asked.removesuffix(after_question(tokenizer)).rstrip()
     answer = tokenizer.decode(tokens[response].tolist())
     return f"{corpus.locations[example]}  {question[-60:]!r} -> {answer[:60]!r}"
+
+
+def after_question(tokenizer: Tokenizer) -> str:
+    """What the template writes between a question and its answer, as it is shown: without special tokens."""
+    shown = tokenizer.decode(question_ids("7", tokenizer))
+    _, _, after = shown.rpartition("7")
+    return after
 
 
 # ---------------------------------------------------------------------------------- figures and the table

@@ -5,6 +5,7 @@ import math
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -26,7 +27,7 @@ from eval import (
     primary_metrics,
     ifeval_score,
 )
-from eval import prepare, requests_of, summarise, task_rows, words_of
+from eval import prepare, requests_of, summarise, task_rows, trimmed_replies, words_of
 from model import load_model
 
 NAMES = (
@@ -262,6 +263,36 @@ def test_ifeval_pools_instructions_and_leaves_out_what_it_cannot_check(monkeypat
         primary_metrics({"ifeval": summarise([{}]) | {"n": 1, "not_scored": 1}}) == {}
     )  # nothing could be scored
     assert not follows(" \n", "punctuation:no_comma", {}) and len(CHECKERS) == 25
+
+
+@pytest.mark.parametrize(
+    "reply, right",
+    [
+        ("one******two", True),
+        ("******one******two******\n", True),
+        ("one******one", False),
+        ("one******two******three", False),
+        ("one****** ******two", False),
+        ("one", False),
+    ],
+)
+def test_two_different_responses(reply, right):
+    """IFEval's combination:two_responses (lm-eval 0.4.13, ifeval/instructions.py): blank ends are dropped, no middle."""
+    assert follows(reply, "combination:two_responses", {}) is right
+
+
+def test_the_eight_loose_variants():
+    """IFEval: the first line, the last or both away, stripped; each with and without asterisks."""
+    assert trimmed_replies("Sure:\n *a* \nbye") == [
+        "Sure:\n *a* \nbye",
+        "*a* \nbye",
+        "Sure:\n *a*",
+        "*a*",
+        "Sure:\n a \nbye",
+        "a \nbye",
+        "Sure:\n a",
+        "a",
+    ]
 
 
 def test_groups_are_averaged_not_documents():
@@ -511,8 +542,9 @@ def test_every_task_has_a_public_home_or_is_a_users():
 def test_malformed_rows_are_named(tmp_path, name, row, message):
     folder = write(tmp_path, {TASKS[name].file: [row]})
     loaded = task_rows(name, folder)[0]
+    tokenizer = SimpleNamespace(template=None)
     with pytest.raises(ValueError, match=f"{TASKS[name].file}:1: {message}"):
-        requests_of(TASKS[name], loaded, None)
+        requests_of(TASKS[name], loaded, tokenizer)
 
 
 def test_groups_of_tasks():

@@ -1,26 +1,20 @@
 """eval.py: shared contexts, truncation, generation and metrics, against naive loops over whole sequences."""
 
+import dataclasses
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import row_cases as cases
 import tiny
 import torch
 
 import eval as evaluation
-from data import Tokenizer, write_rows
-from eval import (
-    Budget,
-    continuous_batching,
-    encode_pair,
-    evaluate,
-    f1_score,
-    generate,
-    loglikelihoods,
-    prepare,
-    summarise,
-)
-from forgetting import row_losses
+from data import Corpus, Tokenizer, advance, progress, question_ids, write_rows
+from eval import TASKS, Answer, Budget, continuous_batching, encode_pair, evaluate, f1_score, generate
+from eval import loglikelihoods, prepare, squad_score, summarise, words_of_any_language
+from forgetting import response_losses, row_losses
 from model import Cache, load_model
 
 
@@ -149,6 +143,30 @@ def test_prompts_of_generation_share_their_beginning(pair, monkeypatch):
     assert generate(model, tokenizer, prompts, 4) == expected
     assert passes.tokens() == 30 + 6 * 6 + 7 * 3  # the prompts, and all new tokens but the last of each
     assert [len(lengths) for lengths in passes.lengths] == [7] * 4
+
+
+def test_a_system_text_in_front_of_all_rows_runs_once_a_pack(pair, monkeypatch):
+    """Scoring: 12 tokens before every row are 42 % of the tokens of short rows; losses as without sharing."""
+    model, _ = pair
+    ids = drawn(6)
+    system = ids(12)
+    rows = [system + ids(length) for length in (9, 9, 14, 6)]
+    offsets = np.cumsum([0] + [len(row) for row in rows])
+    response = np.concatenate([np.arange(len(row)) > 14 for row in rows])
+    corpus = Corpus(np.concatenate(rows).astype(np.int32), response, offsets, [""] * 4, 0)
+    expected = [-naive_loglikelihood(model, row[:15], row[15:])[0] for row in rows]
+    passes = Passes(model, monkeypatch)
+    losses = response_losses(model, corpus, np.arange(4), 4096, "theta")
+    sums = [np.nansum(losses[start:end]) for start, end in zip(offsets, offsets[1:])]
+    assert sums == pytest.approx(expected, abs=1e-4)
+    assert passes.tokens() == 12 + 9 + 9 + 14 + 6
+    assert np.array_equal(~np.isnan(losses), response)
+    passes.lengths.clear()
+    corpus.response[offsets[1] + 5] = (
+        True  # an answer among the shared tokens: four in front of it are too few
+    )
+    response_losses(model, corpus, np.arange(4), 4096, "theta")
+    assert passes.tokens() == len(corpus.tokens)
 
 
 def test_the_next_prompt_takes_the_place_of_a_reply_that_ended(pair, monkeypatch):
@@ -293,8 +311,6 @@ def test_empty_texts_begin_with_the_bos_or_eos(pair):
 
 def test_progress_says_nothing_of_short_work_in_a_log_file(monkeypatch, capsys):
     """A line every ten seconds where stderr is no terminal; under ranks it counts the work of all, and ends at the total."""
-    from data import advance, progress
-
     with progress("scores", 20, "tokens") as bar:
         advance(bar, 5)
     assert capsys.readouterr().err == ""
@@ -310,8 +326,6 @@ def test_progress_says_nothing_of_short_work_in_a_log_file(monkeypatch, capsys):
 
 
 def test_an_empty_corpus_has_no_losses_and_no_bar(pair, monkeypatch):
-    from data import Corpus
-
     monkeypatch.setattr("forgetting.progress", None)
     nothing = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0)
     assert row_losses(pair[0], nothing, 100, "held-out") == []
@@ -319,6 +333,8 @@ def test_an_empty_corpus_has_no_losses_and_no_bar(pair, monkeypatch):
 
 def test_prompts_of_stdin_end_at_newlines_alone(monkeypatch):
     """str.splitlines also ends a line at a form feed, U+0085 and U+2028, and so cut prompts in two."""
+    monkeypatch.setattr(evaluation.sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\n")))
+    assert evaluation.prompts_of("-") == ["a", ""], "the last line is empty, and a prompt"
     text = "a\u2028b\x85c\x0cd\r\ne\n\nf"
     monkeypatch.setattr(evaluation.sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert evaluation.prompts_of("-") == ["a\u2028b\x85c\x0cd", "e", "", "f"]
@@ -328,3 +344,102 @@ def test_prompts_of_stdin_end_at_newlines_alone(monkeypatch):
         evaluation.prompts_of("-")
     with pytest.raises(ValueError, match=r"--prompt: not UTF-8 \(byte 1\)"):
         evaluation.prompts_of("a\udcff")  # as Python hands an argument over that is not UTF-8
+
+
+@pytest.mark.parametrize(
+    "reply, right",
+    [("巴黎。", "巴黎"), ("«Paris»", "Paris"), ("“Paris”", "paris"), ("باريس،", "باريس"), ("42。", "42")],
+)
+def test_punctuation_of_other_scripts_is_none_of_an_answer(reply, right):
+    """As MLQA's mlqa_evaluation_v1.py: every character of Unicode's category P. SQuAD knows ASCII's alone."""
+    assert squad_score(reply, [right])["metrics"] == {"f1": 1.0, "exact_match": 1.0}
+    assert TASKS["tydiqa"].score({"answers": {"text": [right]}}, [Answer(text=reply)])["metrics"]["f1"] == 0.0
+
+
+def test_characters_are_words_where_no_spaces_stand():
+    """MLQA's mixed segmentation, DRCD's characters: 2 of 7 shared with 2 of 2; SQuAD's one word gives 0."""
+    assert f1_score("法国首都是巴黎", "巴黎", words_of_any_language) == pytest.approx(2 * 2 / (7 + 2))
+    assert f1_score("東京都", "東京", words_of_any_language) == pytest.approx(2 * 2 / (3 + 2))
+    assert words_of_any_language("The GDP of 中国 grew") == ["gdp", "of", "中", "国", "grew"]
+    assert words_of_any_language("서울 특별시") == ["서울", "특별시"]
+
+
+def test_prompts_that_lose_their_beginning_are_counted(pair, tmp_path, capsys):
+    """lm-eval 0.4.13 warns of each; here one line a task."""
+    model, tokenizer = pair
+    long = "the river " * model.config.max_position_embeddings
+    choices = {"choices": ["the dog", "a fox"], "answer": 0}
+    write_rows([{"prompt": "Tell me:"} | choices, {"prompt": long} | choices], tmp_path / "mc.jsonl")
+    write_rows([{"prompt": long, "answer": "a"}, {"prompt": "x", "answer": "a"}], tmp_path / "qa.jsonl")
+    evaluate(model, tokenizer, prepare(["mc", "qa"], tokenizer, tmp_path))
+    positions = model.config.max_position_embeddings
+    assert capsys.readouterr().out.splitlines() == [
+        f"mc: 2 of 4 prompts are cut at their beginning to fit the model's {positions} positions",
+        f"qa: 1 of 2 prompts are cut at their beginning to fit the model's {positions} positions",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama3", "zephyr"])
+def test_your_own_questions_are_asked_in_the_models_template(tmp_path, monkeypatch, name):
+    """At 14fe823 raw: an instruct model began with a line break, and F1 was 0. One bos, where the template writes it."""
+    tokenizer = Tokenizer(cases.template_folder(tmp_path / "m", name), "model", cases.NOW)
+    write_rows([{"prompt": "Who? ", "choices": ["A fox.", "It"], "answer": 0}], tmp_path / "mc.jsonl")
+    write_rows([{"prompt": "Who?", "answer": "a fox"}], tmp_path / "qa.jsonl")
+    choices, questions = prepare(["mc", "qa"], tokenizer, tmp_path)
+    asked = question_ids("Who?", tokenizer)
+    seen = {}
+
+    def answered(model, prompts, *rest):
+        seen["qa"] = prompts
+        return ["A fox."] * len(prompts)
+
+    def scored(model, pairs, *rest):
+        seen["mc"] = [context + continuation for context, continuation in pairs]
+        return [Answer(-1.0 - i) for i in range(len(pairs))]
+
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, *rest: answered(model, *rest))
+    monkeypatch.setattr(evaluation, "loglikelihoods", scored)
+    model = SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=4096, vocab_size=10**6), folder="m", eval=lambda: None
+    )
+    results, _ = evaluate(model, tokenizer, [choices])
+    assert results["mc"]["acc"] == 1.0
+    text = tokenizer.decode(asked, skip_special=False)
+    assert seen["mc"][0] == tokenizer.encode([text + "A fox."], special=False)[0][0]
+    results, _ = evaluate(model, tokenizer, [questions])
+    assert seen["qa"] == [asked] and results["qa"]["f1"] == 1.0
+
+
+def test_ids_of_a_prompt_must_have_an_embedding(pair):
+    model, tokenizer = pair
+    config = model.config
+    model.config = dataclasses.replace(config, vocab_size=5)
+    try:
+        with pytest.raises(ValueError, match="the model's vocab_size is 5: not a pair"):
+            evaluation.answer_prompts(model, tokenizer, ["Tell me"], [], Budget())
+    finally:
+        model.config = config
+
+
+def test_new_tokens_may_not_fill_the_positions(pair, tmp_path):
+    """As many new tokens as positions leave no room for a prompt; one fewer does."""
+    model, tokenizer = pair
+    write_rows([{"prompt": "x", "answer": "a"}], tmp_path / "qa.jsonl")
+    documents = prepare(["qa"], tokenizer, tmp_path)
+    evaluation.check_room(documents, 33)
+    with pytest.raises(
+        ValueError, match="--tasks qa: 32 new tokens leave no room in the model's 32 positions"
+    ):
+        evaluation.check_room(documents, 32)
+
+
+@pytest.mark.parametrize("flag", [["--cache-gib", "0"], ["--cache-gib", "nan"], ["--batch-tokens", "0"]])
+def test_budgets_are_above_zero(monkeypatch, flag):
+    monkeypatch.setattr(evaluation.sys, "argv", ["eval.py", "--model", "m", "--tasks", "mc", *flag])
+    with pytest.raises(ValueError, match=f"{flag[0]} .* is not allowed"):
+        evaluation.parse_arguments()
+
+
+def test_a_budget_in_gibibytes(monkeypatch):
+    monkeypatch.setattr(evaluation.sys, "argv", "eval.py --model m --tasks mc --cache-gib 0.5".split())
+    assert evaluation.budget_of(evaluation.parse_arguments()) == Budget(4096, 2**29)
