@@ -577,6 +577,8 @@ def test_the_first_token_is_never_judged(tokenizer):
     """An empty prompt and no bos: nothing predicts the first token of the response."""
     corpus = build_corpus([{"prompt": "", "response": "the quick fox"}], tokenizer)
     assert not corpus.response[0] and corpus.response[1:].all()
+    marked = build_corpus([{"prompt": "", "response": "the quick fox", "noise": [[0, 9, "x"]]}], tokenizer)
+    assert not marked.noisy[0] and marked.noisy[1:].any(), "what is not judged is no noise either"
     assert len(corpus.tokens) == len(tokenizer.encode(["the quick fox" + tokenizer.eos])[0][0])
 
 
@@ -797,6 +799,13 @@ LONGER = {"messages": [{"role": "system", "content": "s"}, *messages("q", "r", "
 )
 def test_what_is_said_twice_is_said_once(row, same):
     assert render(row, "$") == render(same, "$")
+
+
+def test_a_question_that_was_asked_before_is_asked_twice():
+    """A history that is the whole conversation is no copy: then nothing of it would be earlier."""
+    twice = {"messages": messages("a", "b", "a", "b")}
+    for row in ({"instruction": "a", "output": "b"}, {"messages": messages("a", "b")}):
+        assert render(row | {"history": [["a", "b"]]}, "$") == render(twice, "$")
 
 
 @pytest.mark.parametrize(
@@ -1020,6 +1029,11 @@ def test_columns_of_json_give_what_their_text_says(tmp_path, monkeypatch):
     for row, found in zip(rows, read, strict=True):
         assert {name: found[name] for name in row} == row
         assert found["extra"]["tools"] in ([], None) and found["extra"]["tag"] == "x"
+    half = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(['"b\\ud83d"']))
+    table = pyarrow.table({"prompt": ["a"], "completion": half})
+    pyarrow.parquet.write_table(table, tmp_path / "half.parquet")
+    with pytest.raises(ValueError, match="half.parquet:1: .ud83d alone is half a character"):
+        read_rows([str(tmp_path / "half.parquet")])
     monkeypatch.delattr(pyarrow, "json_")  # as before pyarrow 19
     with pytest.raises(ValueError, match="its columns of JSON need pyarrow 19"):
         read_rows([str(tmp_path / "a.parquet")])

@@ -191,6 +191,15 @@ def test_noise_counts_in_the_rows_own_characters(tokenizers, tmp_path):
             assert build_corpus(rows, tokenizer).noisy.any()
 
 
+def test_noise_is_found_behind_what_a_template_writes(tmp_path):
+    """Letters of the answer may stand in the thoughts that the template puts in front of it."""
+    tokenizer = Tokenizer(folder_with(tmp_path, cases.REWRITING), "model")
+    rows = [{"instruction": "q", "output": "think", "noise": [[0, 5, "a"]]}]
+    ((rendered,),), _ = render_rows([rows], tokenizer)
+    ((start, end, _),) = rendered.noise
+    assert rendered.text[:start].endswith("</think>\n\n") and rendered.text[end:] == "<|im_end|>\n"
+
+
 def test_marks_that_are_nowhere_in_the_answer_are_said(tokenizers):
     for tokenizer in (tokenizers["llama3"], tokenizers["zephyr"]):
         marks = [[0, 2, "white space"], [2, 7, "kept"], [8, 40, "the eos"], [-3, -1, "in front"], [4, 4, "x"]]
