@@ -8,8 +8,9 @@
     torchrun --nproc_per_node=2 eval.py ...                      # documents spread over ranks, same results
 
 A task turns a row into requests, and the answers into figures. Prompts, delimiters and metrics are those of
-lm-evaluation-harness 0.4.13, to the byte; TydiQA's are those of the paper. Requests with the same context
-share its computation: it runs once, and each continuation goes on from the cache.
+lm-evaluation-harness 0.4.13, to the byte; TydiQA's are those of the paper. Nothing runs twice: what inputs
+of a pack begin with in common runs once (prefix sharing), and while replies are written, the next prompt
+takes the place of one that has ended (continuous batching).
 Order: requests, log-likelihoods and generation, kinds of task, benchmarks, evaluation, IFEval, command line.
 Shapes: T tokens of a pack; D width; V vocabulary; n tokens that are judged.
 """

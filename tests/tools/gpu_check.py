@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from data import Corpus, Tokenizer, write_rows  # noqa: E402
-from eval import generate, loglikelihoods, table  # noqa: E402
+from eval import Budget, continuous_batching, generate, loglikelihoods, table  # noqa: E402
 from forgetting import Options, both_losses, partition, step_gradient  # noqa: E402
 from lora import add_lora, dropout_mask, lora_parameters  # noqa: E402
-from model import DTYPES, load_model, token_losses  # noqa: E402
+from model import DTYPES, Cache, load_model, token_losses  # noqa: E402
 
 KINDS = ("llama2", "llama3", "qwen2", "gpt_neo")
 Row = tuple[str, float, float]  # what was compared, how far apart, how far is allowed
@@ -97,14 +97,18 @@ def check_pieces(device: str, folder: Path) -> list[Row]:
     rows.append(("two masks are the same", float(torch.equal(*masks)), 0))
     tokenizer = Tokenizer(folder / "llama3")
     pairs = [([3, 4, 5] * i, [6, 7, 8][:j]) for i in (1, 3, 8) for j in (1, 2, 3)]
-    prompts = [[3, 9, 11], [5] * 12, [7, 8]]
+    prompts = [[3, 9, 11], [5] * 12, [7, 8], [5] * 12 + [6]]  # the last shares what it begins with
     here, there = load_model(folder / "llama3"), load_model(folder / "llama3", device)
     rounded = load_model(folder / "llama3", device, torch.bfloat16)
     for name, model, allowed in (("float32", there, 1e-4), ("bfloat16", rounded, 0.03)):
         sums = [[a.loglikelihood for a in loglikelihoods(m, pairs)] for m in (here, model)]
         rows.append((f"log-likelihoods, {name}", relative(*map(torch.tensor, reversed(sums))), allowed))
-    same = generate(here, tokenizer, prompts, 12) == generate(there, tokenizer, prompts, 12)
-    rows.append(("replies that differ, float32", float(not same), 0))
+    expected = generate(here, tokenizer, prompts, 12)
+    rows.append(
+        ("replies that differ, float32", float(generate(there, tokenizer, prompts, 12) != expected), 0)
+    )
+    one_by_one = generate(there, tokenizer, prompts, 12, budget=Budget(cache_bytes=1))
+    rows.append(("replies that differ, one by one", float(one_by_one != expected), 0))
     corpus, sides = random_corpus(90, [60] * 40), []
     for place, dtype in (("cpu", "float32"), (device, "bfloat16")):
         base_loss, ref_loss = both_losses(adapted(folder / "llama3", place, dtype), corpus, 500, place)
@@ -190,6 +194,31 @@ def measure_speed(name: str, peak_tflops: float) -> list[list[str]]:
             memory = (torch.cuda.max_memory_allocated() - before) / 1e9
             kind = "compiled" if compiled else "eager"
             rows.append([job, kind, f"{tokens / seconds:,.0f}", f"{share:.2f}", f"{memory:.1f} GB"])
+    return rows + measure_writing(name)
+
+
+def measure_writing(name: str) -> list[list[str]]:
+    """New tokens/s of 64 replies of 64 tokens to prompts of about 100, with so many in flight.
+
+    A step launches about 1,430 kernels whatever is in flight: the gain should be nearly the number.
+    """
+    model, rows = load_model(name, "cuda", torch.bfloat16), []
+    draw = torch.Generator().manual_seed(0)
+    prompts = {}
+    for i in range(64):
+        prompts[i] = torch.randint(model.config.vocab_size, (70 + i,), generator=draw).tolist()
+    one = Cache(model, 1)
+    row_bytes = one.keys.nbytes + one.values.nbytes
+    for in_flight in (3, 16, 64):
+        budget = Budget(cache_bytes=in_flight * (134 + 64) * row_bytes)
+        write = lambda: dict(continuous_batching(model, prompts, 64, lambda new: len(new) == 64, budget))  # noqa: E731
+        torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            before, seconds = torch.cuda.memory_allocated(), seconds_of(write, 1)
+        memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+        rows.append(
+            ["writing", f"{in_flight} in flight", f"{64 * 64 / seconds:,.0f}", "", f"{memory:.1f} GB"]
+        )
     return rows
 
 
