@@ -416,6 +416,8 @@ class ModelTemplate:
 
         Raises RowError for templates that write earlier turns anew: then this text is not the model's.
         """
+        if not self.prints_answers:
+            raise RowError("the chat template does not write the answer as it is", ALTERNATIVE)
         pieces: Pieces = []
         done = ""
         for i, turn in enumerate(turns):
@@ -431,9 +433,19 @@ class ModelTemplate:
             pieces.append((rest, False))
         return pieces
 
+    @cached_property
+    def prints_answers(self) -> bool:
+        """Whether an answer's text is written at all: some templates write lists of parts only."""
+        letter = "\ue000"  # of private use: no template writes it by itself
+        turns = [Turn("user", "-", False), Turn("assistant", letter, True)]
+        try:
+            return letter in self.text(turns)
+        except RowError:
+            return True  # what it does not take, the rows say
+
     def before_answer(self, turns: list[Turn]) -> int:
         """How many characters the template writes between the question and the content of the last turn."""
-        letter = "\ue000"  # of private use: no template writes it
+        letter = "\ue000"  # of private use: no template writes it by itself
         asked = self.text(turns[:-1], ask=True)
         answered = self.text([*turns[:-1], turns[-1]._replace(content=letter)])
         return max(answered.find(letter) - len(asked), 0)

@@ -78,6 +78,7 @@ def run(options: Options) -> Results:
     Each stage leaves its result in the run folder; given again, the command finds it there and goes on.
     """
     # What goes in. What can be checked before anything is trained is checked here
+    refuse_foreign_files(Path(options.out))
     to_train = {name: method_of(name, options) for name in options.methods if name not in UNTRAINED}
     checkpoint = checkpoint_folder(options.model)
     date = run_date(Path(options.out))
@@ -94,11 +95,8 @@ def run(options: Options) -> Results:
     all_positive = d_ref.response.astype(np.int8)  # (C,)
     train(model, d_ref, all_positive, out / "reference", ref_options, seed=0)
 
-    time_to_come = describe_time(
-        read_log(out / "reference/metrics.jsonl"), to_train, d_train, len(options.seeds)
-    )
-    if time_to_come:
-        print0(time_to_come)
+    log = read_log(out / "reference/metrics.jsonl")
+    print0(describe_time(log, unfinished(to_train, options.seeds, out), d_train))
 
     # Stage 2. Score D_train. With the adapter on, the model is theta'; with it off, theta
     scorer = model
@@ -542,8 +540,10 @@ def choose_signs(method: Method, scores: Array, corpus: Corpus, options: Options
         signs[corpus.response] = 1
         return signs
 
-    means, token_counts = sequence_means(scores, corpus)  # (E,) each
-    ranked = means if method.by_sequence else scores[corpus.response]  # one score a sequence, or a token
+    ranked = scores[corpus.response]  # one score a response token
+    token_counts = np.ones(len(ranked), np.int64)
+    if method.by_sequence:
+        ranked, token_counts = sequence_means(scores, corpus)  # (E,) each: one score a sequence
     if method.random:
         ranked = np.random.default_rng([seed, 1]).random(len(ranked))
 
@@ -1142,6 +1142,9 @@ def reference_options(options: Options, n_reference: int) -> Options:
     if epochs > options.epochs and options.reference_epochs is None:
         steps = epochs * steps_per_epoch
         print0(f"D_ref has {n_reference} examples: {epochs} epochs, {steps} steps (--reference-epochs)")
+    if epochs * steps_per_epoch == 1 and options.warmup:
+        reason = "a single step, whose rate is 0, teaches the reference nothing"
+        raise ValueError(f"{reason}: more --reference-epochs, a smaller --batch-size, or --warmup 0")
     return dataclasses.replace(options, lr=options.reference_lr, epochs=epochs)
 
 
@@ -1235,12 +1238,17 @@ def open_run(options: Options, checkpoint: Path, date: datetime, d_ref: Corpus, 
     return out
 
 
+def refuse_foreign_files(out: Path) -> None:
+    """Raise ValueError for a folder that holds files, but no config.json of a run."""
+    if not (out / "config.json").is_file() and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files that are not of a run: use another --out")
+
+
 def check_inputs(out: Path, inputs: dict[str, Any]) -> None:
     """Raise ValueError where a folder holds files, but not those of a run that was made from these inputs."""
     config = out / "config.json"
+    refuse_foreign_files(out)
     if not config.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"{out} holds files that are not of a run: use another --out")
         return
     before = read_object(config).get("inputs")
     if not isinstance(before, dict):
@@ -1278,15 +1286,27 @@ def describe_plan(ref_options: Options, trained: dict, d_ref: Corpus, d_train: C
     return "\n".join([plan, *notes])
 
 
-def describe_time(log: list[dict], trained: dict, d_train: Corpus, seeds: int) -> str:
-    """How long the trainings of stage 4 take, at the speed of the reference's; "" where none is known."""
+def unfinished(to_train: dict, seeds: list[int], out: Path) -> list[Options]:
+    """The options of each training of stage 4 that the run folder does not hold yet."""
+    left = []
+    for name, seed in product(to_train, seeds):
+        if not (out / name / f"seed-{seed}" / "adapter_model.safetensors").is_file():
+            _, method_options = to_train[name]
+            left.append(method_options)
+    return left
+
+
+def describe_time(log: list[dict], trainings: list[Options], d_train: Corpus) -> str:
+    """How long these trainings on D_train take, at the speed that the log of the reference shows."""
     speeds = [line["tokens/s"] for line in log if line.get("tokens/s")]
-    epochs = sum(method_options.epochs for _, method_options in trained.values()) * seeds
+    epochs = sum(options.epochs for options in trainings)
     if not speeds or not epochs:
-        return ""
+        return "no training of stage 4 is to come"
     minutes = epochs * len(d_train.tokens) / float(np.median(speeds)) / 60
-    about = f"{minutes:.0f}" if minutes >= 2 else f"{minutes:.1f}"
-    return f"the trainings to come take about {about} minutes; scores and figures come on top"
+    about = f"about {minutes:.0f} minutes" if minutes >= 2 else f"about {minutes:.1f} minutes"
+    if minutes < 0.5:
+        about = "less than a minute"
+    return f"the trainings to come take {about}; scores and figures come on top"
 
 
 def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
@@ -1322,7 +1342,8 @@ def describe_trust(
     if not options.reference_data:
         origin = "D_ref was drawn from --data and is as noisy as it: --reference-data takes rows you trust"
     if len(held_out) < 3:
-        return f"{origin}\nno --eval-data: only rows that you trust could tell whether Q points the right way"
+        given = f"--eval-data has {len(held_out)} of the 3 rows needed" if len(held_out) else "no --eval-data"
+        return f"{origin}\n{given}: only rows that you trust could tell whether Q points the right way"
     base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
     trusted = sequence_means(quality_scores(base_loss, ref_loss), held_out)
     deviation = float(np.nanstd(quality))
@@ -1598,6 +1619,7 @@ def is_row(name: str) -> bool:
 
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     """All that is finished in a run folder with the identity of `results`, and what is left out, and why."""
+    order = [*UNTRAINED, *METHODS, *results]
     everything = {name: dict(by_seed) for name, by_seed in results.items()}
     identities = [figures["identity"] for by_seed in results.values() for figures in by_seed.values()]
     identity = identities[0] if identities else None
@@ -1614,18 +1636,23 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
             everything.setdefault(method, {}).setdefault(int(seed or 0), found)
         else:
             left_out.append(f"{place}: measured on other tasks or held-out rows")
-    return everything, left_out
+
+    def place_of(name: str) -> int:
+        stem = name.partition(":")[0]
+        return order.index(stem) if stem in order else len(order)
+
+    return {name: everything[name] for name in sorted(everything, key=place_of)}, left_out
 
 
 def warnings_of(results: Results) -> list[str]:
-    """Methods that are worse than base: in held-out loss, or on forgetting's P, which they are to learn."""
+    """Methods above base: in held-out loss, or on forgetting's P, which they are to learn."""
     found = []
     base = mean_figure(results.get("base", {}))
     for name, by_seed in results.items():
         mean = mean_figure(by_seed)
         if base < mean < math.inf:
             compared = f"held-out loss of {name}, {mean:.3f}, is above base's, {base:.3f}"
-            found.append(f"warning: {compared}: no training at all is better")
+            found.append(f"note: {compared} (whether that can be told, the verdicts say)")
     base = mean_figure(results.get("base", {}), "L_P")
     for name, by_seed in results.items():
         mean = mean_figure(by_seed, "L_P")
@@ -1796,7 +1823,7 @@ def shared_seeds(results: Results, *methods: str) -> list[int]:
 
 
 def pairs_to_compare(results: Results, losses: dict[str, float]) -> list[tuple[str, str]]:
-    """Each method with full, those that unlearn with ignoring, the reference with the best of the others."""
+    """Each method with full, those that unlearn with ignoring, the best training with base and reference."""
     pairs = []
     for name in results:
         if name not in ("base", "full"):
@@ -1805,6 +1832,7 @@ def pairs_to_compare(results: Results, losses: dict[str, float]) -> list[tuple[s
             pairs.append((name, "ignoring"))
     trained = [name for name in losses if name not in UNTRAINED]
     best = min(trained, key=lambda name: losses[name], default="full")
+    pairs.append((best, "base"))
     if best != "full":
         pairs.append(("reference", best))
     return [pair for pair in pairs if shared_seeds(results, *pair)]
@@ -1858,20 +1886,22 @@ def paired_losses(out: Path, results: Results) -> str:
     lines.sort(key=lambda line: line[0])
     header = ["pair", "held-out loss, 95 % interval", "of full's gain", "better on rows", "seeds", "verdict"]
     differences = table(header, [cells for _, cells in lines])
-    most_seeds = max(difference.seeds for _, difference, _ in found)
-    return "\n\n".join(
-        [differences, describe_verdicts(len(found), most_seeds), best_of_all(losses, verdicts)]
-    )
+    seeds = [difference.seeds for _, difference, _ in found]
+    promise = describe_verdicts(len(found), min(seeds), max(seeds))
+    return "\n\n".join([differences, promise, best_of_all(losses, verdicts)])
 
 
-def describe_verdicts(pairs: int, seeds: int) -> str:
+def describe_verdicts(pairs: int, fewest_seeds: int, most_seeds: int) -> str:
     """What an interval and a verdict of paired_losses promise."""
-    over = "over rows; the verdicts are about this seed, another may differ"
-    if seeds > 1:
-        over = "over rows and seeds, which share one reference"
+    over = "over rows and seeds, which share one reference"
+    if most_seeds == 1:
+        over = "over rows; the verdicts are about this seed, another may differ"
+    elif fewest_seeds == 1:
+        over += "; a verdict of one seed is about that seed, another may differ"
     family = "the verdict is wrong in at most 5 % of such runs"
     if pairs > 1:
         family = f"all {pairs} verdicts together are wrong in at most 5 % of such runs (Holm)"
+        family += ", so a verdict asks more than an interval of its pair alone"
     return f"Nats, every held-out row counts the same, {over}; {family}."
 
 
@@ -1879,16 +1909,24 @@ def best_of_all(losses: dict[str, float], verdicts: dict[str, str]) -> str:
     """One sentence: which method has the lowest held-out loss by row, and whether that can be told."""
     best = min(losses, key=lambda name: losses[name])
     if best == "base":
-        return "Lowest: base. No training at all is best here."
+        against = [verdict for pair, verdict in verdicts.items() if pair.endswith(" - base")]
+        if against and all(verdict == "worse" for verdict in against):
+            return "Lowest: base. No training at all is best here."
+        return "Lowest: base, no training at all; from training it cannot be told."
     if best == "reference":
-        pairs = [pair for pair in verdicts if pair.startswith("reference - ")]
-        if pairs and all(verdicts[pair] == "better" for pair in pairs):
+        against = [verdict for pair, verdict in verdicts.items() if pair.startswith("reference - ")]
+        if against and all(verdict == "better" for verdict in against):
             return "Lowest: reference. The trusted rows alone are best here: leave D_train out."
         return (
             "Lowest: reference, the trusted rows alone; from the best training on D_train it cannot be told."
         )
     if best == "full":
-        return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."
+        against = [verdict for pair, verdict in verdicts.items() if pair.endswith(" - full")]
+        if against and all(verdict == "worse" for verdict in against):
+            return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."
+        return "Lowest: full; whether leaving tokens out would help cannot be told."
+    if "full" not in losses:
+        return f"Lowest: {best}. Without full in --methods nothing says whether it helped."
     told = "which cannot be told from full"
     if verdicts.get(f"{best} - full") == "better":
         told = "better than full"

@@ -667,7 +667,7 @@ def test_a_small_pool_works_with_the_defaults(setting, tmp_path, monkeypatch, ca
     assert "D_ref has 6 examples: 8 epochs, 8 steps" in said
     assert len((tmp_path / "reference" / "metrics.jsonl").read_text().splitlines()) == 8
     assert re.search(r"Q of \d+ response tokens: mean .* 5 / 50 / 95 % at", said) and "under theta'" in said
-    assert re.search(r"threshold [-\d.]+: \d+ tokens in P, \d+ in N\n", said)
+    assert re.search(r"lowest Q in P [-\d.]+: \d+ tokens in P, \d+ in N\n", said)
     full, forgetting = (
         load_file(tmp_path / name / "seed-0" / "adapter_model.safetensors") for name in ("full", "forgetting")
     )

@@ -61,7 +61,7 @@ def test_the_plain_version_of_the_docstring():
         "targets": targets,
         "positive": positive,
         "negative": negative,
-        "lam": 0.2,
+        "weights": token_weights(positive, negative, 0.2),
         "F": torch.nn.functional,
     }
     exec("\n".join(plain), names)

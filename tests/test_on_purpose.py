@@ -128,7 +128,7 @@ def test_a_clipped_training_is_a_plain_training_with_a_clip(folder):
     files = [str(folder / "rows.jsonl")], [str(folder / "trusted.jsonl")]
     tokenizer = Tokenizer(folder / "model")
     (rows, trusted), _ = render_rows(list(map(read_rows, files)), tokenizer)
-    examples = plain.examples_of(encode_rows(split_rows(rows, trusted, None, None)[1], tokenizer))
+    examples = plain.sequences_of(encode_rows(split_rows(rows, trusted, None, None)[1], tokenizer))
     everything = [torch.ones(int(response.sum()), dtype=torch.bool) for _, response in examples]
 
     def clip(optimizer, *_):
