@@ -2,7 +2,7 @@
 
     ./run.sh ablations                    # all of them, on their own seeds; the same command goes on
     ./run.sh ablations rho t_max --seeds 10 11
-    ./run.sh ablations rho --panels same same-light --out runs/some   # not all of its panels
+    ./run.sh ablations rho --panels same same-light --out runs/some   # other panels than those of the committed tables
 
 A panel is a reference: clean, or as noisy as D_train (same), both trained at 1e-2 for two epochs; same-light is the noisy
 one trained as the paper does, at the rate of training for one epoch. How many steps and which rate: reference_steps.py.
@@ -98,7 +98,7 @@ ABLATIONS = {
         "the reference's noise, from none to the training set's",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"mix-{level}{setting}" for setting in ("", "-light") for level in NOISE_LEVELS),
+        tuple(f"mix-{level}" for level in NOISE_LEVELS),
     ),
     "reference_size": Ablation(
         "rows of a clean D_ref, of 600",
@@ -110,7 +110,7 @@ ABLATIONS = {
         "percent of a same-noise D_ref that are rows of D_train, too",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"twice-{share}{setting}" for setting in ("", "-light") for share in SHARES),
+        tuple(f"twice-{share}" for share in SHARES),
     ),
     "light": Ablation(
         "how hard the reference is trained",
