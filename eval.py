@@ -116,18 +116,17 @@ class Budget:
     cache_bytes: int | None = None  # of keys and values while replies are written; None: see cache_rows()
 
 
-SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more in attention than it saves
+# tokens; a reply whose rows do not lie together copies them at every step, which fewer do not make up for
+SHORTEST_PREFIX = 8
 
 
 def shared_length(ids: list[int], before: list[int]) -> int:
-    """How many tokens at the beginning of ids need not run, as they are those of `before`."""
+    """How many tokens two sequences have in common at their beginning."""
     length = 0
     for mine, other in zip(ids, before):
         if mine != other:
             break
         length += 1
-    if length < min(SHORTEST_PREFIX, len(ids)):
-        return 0
     return length
 
 
@@ -320,7 +319,8 @@ def _let_join(
         if in_flight:
             *_, nearest = in_flight.values()  # sorted as prompts are, the last one begins most alike
             length = shared_length(ids[:-1], nearest.ids)  # the last token runs: its state is needed
-            common = nearest.rows[:length]
+            if length >= SHORTEST_PREFIX:
+                common = nearest.rows[:length]
         own = len(ids) - len(common)
         if in_flight and own > room or own + max_new_tokens > len(cache.free_rows()):
             return

@@ -127,9 +127,9 @@ def test_what_contexts_begin_with_runs_once(pair, monkeypatch):
         assert answer.loglikelihood == pytest.approx(total, abs=1e-4) and answer.greedy == greedy
     assert passes.tokens() == 30 + 8 * 9 + 8 * 2 + 13 and len(passes.lengths) == 1
     passes.lengths.clear()
-    short = [(other[:3] + ids(9), ids(1)) for _ in range(4)]  # three tokens are not worth a mask
+    short = [(other[:3] + ids(9), ids(1)) for _ in range(4)]
     loglikelihoods(model, short + [short[0]])
-    assert passes.tokens() == 4 * 12  # but the same input never runs twice
+    assert passes.tokens() == 3 + 4 * 9  # the same input never runs twice
 
 
 def test_prompts_of_generation_share_their_beginning(pair, monkeypatch):
@@ -143,6 +143,9 @@ def test_prompts_of_generation_share_their_beginning(pair, monkeypatch):
     assert generate(model, tokenizer, prompts, 4) == expected
     assert passes.tokens() == 30 + 6 * 6 + 7 * 3  # the prompts, and all new tokens but the last of each
     assert [len(lengths) for lengths in passes.lengths] == [7] * 4
+    passes.lengths.clear()
+    generate(model, tokenizer, [shots[:7] + ids(6) for _ in range(3)], 1)
+    assert passes.tokens() == 3 * 13  # seven tokens are not worth copying rows that lie apart at every step
 
 
 def test_a_system_text_in_front_of_all_rows_runs_once_a_pack(pair, monkeypatch):
