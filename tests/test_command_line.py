@@ -636,11 +636,28 @@ def test_a_reference_that_learned_nothing_ends_the_run(setting, tmp_path, monkey
         "--methods",
         "forgetting",
     ]
+    said = in_process(monkeypatch, capsys, *common, "--reference-lr", 1e-30, "--n-reference", 6, code=2)
+    assert "the reference learned nothing: Q is 0 for every token" in said
+    assert not (tmp_path / "forgetting").exists()
+
+
+def test_a_reference_of_a_single_step_is_refused_before_anything_is_scored(
+    setting, tmp_path, monkeypatch, capsys
+):
+    """Its rate is 0; it was refused after D_train had been scored."""
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", "--rank", 4, "--out", tmp_path]
     said = in_process(monkeypatch, capsys, *common, "--reference-epochs", 1, "--n-reference", 6, code=2)
-    assert (
-        "the reference learned nothing: Q is 0 for every token" in said
-        and not (tmp_path / "forgetting").exists()
-    )
+    assert "a single step, whose rate is 0, teaches the reference nothing: more --reference-epochs" in said
+    assert not tmp_path.exists(), "a folder that stayed empty goes, too"
+
+
+def test_somebody_elses_folder_is_refused_before_rows_are_read(setting, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    common = ["--model", setting / "model", "--data", tmp_path / "no-such.jsonl", "--out", tmp_path]
+    said = in_process(monkeypatch, capsys, *common, code=2)
+    assert "holds files that are not of a run" in said and [f.name for f in tmp_path.iterdir()] == [
+        "thesis.txt"
+    ]
 
 
 def test_a_small_pool_works_with_the_defaults(setting, tmp_path, monkeypatch, capsys):

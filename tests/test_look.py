@@ -400,7 +400,7 @@ def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
         if line.startswith("|")
     ]
     means, pairs = ({line[0]: dict(zip(rows[0], line)) for line in rows} for rows in (lines[:5], lines[5:]))
-    assert list(means)[2:] == ["forgetting:rho=0.5 (2)", "full (3)", "reference (3)"]
+    assert list(means)[2:] == ["reference (3)", "full (3)", "forgetting:rho=0.5 (2)"], "as --help has them"
     full, half = [2.5, 2.0, 1.8], [1.25, 1.5]
     assert means["full (3)"]["held-out"] == f"{np.mean(full):.3f} +- {np.std(full, ddof=1):.3f}"
     assert means["full (3)"]["qa f1"] == f"{40 + 10 * np.mean(full):.1f} +- {10 * np.std(full, ddof=1):.1f}"
