@@ -524,26 +524,26 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.tie()
 
-    def part(self, name: str) -> Any:
+    def named_part(self, name: str) -> Any:
         """The part that the checkpoint calls so."""
         return getattr(self, self.family.root_name)[name]
 
     @property
     def embedding(self) -> nn.Embedding:
-        return self.part(self.family.embedding_name)
+        return self.named_part(self.family.embedding_name)
 
     @property
     def learned_positions(self) -> nn.Embedding | None:
         name = self.family.positions_name
-        return self.part(name) if name is not None else None
+        return self.named_part(name) if name is not None else None
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.part(self.family.blocks_name)
+        return self.named_part(self.family.blocks_name)
 
     @property
     def norm(self) -> nn.Module:
-        return self.part(self.family.norm_name)
+        return self.named_part(self.family.norm_name)
 
     def tie(self) -> None:
         """Make the head the embedding itself, where the checkpoint has one matrix for both."""

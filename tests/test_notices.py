@@ -134,3 +134,14 @@ def test_differences_leave_l_p_and_l_n_out():
     ours = {0: {"average": 3.0, "L_P": 1.0, "L_N": 2.0, "held-out": 1.5}}
     theirs = {0: {"average": 1.0, "L_P": 5.0, "L_N": 5.0, "held-out": 1.0}}
     assert look.differences(ours, theirs) == {"average": [2.0], "held-out": [0.5]}
+
+
+def test_files_of_the_hub_never_share_a_name(tmp_path, monkeypatch):
+    """The cache had one name for several files of the Hub: a slash became a dash."""
+    import get_data
+
+    monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
+    monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path))
+    names = ["a/b/c-d.jsonl", "a/b/c/d.jsonl", "a/b-c/d.jsonl", "a/b/c-d.jsonl@main", "a-b/c/d.jsonl"]
+    paths = {get_data.fetch_rows(f"hf://datasets/{name}") for name in names}
+    assert len(paths) == len(names) and {path.parent for path in paths} == {tmp_path / "forgetting-rows"}

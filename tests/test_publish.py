@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from published import ADAPTER, make_run
 from safetensors.torch import load_file, save_file
 
-from data import Tokenizer, build_corpus
+from data import ModelTemplate, Tokenizer, Turn, build_corpus
 from lora import load_adapter, merge_lora
 from model import load_model, model_fingerprint
 
@@ -390,3 +390,18 @@ def test_published_files_have_the_mode_that_the_umask_gives(tmp_path, merged):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "qwen2", "gpt_neo"])
+def test_the_published_tulu_template_writes_what_was_trained(tmp_path, kind):
+    """A bos where the tokenizer of the training puts one, and only there: a chat template is encoded without special
+    tokens (transformers' apply_chat_template), so without it every conversation began otherwise than in training."""
+    tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path / "m", kind))
+    tokens = {"bos_token": tokenizer.bos or "", "eos_token": tokenizer.eos}
+    template = ModelTemplate(publish.chat_template(tokenizer), tokens, "x")
+    turns = [Turn(turn["role"], turn["content"], False) for turn in published.CONVERSATION]
+    ((ids, _),) = tokenizer.encode([template.text(turns)], special=False)
+    trained = build_corpus([{"messages": published.CONVERSATION}], tokenizer)
+    assert ids == trained.tokens.tolist()
+    puts_bos = kind in ("llama2", "llama3")
+    assert (ids[0] == tokenizer.bos_id) == puts_bos and ids.count(tokenizer.bos_id) <= 1 + 3 * (not puts_bos)
