@@ -872,6 +872,7 @@ def is_copy(value: Any, said: Sequence) -> bool:
 
 
 def as_said(turn: Turn) -> tuple[str, str]:
+    """What makes two turns the same: who speaks, and the text without white space around it."""
     return turn.role, turn.content.strip()
 
 

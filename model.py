@@ -724,6 +724,7 @@ def is_number(value) -> bool:
 
 
 def only(value: str) -> Kind:
+    """The kind of a field that has one supported value."""
     return Kind(f"{value!r}, the only one supported", lambda given: given == value)
 
 
