@@ -1466,16 +1466,17 @@ def show_row(corpus: Corpus, example: int, tokenizer: Tokenizer) -> str:
     response = corpus.response[first:last]
     before = response.argmax()  # how many tokens there are before the first of a response
     asked = tokenizer.decode(tokens[:before].tolist())
-    question = asked.removesuffix(after_question(tokenizer)).rstrip()
+    opening, closing = around_question(tokenizer)
+    question = asked.removeprefix(opening).removesuffix(closing).rstrip()
     answer = tokenizer.decode(tokens[response].tolist())
     return f"{corpus.locations[example]}  {question[-60:]!r} -> {answer[:60]!r}"
 
 
-def after_question(tokenizer: Tokenizer) -> str:
-    """What the template writes between a question and its answer, as it is shown: without special tokens."""
+def around_question(tokenizer: Tokenizer) -> tuple[str, str]:
+    """What the template writes before and after a question, as it is shown: without special tokens."""
     shown = tokenizer.decode(question_ids("7", tokenizer))
-    _, _, after = shown.rpartition("7")
-    return after
+    before, _, after = shown.rpartition("7")
+    return before, after
 
 
 # ---------------------------------------------------------------------------------- figures and the table
