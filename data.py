@@ -120,11 +120,11 @@ def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
 def split_rows(
     rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None, n_train: int | None
 ) -> tuple[list[RenderedRow], list[RenderedRow], int]:
-    """Rows of D_ref, rows of D_train, number of duplicates left out. The two are disjoint, always the same.
+    """Rows of D_ref and of D_train, drawn with seed 0 and disjoint; and how many duplicates were left out.
 
-    D_ref is drawn from `rows`, or, where there are any, it is the first of `reference`. A number that is None
-    is the paper's, 10,000 and 50,000, or, where there are fewer rows, a sixth of them and the rest. Raises
-    ValueError where a number cannot be had.
+    Where there are rows in `reference`, D_ref is the first n_reference of them, None: all. Else it is drawn
+    from `rows`: None means the paper's 10,000 of 60,000 rows or more, a sixth of fewer. D_train is n_train of
+    what is left, None: up to the paper's 50,000. Raises ValueError where a number cannot be had.
     """
     total = len(rows) + len(reference)
     rows, reference = unique_rows(rows), unique_rows(reference)
@@ -192,7 +192,7 @@ class Example(NamedTuple):
 
 
 def _example(row: RenderedRow, ids: list[int], spans: list[tuple[int, int]], max_length: int) -> Example:
-    """A row with its token ids and their character spans."""
+    """Cut a tokenised row to max_length; mark its response and its noise by the tokens' character spans."""
     ends = chain.from_iterable(spans)
     covered = np.fromiter(ends, np.int64, 2 * len(spans)).reshape(-1, 2)  # (m, 2): begin and end
     rest = covered[max_length:]

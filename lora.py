@@ -493,7 +493,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def _write_whole(writes: dict[Path, Callable[[Path], object]]) -> None:
     """Write files under temporary names, then rename them: a full disk leaves the old ones, never a part.
 
-    Of several the last one goes first and comes last: where it is, the files belong together.
+    Of several files the last is a marker: removed before the others are replaced, written after them. Where
+    it is, the files belong together.
     """
     temporaries = {path: path.with_name(path.name + ".tmp") for path in writes}
     *_, last = writes

@@ -409,7 +409,7 @@ class Attention(nn.Module):
             q = apply_rotary(q, *packed.rotation)
             k = apply_rotary(k, *packed.rotation)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v, packed.new_rows)  # (keys, G, K)
+            k, v = cache.write(self.layer, k, v, packed.new_rows)  # (R, G, K): all the cache
         mixed = attend(q, k, v, packed, self.scale, self.window)  # (T, H, K)
         mixed = mixed.flatten(1).to(x.dtype)  # (T, H K)
         return self.output_proj(mixed)
