@@ -268,7 +268,7 @@ def generate(
 
 
 @dataclass
-class Sequence:
+class Reply:
     """A prompt and what was written on from it, the cache rows of both, and how many tokens have run."""
 
     ids: list[int]
@@ -295,7 +295,7 @@ def continuous_batching(
     rows = max(cache_rows(model, budget), max(needed))
     cache = Cache(model, min(rows, sum(needed)))
     waiting = deque(prompts.items())
-    in_flight: dict[int, Sequence] = {}
+    in_flight: dict[int, Reply] = {}
     while waiting or in_flight:
         _let_join(cache, waiting, in_flight, max_new_tokens, budget.batch_tokens)
         next_tokens = _step(model, cache, list(in_flight.values()))
@@ -309,7 +309,7 @@ def continuous_batching(
 
 
 def _let_join(
-    cache: Cache, waiting: deque, in_flight: dict[int, Sequence], max_new_tokens: int, batch_tokens: int
+    cache: Cache, waiting: deque, in_flight: dict[int, Reply], max_new_tokens: int, batch_tokens: int
 ) -> None:
     """Move prompts from `waiting` to `in_flight` while the cache has rows for them, and the pass room."""
     room = batch_tokens - len(in_flight)
@@ -328,10 +328,10 @@ def _let_join(
         room -= own
         cache.share(common)
         rows = torch.cat([common, cache.take(own + max_new_tokens)])
-        in_flight[place] = Sequence(list(ids), rows, done=len(common))
+        in_flight[place] = Reply(list(ids), rows, done=len(common))
 
 
-def _step(model: Transformer, cache: Cache, sequences: list[Sequence]) -> list[int]:
+def _step(model: Transformer, cache: Cache, sequences: list[Reply]) -> list[int]:
     """Run what is new in every sequence, in one pass; the most probable token after each."""
     tokens, rows, past = [], [], []
     boundaries = [0]

@@ -1451,9 +1451,7 @@ def describe_rows(
     lines = ["rows to look at first: of lowest Q, where the reference disagrees with the row"]
     for example in np.argsort(means, kind="stable")[:count]:
         lines.append(f"  {show_row(corpus, example, tokenizer)}  Q {means[example]:.2f}")
-    lines.append(
-        "and of highest loss, which theta itself finds odd (often the better list; ./run.sh look has both)"
-    )
+    lines.append("and of highest loss, which theta itself finds odd: on real rows often the better list")
     for example in np.argsort(-losses, kind="stable")[:count]:
         lines.append(f"  {show_row(corpus, example, tokenizer)}  loss {losses[example]:.2f}")
     return "\n".join(lines)
