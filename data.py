@@ -21,6 +21,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -1583,6 +1584,8 @@ def start_ranks(device: str) -> str:
         raise ValueError(f"--device {device} is not supported: cpu or cuda (see CUDA_VISIBLE_DEVICES)")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here")
+    if "OMP_NUM_THREADS" not in os.environ:  # torch takes a thread for every core of the host
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device == "cpu":
@@ -1592,6 +1595,22 @@ def start_ranks(device: str) -> str:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=torch.device(device))
     return device
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """How many cores' time this process may take: affinity, and the quota of a container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    named = root / "proc/self/cgroup"
+    own = named.read_text().rpartition("0::/")[2].strip() if named.is_file() else ""
+    group = root / "sys/fs/cgroup" / own
+    while group != root / "sys/fs":  # a quota holds for all below it
+        quota = group / "cpu.max"
+        if quota.is_file():
+            allowed, period = quota.read_text().split()  # microseconds, or "max"
+            if allowed != "max":
+                cores = min(cores, math.ceil(int(allowed) / int(period)))
+        group = group.parent
+    return cores
 
 
 def rank_and_world() -> tuple[int, int]:

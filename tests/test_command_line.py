@@ -1073,6 +1073,7 @@ PROGRAMS = (
         ("", 0, "python {root}/tests/tools/demo.py"),
         *((f"{name} a --b", 4, f"python {{root}}/tests/tools/{name}.py a --b") for name in PROGRAMS),
         ("plain --help", 4, "python {root}/tests/plain.py --help"),
+        ("test", 0, "python {root}/tests/suite.py"),
         ("test -k model", 0, "python -m pytest -q {root}/tests -k model"),
         ("--model m --data d", 0, f"python {RUN}"),
         ("--model m --data d", 1, f"python {RUN}"),

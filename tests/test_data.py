@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import data
 import get_data
 from data import Tokenizer, build_corpus, pack, read_rows, render, render_rows, shift, split_rows, unique_rows
+from data import usable_cores
 from publish import chat_template
 
 STYLES = tuple(tiny.SPECIAL)
@@ -1054,3 +1056,22 @@ def test_the_name_of_a_public_file_in_the_cache(monkeypatch):
     for kind in ("jsonl", "parquet"):
         path = get_data.fetch_rows(f"{get_data.HUB_PREFIX}a/b/c d/rows.{kind}@main")
         assert path.as_posix() == f"/cache/forgetting-rows/a%2Fb%2Fc%20d%2Frows.{kind}%40main.jsonl"
+
+
+def test_cores_that_a_container_may_use(tmp_path):
+    """Its quota counts, that of a group above it, too; torch would start a thread for every core of the host."""
+    cores = len(os.sched_getaffinity(0))
+    own, above = tmp_path / "sys/fs/cgroup/pod/container", tmp_path / "sys/fs/cgroup/pod"
+    own.mkdir(parents=True)
+    assert usable_cores(tmp_path) == cores, "no control groups"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:cpu:/\n0::/pod/container\n")
+    assert usable_cores(tmp_path) == cores
+    (own / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == cores
+    (above / "cpu.max").write_text("50000 100000\n")
+    assert usable_cores(tmp_path) == 1, "half a core"
+    (own / "cpu.max").write_text(f"{100 * cores}50000 100000\n")
+    assert usable_cores(tmp_path) == 1, "the smaller of both"
+    (above / "cpu.max").unlink()
+    assert usable_cores(tmp_path) == cores, "more than there are"

@@ -1,7 +1,16 @@
 """The demo's world, whose noise is known, and how a low Q is measured against it."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import demo
 import pytest
+import torch
 
 from data import Tokenizer, build_corpus, read_rows, write_rows
 from eval import TASKS, Answer
@@ -129,3 +138,79 @@ def test_a_demos_folder_may_hold_more(tmp_path):
     demo.prepare_world(options, "popular")
     with pytest.raises(ValueError, match="holds other rows"):
         demo.prepare_world(options, "random")
+
+
+SMALL = "--seeds 5 --methods base full ignoring --rank 4 --n-train 96 --n-reference 72 --limit 6 --save-every 1".split()
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory) -> tuple[dict, dict]:
+    """A small demo's results and figures of detection, its panels one after the other in this process."""
+    out = tmp_path_factory.mktemp("one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "usable_cores", lambda: 1)
+        options, _ = demo.parse_demo([*SMALL, "--out", str(out)])
+        demo.prepare_world(options, "popular")
+        found = demo.run_demo(options)
+    torch.set_num_threads(threads)
+    assert not list(out.rglob("*.log")), "no process of its own wrote one"
+    return found
+
+
+def start_demo(out: Path) -> subprocess.Popen:
+    """The command line, on two cores whatever the machine has."""
+    tool = str(Path(demo.__file__))
+    code = f"import runpy, sys, os; os.sched_getaffinity = lambda _: {{0, 1}}; sys.argv[0] = {tool!r}; "
+    code += f"runpy.run_path({tool!r}, run_name='__main__')"
+    words = [sys.executable, "-c", code, *SMALL, "--out", str(out)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def same_as(found: tuple[dict, dict], out: Path) -> bool:
+    """Whether results.json says what run_demo gave."""
+    results, detected = found
+    written = json.loads((out / "results.json").read_text())
+    expected = {
+        demo.PANELS[panel]: {"methods": results[panel], "detection": detected[panel]} for panel in demo.PANELS
+    }
+    return written == json.loads(json.dumps(expected))
+
+
+def test_panels_side_by_side_end_in_the_same_tables(one_by_one, tmp_path):
+    """Stopped by SIGTERM in the middle, each training leaves its checkpoint; then the same command goes on."""
+    stopped = start_demo(tmp_path)
+    while not list(tmp_path.rglob("metrics.jsonl")) and stopped.poll() is None:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    said, errors = stopped.communicate()
+    assert stopped.returncode == 130 and "stopped; the same command goes on" in said, errors
+    assert "2 panels, 2 at a time" in said and "Traceback" not in errors
+    assert not (tmp_path / "results.json").exists()
+
+    whole = start_demo(tmp_path)
+    said, errors = whole.communicate()
+    assert whole.returncode == 0, errors
+    assert "## Reference trained on clean rows" in said and same_as(one_by_one, tmp_path)
+    for panel in demo.PANELS:
+        assert "| plan" in (tmp_path / f"world-5/{panel}.log").read_text()
+
+
+def test_what_a_process_of_the_demo_may_answer():
+    """Its results; an error of the user's; or nothing, where the kernel killed it for want of memory, say."""
+    context = demo.multiprocessing.get_context("spawn")
+    answers = []
+    for send in (({}, {"AUC": 0.5}), ValueError("rows of another demo"), None):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=os.abort)
+        process.start()
+        if send:
+            theirs.send(send)
+        theirs.close()
+        answers.append((ours, process, Path("a.log")))
+    assert demo.answer_of(*answers[0]) == ({}, {"AUC": 0.5})
+    with pytest.raises(ValueError, match="rows of another demo"):
+        demo.answer_of(*answers[1])
+    with pytest.raises(OSError, match="ended with exit code -6: a.log says more"):
+        demo.answer_of(*answers[2])

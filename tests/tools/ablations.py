@@ -98,7 +98,7 @@ ABLATIONS = {
         "the reference's noise, from none to the training set's",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"mix-{level}" for level in NOISE_LEVELS),
+        tuple(f"mix-{level}{how}" for how in ("", demo.LIGHT) for level in NOISE_LEVELS),
     ),
     "reference_size": Ablation(
         "rows of a clean D_ref, of 600",
@@ -110,7 +110,7 @@ ABLATIONS = {
         "percent of a same-noise D_ref that are rows of D_train, too",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"twice-{share}" for share in SHARES),
+        tuple(f"twice-{share}{how}" for how in ("", demo.LIGHT) for share in SHARES),
     ),
     "light": Ablation(
         "how hard the reference is trained",

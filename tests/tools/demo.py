@@ -11,14 +11,20 @@ on rows as noisy as the training set. Methods that do not look at the reference 
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
 import random
+import signal
 import sys
-from contextlib import nullcontext
+import threading
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from html import escape
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,10 +35,12 @@ from data import (
     Tokenizer,
     asked_in,
     print0,
+    progress,
     rank_and_world,
     read_rows,
     render,
     start_ranks,
+    usable_cores,
     wait_for_all,
     write_rows,
 )  # noqa: E402
@@ -335,25 +343,165 @@ def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = Tr
     return forgetting.measure(model, suite, folder)
 
 
+Panel = tuple[dict[str, dict], dict[str, float]]  # {method: figures}, and how well Q finds the known noise
+
+
+def run_panel(options: forgetting.Options, seed: int, panel: str) -> Panel:
+    """One panel of one seed: the figures of what is trained in it, and those of detection."""
+    here = panel_options(options, panel, seed, methods_of(panel, options))
+    results = {}
+    for method, by_seed in forgetting.run(here).items():
+        (results[method],) = by_seed.values()
+    if panel == "clean":
+        results["oracle"] = oracle(here, "oracle", seed)
+    run = look.read_run(Path(here.out))
+    return results, forgetting.detection(run.quality, run.signs < 0, run.corpus)
+
+
+def methods_of(panel: str, options: forgetting.Options) -> list[str]:
+    """The methods that a panel trains: what does not look at the reference is trained in the first one."""
+    return [method for method in options.methods if panel == "clean" or looks_at_reference(method)]
+
+
 def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
     """Both panels on every seed: {panel: {method: {seed: figures}}}, and {panel: {figure of detection: [by seed]}}."""
-    results = {panel: {method: {} for method in [*options.methods, "oracle"]} for panel in PANELS}
+    jobs = [(seed, panel) for panel in PANELS for seed in options.seeds]  # those that take longest first
+    processes = min(usable_cores(), len(jobs))
+    if processes == 1 or options.device != "cpu" or dist.is_initialized():
+        done = [run_panel(options, seed, panel) for seed, panel in jobs]
+    else:
+        done = run_side_by_side(options, jobs, processes)
+
+    methods = [*options.methods, "oracle"]
+    results: dict[str, dict] = {panel: {method: {} for method in methods} for panel in PANELS}
     found: dict[str, dict[str, list]] = {panel: {} for panel in PANELS}
-    for seed in options.seeds:
-        for panel in PANELS:
-            methods = [m for m in options.methods if panel == "clean" or looks_at_reference(m)]
-            here = panel_options(options, panel, seed, methods)
-            for method, by_seed in forgetting.run(here).items():
-                results[panel][method][seed] = next(iter(by_seed.values()))
-            if panel == "clean":
-                results[panel]["oracle"][seed] = oracle(here, "oracle", seed)
-            for method, by_seed in results[panel].items():  # P and N of the first panel are not this one's
-                if seed not in by_seed:
-                    by_seed[seed] = results["clean"][method][seed] | {"L_P": None, "L_N": None}
-            run = look.read_run(Path(here.out))
-            for name, value in forgetting.detection(run.quality, run.signs < 0, run.corpus).items():
-                found[panel].setdefault(name, []).append(value)
+    for (seed, panel), (trained, detected) in zip(jobs, done):
+        for method in methods:
+            figures = trained.get(method)
+            if figures is None:  # P and N of the first panel are not this one's
+                figures = results["clean"][method][seed] | {"L_P": None, "L_N": None}
+            results[panel][method][seed] = figures
+        for name, value in detected.items():
+            found[panel].setdefault(name, []).append(value)
     return results, found
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+#
+# Seeds and panels need nothing of each other, and two threads gain this small model little: each panel is a process
+# of one thread, as many at once as there are cores. Its tables are then those of one thread, on every machine.
+
+
+def run_side_by_side(options: forgetting.Options, jobs: list[tuple[int, str]], processes: int) -> list[Panel]:
+    """run_panel of every (seed, panel), in the order of the jobs.
+
+    Ctrl-C, SIGTERM and the first error stop them all, trainings with a checkpoint; the error is raised here.
+    """
+    print(
+        f"{len(jobs)} panels, {processes} at a time; what each says: {log_of(options, '*', '*')}", flush=True
+    )
+    waiting, found = list(jobs), {}
+    running: dict[Connection, tuple] = {}
+    expected = len(jobs) + sum(len(trainings_of(panel, options)) for _, panel in jobs)
+    bar = progress("trainings", expected, "trainings", len(adapters_in(options, jobs)), keep=True)
+    with bar, forgetting.stop_between_steps() as signals:
+        try:
+            while (waiting or running) and not signals:
+                while waiting and len(running) < processes:
+                    job = waiting.pop(0)
+                    connection, process = start_apart(options, *job)
+                    running[connection] = job, process
+                for connection in wait(running, timeout=1):
+                    job, process = running.pop(connection)
+                    found[job] = answer_of(connection, process, log_of(options, *job))
+                in_work = [job for job, _ in running.values()]
+                bar.set_postfix_str(latest_figures(options, in_work), refresh=sys.stderr.isatty())
+                bar.update(len(adapters_in(options, jobs)) - bar.n)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.join()
+    if signals:
+        raise KeyboardInterrupt
+    return [found[job] for job in jobs]
+
+
+def start_apart(
+    options: forgetting.Options, seed: int, panel: str
+) -> tuple[Connection, multiprocessing.Process]:
+    """A process that runs one panel, and where its answer will come from."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_apart, args=(options, seed, panel, theirs))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the parent to pass on
+    process.start()
+    signal.signal(signal.SIGINT, handler)
+    theirs.close()
+    return ours, process
+
+
+def run_apart(options: forgetting.Options, seed: int, panel: str, answer: Connection) -> None:
+    """Send run_panel's result, or the error that a user can mend; the screen of the panel is its log."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    folder, log = Path(options.out) / f"world-{seed}" / panel, log_of(options, seed, panel)
+    try:
+        with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+            with forgetting.locked(folder):
+                answer.send(run_panel(options, seed, panel))
+    except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+        answer.send(error)
+
+
+def end_with_parent() -> None:
+    """A parent that was killed leaves nobody behind who would hold the folders."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def answer_of(connection: Connection, process: multiprocessing.Process, log: Path) -> Panel:
+    """What a process sent; raises the error that it sent, and OSError where it ended without a word."""
+    try:
+        answer = connection.recv()
+    except EOFError:
+        process.join()
+        raise OSError(f"a panel ended with exit code {process.exitcode}: {log} says more") from None
+    process.join()
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def log_of(options: forgetting.Options, seed: int | str, panel: str) -> Path:
+    """Where a panel that runs beside others writes what it says."""
+    return Path(options.out) / f"world-{seed}" / f"{panel}.log"
+
+
+def trainings_of(panel: str, options: forgetting.Options) -> list[str]:
+    """What a panel trains, its reference left out."""
+    trained = [method for method in methods_of(panel, options) if method not in forgetting.UNTRAINED]
+    return trained + ["oracle"] * (panel == "clean")
+
+
+def adapters_in(options: forgetting.Options, jobs: list[tuple[int, str]]) -> list[Path]:
+    """The finished trainings of some panels."""
+    folders = [Path(options.out) / f"world-{seed}" / panel for seed, panel in jobs]
+    return [path for folder in folders for path in folder.rglob("adapter_model.safetensors")]
+
+
+def latest_figures(options: forgetting.Options, jobs: list[tuple[int, str]]) -> str:
+    """The newest line of the logs of some panels' trainings."""
+    folders = [Path(options.out) / f"world-{seed}" / panel for seed, panel in jobs]
+    logs = [path for folder in folders for path in folder.rglob("metrics.jsonl")]
+    if not logs:
+        return ""
+    newest = max(logs, key=lambda path: path.stat().st_mtime)
+    lines = forgetting.read_log(newest)
+    loss = f" loss {lines[-1]['loss']:.3g}" if lines else ""
+    return f"{newest.parent.relative_to(options.out)} step {len(lines)}{loss}"
 
 
 def panel_report(title: str, results: dict, found: dict[str, list]) -> str:

@@ -1,0 +1,68 @@
+"""The whole suite, on every core that may be used: ./run.sh test.
+
+One pytest a core, of one thread; each takes the next file that no other has begun (conftest.py), the longest first.
+`./run.sh test WORDS` is a single pytest with these words.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+from data import progress, usable_cores  # noqa: E402
+
+MOST = 8  # processes: more would wait for the longest file
+
+
+def start(folder: Path, number: int) -> subprocess.Popen:
+    """One of the processes, which claim test files in this folder; what it prints is NUMBER.log there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FORGETTING_CLAIMS": str(folder)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    with open(folder / f"{number}.log", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def counts_in(text: str) -> Counter:
+    """{"passed": 12, ...}: what the last line of a pytest counts."""
+    last = text.rstrip().rpartition("\n")[2]
+    return Counter({word: int(count) for count, word in re.findall(r"(\d+) ([a-z]+)", last)})
+
+
+def more_than_dots(text: str) -> str:
+    """What a pytest says beside its dots and its last line: failures, errors, warnings."""
+    lines = text.rstrip().split("\n")[:-1]
+    return "\n".join(line for line in lines if not re.fullmatch(r"[.sxXFE]*( *\[ *\d+%\])?", line))
+
+
+def main() -> None:
+    """Exit code 0 if all of them passed, 1 if not, 130 if somebody stopped them."""
+    files = len(list(TESTS.glob("test_*.py")))
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = [start(folder, number) for number in range(min(usable_cores(), MOST))]
+        try:
+            with progress("test files begun", files, "files", keep=True) as bar:
+                while any(run.poll() is None for run in runs):
+                    time.sleep(0.5)
+                    bar.update(len(list(folder.glob("*.py"))) - bar.n)
+        except KeyboardInterrupt:  # the children have it from the terminal, too
+            for run in runs:
+                run.wait()
+        texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.log"))]
+    total = sum(map(counts_in, texts), Counter())
+    print("\n".join(filter(None, map(more_than_dots, texts))))
+    seconds = time.perf_counter() - began
+    print(", ".join(f"{count} {word}" for word, count in total.items()) + f" in {seconds:.0f}s")
+    codes = {run.returncode for run in runs}
+    sys.exit(130 if codes & {2, 130, -2} else int(codes != {0}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""./run.sh test: several pytests share the files, and nothing is run twice or left out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import suite
+
+
+def test_two_processes_share_the_files(tmp_path):
+    """Every test runs in one of them; a failure is told, and counted."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name, count in (("a", 3), ("b", 2), ("c", 4)):
+        lines = [f"def test_{i}(): assert {i} != 3" for i in range(count)]
+        (tmp_path / f"test_{name}.py").write_text("import time; time.sleep(0.2)\n" + "\n".join(lines) + "\n")
+    claims = tmp_path / "claims"
+    claims.mkdir()
+    environment = os.environ | {"FORGETTING_CLAIMS": str(claims)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+        for _ in range(2)
+    ]
+    texts = [run.communicate()[0] for run in runs]
+    counts = sum(map(suite.counts_in, texts), Counter())
+    assert (counts["passed"], counts["failed"]) == (8, 1), texts
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    assert {path.name for path in claims.iterdir()} == {"test_a.py", "test_b.py", "test_c.py"}
+    told = "\n".join(map(suite.more_than_dots, texts))
+    assert "test_c.py" in told and "3 != 3" in told and "[100%]" not in told
+
+
+def test_what_a_pytest_counts():
+    text = "..s  [ 50%]\n....    [100%]\n1,549 things\n2 failed, 7 passed, 1 skipped, 3 warnings in 61.20s (0:01:01)\n"
+    assert suite.counts_in(text) == {"failed": 2, "passed": 7, "skipped": 1, "warnings": 3}
+    assert suite.more_than_dots(text) == "1,549 things"
+    assert suite.counts_in("no tests ran in 0.01s") == {}
