@@ -54,9 +54,9 @@ from safetensors.numpy import save_file as save_arrays
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Batch, Corpus, Tokenizer, advance, check_ids, encode_rows, pack, print0, progress
+from data import Batch, Corpus, RenderedRow, Tokenizer, advance, check_ids, encode_rows, pack
 from data import join_over_ranks, question_ids, rank_and_world, read_object, read_rows, render_rows
-from data import shift, split_rows, start_ranks, sum_over_ranks
+from data import print0, progress, shift, split_rows, start_ranks, sum_over_ranks
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
 from eval import SHORTEST_PREFIX, Documents, check_room, evaluate, metrics_of, prepare, primary_metrics
 from eval import table
@@ -220,7 +220,12 @@ def token_weights(positive: Tensor, negative: Tensor, lam: float, counts: tuple 
 
 
 def weighted_token_loss(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, ceiling: float | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ceiling: float | None = None,
+    powers: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
 
@@ -232,15 +237,23 @@ def weighted_token_loss(
         loss = (weights * losses).sum()      # losses[positive].mean() - lam * losses[negative].mean()
 
     Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time, loss and gradient at once.
-    ceiling: a token whose loss is above it, in nats, is not unlearned any further. Raises ValueError for
-    hidden states of another shape, and for a head that is trained, too: its gradient is not computed.
+    ceiling: a token whose loss is above it, in nats, is not unlearned any further. powers (a, b): weights
+    above 0 are multiplied by p^a and those below 0 by p^b, where p = exp(-losses.detach()); the loss is the
+    sum with these weights. a = 1 on every token is DFT (arXiv 2508.05629), b = 1 is weighted gradient ascent
+    (arXiv 2502.19301), which fades as p does. Raises ValueError for hidden states of another shape, and for a
+    head that is trained, too: its gradient is not computed.
     """
-    loss, _ = weighted_and_token_losses(hidden, head_weight, targets, weights, ceiling)
+    loss, _ = weighted_and_token_losses(hidden, head_weight, targets, weights, ceiling, powers)
     return loss
 
 
 def weighted_and_token_losses(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, ceiling: float | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ceiling: float | None = None,
+    powers: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
     """weighted_token_loss, and beside it the loss of each token (n,), without a gradient; 0 where ignored."""
     if hidden.dim() != 2:
@@ -250,7 +263,7 @@ def weighted_and_token_losses(
     ignored = targets < 0  # (n,)
     weights = weights.masked_fill(ignored, 0)
     targets = targets.clamp_min(0)
-    loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling)
+    loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling, powers)
     return loss, losses.masked_fill(ignored, 0)
 
 
@@ -438,12 +451,18 @@ class Method:
     by_sequence: bool = False  # partition sequences by their mean Q instead of tokens
     random: bool = False  # a control: the same share, drawn at random
     by_loss: bool = False  # a control: the tokens that theta finds easiest are kept, no reference is asked
-    ceiling: float | None = None  # nats: no ascent on a token whose loss is above, if --ceiling does not say
+    # An option of the same name goes first where it is given
+    ceiling: float | None = None  # nats: no ascent on a token whose loss is above
+    learn_power: float | None = None  # a of p^a, which multiplies the weight of a token of P
+    unlearn_power: float | None = None  # b of p^b, which multiplies that of a token of N
     meaning: str = ""  # its line in --help
 
 
 METHODS = {
     "full": Method(rho=1.0, meaning="learn every response token: ordinary fine-tuning, eq. 1"),
+    "dft": Method(
+        rho=1.0, learn_power=1.0, meaning="full, each token times its probability p: arXiv 2508.05629"
+    ),
     "ignoring": Method(rho=0.5, meaning="learn P, leave N out"),
     "forgetting": Method(rho=0.7, unlearn=True, meaning="the paper's: learn P, unlearn N, eq. 8"),
     "forgetting-clipped": Method(
@@ -451,6 +470,12 @@ METHODS = {
         unlearn=True,
         ceiling=-math.log(1e-3),
         meaning="forgetting that leaves a token alone once its probability is below 0.001",
+    ),
+    "forgetting-wga": Method(
+        rho=0.7,
+        unlearn=True,
+        unlearn_power=1.0,
+        meaning="forgetting, each token of N times its probability p: arXiv 2502.19301",
     ),
     "ignoring-sequence": Method(
         rho=0.5, by_sequence=True, meaning="ignoring that keeps or drops whole rows, by their mean Q"
@@ -467,6 +492,7 @@ METHODS = {
     "full-P": Method(rho=0.7, random=True, meaning="control: as many random tokens as forgetting has in P"),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True, meaning="control: unlearn random tokens"),
 }
+METHOD_OPTIONS = ("ceiling", "learn_power", "unlearn_power")  # the method's, where the option is not given
 UNTRAINED = {  # rows of the table that stage 4 does not train
     "base": "theta, as it was before",
     "reference": "theta', trained on D_ref alone",
@@ -486,8 +512,9 @@ def method_of(name: str, options: Options) -> tuple[Method, Options]:
     changed: dict[str, Any] = {}
     if not method.unlearn:  # it reads no forget rate, which Options would hold against its rho
         changed["forget_rate"] = None
-    if options.ceiling is None:
-        changed["ceiling"] = method.ceiling
+    for key in METHOD_OPTIONS:
+        if getattr(options, key) is None:
+            changed[key] = getattr(method, key)
     try:
         if has_changes:
             for change in changes.split(","):
@@ -594,6 +621,10 @@ def train(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     first_step = load_checkpoint(checkpoint, model, optimizer)  # 0 without a checkpoint
     total_steps = options.epochs * math.ceil(len(corpus) / options.batch_size)
+    order = None  # a permutation by seed and epoch
+    if options.step == RELEASED:
+        order = np.arange(len(corpus)) if corpus.file_order is None else corpus.file_order
+        signs = released_signs(signs, corpus, order, options.batch_size)
     net = data_parallel(model.train())
     log = open_log(folder, first_step, total_steps)
     is_main = rank_and_world()[0] == 0
@@ -601,7 +632,7 @@ def train(
     bar = progress("/".join(folder.parts[-2:]), total_steps, "steps", first_step, keep=True)
     with bar, stop_between_steps() as signals:
         for step in range(first_step, total_steps):
-            examples = examples_of(step, len(corpus), options.batch_size, seed)
+            examples = examples_of(step, len(corpus), options.batch_size, seed, order)
             lam = scheduled_lambda(step, total_steps, options, log)
             rate = learning_rate_at(step, total_steps, options.lr, options.warmup)
             watched = watch_gradients(net, corpus, signs, examples, options, seed, step)
@@ -652,9 +683,9 @@ def step_gradient(
 ) -> tuple[Tensor, tuple[int, int]]:
     """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
 
-    signs (C,) say what to do with each token, examples are the whole step's; a rank runs its share. Returns
-    this rank's sums (3,) of the objective, of the losses on P and of those on N (0 at lambda 0, where N is
-    not run), and (n_P, n_N) of the whole step.
+    signs (C,) int8 say what to do with each token (float32: released_signs has divided them), examples are
+    the whole step's; a rank runs its share. Returns this rank's sums (3,) of the objective, of the losses on
+    P and of those on N (0 at lambda 0, where N is not run), and (n_P, n_N) of the whole step.
     """
     rank, world = rank_and_world()
     model: Transformer = getattr(net, "module", net)  # DDP keeps the model as its module
@@ -671,13 +702,16 @@ def step_gradient(
         mine = longest_first[-1:]
         signs = np.zeros_like(signs)  # and learns nothing from it
     micro_batches = list(pack(corpus, mine, options.micro_tokens))
+    powers = options.learn_power or 0.0, options.unlearn_power or 0.0
 
     sums = torch.zeros(3, device=device)
     net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
     for batch in micro_batches:
         # The weight of each token is known before the model runs; the head runs where it is not 0
-        sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8
+        sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8, float32 if divided already
         weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
+        if sign.is_floating_point():
+            weights = torch.where(sign < 0, lam * sign, sign)  # (T,)
         weighted = weights != 0  # (T,) bool, n of them true; at lambda 0 none of N
         rows, targets = shift(batch.tokens, weighted)  # (n,) each
         rows, targets = to_device(rows, device), to_device(targets, device)
@@ -687,12 +721,38 @@ def step_gradient(
         is_last = batch is micro_batches[-1]
         with nullcontext() if world == 1 or is_last else net.no_sync():
             hidden = net(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
-            loss, losses = weighted_and_token_losses(hidden, head, targets, weights, options.ceiling)
+            loss, losses = weighted_and_token_losses(hidden, head, targets, weights, options.ceiling, powers)
             loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
         on_positive = losses @ (weights > 0).float()
         on_negative = losses @ (weights < 0).float()
         sums += torch.stack((loss.detach(), on_positive, on_negative))
     return sums, counts
+
+
+RELEASED = "released"  # a value of --step: what the authors' code does in a step beside equation 8
+
+
+def released_signs(signs: Array, corpus: Corpus, order: Array, batch_size: int) -> Array:
+    """Signs divided already, (C,) float32, as the authors' code divides: its weights but for lambda.
+
+    Its means of P and of N are over two rows, a micro-batch of one of its ranks; its step is the mean over
+    batch_size / 2 of them, also where the last step has fewer. The rows of a pair follow one another in the
+    order (E,), and pairs are dealt to the ranks in turn: a step has the same ones on one rank and on several.
+    A pair without N unlearns nothing. Where tokens are unlearned, P and N lack the last token of the pair's
+    longer row, mostly an eos, or that of both if they are equally long.
+    """
+    unlearns = (signs < 0).any()
+    divided = np.zeros(len(signs), np.float32)
+    for first in range(0, len(order), 2):
+        pair = order[first : first + 2]  # the last row may be alone
+        places = corpus.places(pair)
+        sign = torch.from_numpy(signs[places])
+        if unlearns:
+            lengths = corpus.lengths[pair]
+            last_tokens = lengths.cumsum() - 1
+            sign[last_tokens[lengths == lengths.max()]] = 0
+        divided[places] = token_weights(sign > 0, sign < 0, lam=1.0)
+    return divided * np.float32(2 / batch_size)
 
 
 def data_parallel(model: Transformer) -> nn.Module:
@@ -714,11 +774,15 @@ def data_parallel(model: Transformer) -> nn.Module:
     return net
 
 
-def examples_of(step: int, count: int, batch_size: int, seed: int) -> Array:
-    """The examples of a step: every epoch is a permutation of all `count`, drawn from (seed, epoch)."""
+def examples_of(step: int, count: int, batch_size: int, seed: int, order: Array | None = None) -> Array:
+    """The examples of a step: every epoch is a permutation of all `count`, drawn from (seed, epoch).
+
+    Where an order is given, it is that of every epoch.
+    """
     steps_per_epoch = math.ceil(count / batch_size)
     epoch, place = divmod(step, steps_per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
+    if order is None:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
     first = place * batch_size
     return order[first : first + batch_size]
 
@@ -903,6 +967,16 @@ class Options:
     max_grad_norm: float = option(
         "training", 0.0, "clip the gradient to this norm; 0: off, the paper's", "[0, inf)"
     )
+    step: str = option(
+        "training",
+        "paper",
+        "paper: the means of eq. 8 over a step; released: those of the authors' code over pairs of rows in "
+        "the order of the files, a last token lost where it unlearns",
+        ("paper", RELEASED),
+    )
+    learn_power: float | None = option(
+        "training", None, "weigh a token learned by its probability to this power [0; dft 1]", "[0, inf)"
+    )
     rank: int = option("training", 64, "LoRA rank", "[1, inf)")
     alpha: float = option("training", 16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
     dropout: float = option("training", 0.1, "LoRA dropout", "[0, 1)")
@@ -913,6 +987,9 @@ class Options:
     t_max: float = option("unlearning", 0.25, "lambda nears t-max - t-min at the last step", "[0, inf)")
     ceiling: float | None = option(
         "unlearning", None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)"
+    )
+    unlearn_power: float | None = option(
+        "unlearning", None, "weigh a token unlearned so, too [0; forgetting-wga 1]", "[0, inf)"
     )
     watch_gradients: int = option(
         "unlearning", 0, "log both gradients every so many steps; 0: never", "[0, inf)"
@@ -976,6 +1053,8 @@ class Options:
             raise ValueError("--lambda-schedule balanced needs --watch-gradients, whose figures it follows")
         if self.t_max < self.t_min and self.lambda_schedule != "constant":
             raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
+        if self.step == RELEASED and self.batch_size % 2:
+            raise ValueError(f"--step {RELEASED} takes rows in pairs: --batch-size {self.batch_size} is odd")
         self.methods = list(dict.fromkeys(self.methods))
         self.seeds = list(dict.fromkeys(self.seeds))
         if self.reference_lr is None:
@@ -1091,12 +1170,21 @@ def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]
         print0(note)
     d_ref = encode_rows(for_reference, tokenizer, options.max_length)
     d_train = encode_rows(for_training, tokenizer, options.max_length)
+    d_ref.file_order = order_of_files(d_ref, reference or rows)
+    d_train.file_order = order_of_files(d_train, rows)
     for name, corpus in (("D_ref", d_ref), ("D_train", d_train)):
         counts = f"{len(corpus.tokens):,} tokens, {corpus.response.sum():,} of them response"
         dropped = f"{corpus.dropped} rows dropped: no response within {options.max_length} tokens"
         print0(f"{name} {len(corpus):,} examples, {counts}; {dropped}")
         print_cut(name, corpus, options)
     return d_ref, d_train
+
+
+def order_of_files(corpus: Corpus, rows: list[RenderedRow]) -> Array:
+    """The examples of a corpus (E,) in the order in which their rows were read."""
+    read = {row.row["_source"]: place for place, row in enumerate(rows)}
+    places = [read[location] for location in corpus.locations]
+    return np.argsort(places)
 
 
 def print_cut(name: str, corpus: Corpus, options: Options) -> None:
@@ -1653,9 +1741,10 @@ def warnings_of(results: Results) -> list[str]:
             compared = f"held-out loss of {name}, {mean:.3f}, is above base's, {base:.3f}"
             found.append(f"note: {compared} (whether that can be told, the verdicts say)")
     base = mean_figure(results.get("base", {}), "L_P")
+    learners = ("full", "dft", "ignoring", "forgetting", "forgetting-clipped", "forgetting-wga")
     for name, by_seed in results.items():
         mean = mean_figure(by_seed, "L_P")
-        learns_p = name.partition(":")[0] in ("full", "ignoring", "forgetting", "forgetting-clipped")
+        learns_p = name.partition(":")[0] in learners
         if learns_p and base < mean < math.inf:
             compared = f"L_P of {name}, {mean:.3f}, is above base's, {base:.3f}"
             found.append(f"warning: {compared}: it harms what it is to learn; a lower --t-max or --lr")

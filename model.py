@@ -658,14 +658,16 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
 class WeightedTokenLoss(torch.autograd.Function):
     """Sum of w_t loss_t over n tokens, its gradient computed in the same sweep over the head's chunks.
 
-    apply(hidden (n, D), head_weight (V, D), targets (n,) int64, weights (n,) float32, ceiling) returns the
-    sum, a float32 scalar also under torch.autocast, and the losses (n,) float32, which have no gradient.
-    The sum's gradient is that of hidden alone: the head is frozen. With a ceiling, in nats, a token whose
-    loss is above it is not unlearned: a negative weight becomes 0 there.
+    apply(hidden (n, D), head_weight (V, D), targets (n,) int64, weights (n,) float32, ceiling, powers)
+    returns the sum, a float32 scalar also under torch.autocast, and the losses (n,) float32, which have no
+    gradient. The sum's gradient is that of hidden alone: the head is frozen. With a ceiling, in nats, a token
+    whose loss is above it is not unlearned: a negative weight becomes 0 there. powers (a, b): a positive
+    weight is multiplied by p^a, a negative one by p^b, p = exp(-loss) held constant, in the sum as in its
+    gradient; so the sum need not fall while the losses do.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, weights, ceiling: float | None):
+    def forward(ctx, hidden, head_weight, targets, weights, ceiling: float | None, powers=(0.0, 0.0)):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)  # (n,)
         grad = torch.empty_like(hidden)  # (n, D)
@@ -675,6 +677,10 @@ class WeightedTokenLoss(torch.autograd.Function):
                 if ceiling is not None:  # the other weights do not grow to make up for it
                     spared = (weight < 0) & (loss > ceiling)
                     weight = torch.where(spared, 0, weight)
+                if any(powers):
+                    of_positive, of_negative = powers
+                    power = torch.where(weight > 0, of_positive, of_negative)  # (chunk,)
+                    weight = weight * torch.exp(-power * loss)  # p = exp(-loss)
                 total += weight @ loss
                 losses[rows] = loss
                 # d loss / d logits = softmax - one_hot, times the weight; in the chunk's own buffer
@@ -690,7 +696,7 @@ class WeightedTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):  # of the sum; the losses have none
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None
+        return grad * upstream, None, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------- config.json

@@ -989,6 +989,7 @@ def test_help_and_the_papers_defaults(capsys):
 # what a variant could change, and what made two runs the same, at 14fe823, where three lists were kept by hand
 VARIANT = "rho forget_rate lambda_schedule t_min t_max ceiling watch_gradients lr epochs warmup batch_size"
 VARIANT += " max_grad_norm rank alpha dropout"
+VARIANT += " step learn_power unlearn_power"  # since then
 SAME_RUN = VARIANT + " template targets reference_lr reference_epochs dtype score_dtype"
 
 
@@ -997,6 +998,7 @@ def test_the_groups_of_options_say_what_three_lists_said(tmp_path):
     assert set(options_of("training", "unlearning", "setting")) == set(SAME_RUN.split())
     assert set(options_of(*GROUPS)) == {field.name for field in dataclasses.fields(Options)}
     only_unlearning = {"forget_rate", "lambda_schedule", "t_min", "t_max", "ceiling", "watch_gradients"}
+    only_unlearning |= {"unlearn_power"}
     assert set(options_of("unlearning")) == only_unlearning
 
 

@@ -263,6 +263,7 @@ PANELS = {
 REFERENCE_FREE = (
     "base",
     "full",
+    "dft",
     "ignoring-random",
     "ignoring-loss",
 )  # methods that do not look at the reference

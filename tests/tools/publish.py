@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
-from forgetting import DRAWN_STEPS, METHODS, TRUSTED_STEPS, options_of  # noqa: E402
+from forgetting import DRAWN_STEPS, METHOD_OPTIONS, METHODS, TRUSTED_STEPS, options_of  # noqa: E402
 from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, read_config, save_model, weight_files  # noqa: E402
 
@@ -234,7 +234,7 @@ def trained_options(name: str, config: dict) -> dict:
         epochs = config["reference_epochs"] or f"at least {config['epochs']}, and at least {fewest} steps"
         config = config | {"lr": config["reference_lr"], "epochs": epochs}
     config = config | dict(change.split("=", 1) for change in changes.split(",") if change)
-    for key in ("rho", "ceiling"):  # the method's own where none is given
+    for key in ("rho", *METHOD_OPTIONS):  # the method's own where none is given
         if config.get(key) is None or (key == "rho" and method.rho == 1):
             config[key] = getattr(method, key)
     read = options_of("training", "unlearning") if method.unlearn else options_of("training")
