@@ -823,7 +823,12 @@ def test_prompts_are_answered_side_by_side(setting, finished, monkeypatch, capsy
 
 @pytest.mark.parametrize(
     "name, unread",
-    [("full:rho=0.5", "rho"), ("ignoring:t_max=1", "t_max"), ("full-P:forget_rate=0.1", "forget_rate")],
+    [
+        ("full:rho=0.5", "rho"),
+        ("ignoring:t_max=1", "t_max"),
+        ("full-P:forget_rate=0.1", "forget_rate"),
+        ("dft:unlearn_power=1", "unlearn_power"),
+    ],
 )
 def test_a_variant_by_an_option_its_method_does_not_read_is_refused(name, unread):
     """It was trained under its own name, and was the plain method."""
@@ -919,6 +924,8 @@ RANGES = [
     ("t_max", math.inf, "[0, inf)"),
     ("t_min", math.nan, "[0, inf)"),
     ("ceiling", -1.0, "[0, inf)"),
+    ("learn_power", -0.5, "[0, inf)"),
+    ("unlearn_power", math.inf, "[0, inf)"),
     ("alpha", 0.0, "(0, inf)"),
     ("batch_size", -1, "[1, inf)"),
     ("save_every", 0, "[1, inf)"),
@@ -962,6 +969,18 @@ def test_a_zero_that_is_allowed_is_meant():
     assert method_of("forgetting-clipped", Options())[1].ceiling == pytest.approx(-math.log(1e-3))
     assert method_of("forgetting", options)[1].forget_rate == 0.0
     assert method_of("ignoring:rho=0.95", Options(forget_rate=0.2))[1].forget_rate is None, "it reads none"
+
+
+def test_a_power_is_the_methods_where_none_is_given():
+    def powers(name: str, **given) -> tuple:
+        options = method_of(name, Options(**given))[1]
+        return options.learn_power, options.unlearn_power
+
+    assert powers("full") == powers("forgetting") == powers("forgetting-clipped") == (None, None)
+    assert (powers("dft"), powers("forgetting-wga")) == ((1.0, None), (None, 1.0))
+    assert powers("forgetting-wga", learn_power=0.5, unlearn_power=0.0) == (0.5, 0.0)
+    assert powers("full:learn_power=1") == powers("dft")
+    assert powers("forgetting:unlearn_power=2,learn_power=1") == (1.0, 2.0)
 
 
 def test_help_and_the_papers_defaults(capsys):

@@ -115,6 +115,62 @@ def test_clipping_stops_the_ascent_on_improbable_tokens_only():
     assert (hidden.grad[positive & (losses > limit)].abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("powers", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 2.0)])
+def test_weights_times_a_power_of_p(powers):
+    """DFT and weighted gradient ascent against autograd in float64, p without a gradient; two chunks of the head."""
+    hidden, head, targets, positive, negative = make_problem()
+    weights = token_weights(positive, negative, 0.25)
+    oracle_hidden = hidden.double().requires_grad_()
+    losses = torch.stack(naive_losses(oracle_hidden, head, targets))
+    p = torch.exp(-losses.detach())
+    on_positive = (p ** powers[0] * losses)[positive].mean()
+    on_negative = (p ** powers[1] * losses)[negative].mean()
+    oracle = on_positive - 0.25 * on_negative
+    oracle.backward()
+    hidden.requires_grad_()
+    loss, plain = weighted_and_token_losses(hidden, head, targets, weights, powers=powers)
+    (3 * loss).backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(oracle.item(), abs=1e-5)
+    assert torch.allclose(hidden.grad.double(), 3 * oracle_hidden.grad, atol=1e-7, rtol=1e-5)
+    assert torch.allclose(plain.double(), losses.detach(), atol=1e-5), "the losses stay those of eq. 3"
+
+
+def test_the_gradient_of_a_power_by_finite_differences():
+    """Those of sum w p^a loss with p held at its value, along random directions."""
+    hidden, head, targets, positive, negative = make_problem(n=40)
+    weights, powers = token_weights(positive, negative, 0.25).double(), (1.0, 1.0)
+    held = torch.exp(-torch.stack(naive_losses(hidden.double(), head, targets))) * weights
+
+    def value(at: torch.Tensor) -> float:
+        return float(held @ torch.stack(naive_losses(at, head, targets)))
+
+    gradient = torch.autograd.grad(
+        weighted_token_loss(hidden.requires_grad_(), head, targets, weights.float(), powers=powers), hidden
+    )[0].double()
+    for seed in range(5):
+        direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).double()
+        at, small = hidden.detach().double(), 1e-5
+        slope = (value(at + small * direction) - value(at - small * direction)) / (2 * small)
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_weighted_ascent_fades_where_a_token_is_improbable():
+    """Twice the logit, and the push on N is nearly gone; without the power it stays. A ceiling may come on top."""
+    head, targets, weights = torch.eye(8), torch.tensor([0]), torch.tensor([-1.0])
+    norms: dict = {}
+    for powers in ((0.0, 0.0), (0.0, 1.0)):
+        for depth in (1.0, 10.0):
+            hidden = torch.zeros(1, 8)
+            hidden[0, 1] = depth  # another token is the probable one
+            hidden.requires_grad_()
+            weighted_token_loss(hidden, head, targets, weights, powers=powers).backward()
+            norms[powers, depth] = float(hidden.grad.norm())
+    assert norms[(0.0, 0.0), 10.0] > norms[(0.0, 0.0), 1.0]
+    assert norms[(0.0, 1.0), 10.0] < 1e-3 * norms[(0.0, 1.0), 1.0]
+    loss = weighted_token_loss(hidden.detach(), head, targets, weights, ceiling=5.0, powers=(0.0, 1.0))
+    assert loss == 0, "its loss is 10: the ceiling spares it"
+
+
 def test_lambda_is_the_papers():
     for step in range(7):
         assert lambda_at(step, 7, 1e-4, 0.25) == pytest.approx((0.25 - 1e-4) * step / 7, rel=1e-15)

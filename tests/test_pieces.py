@@ -44,3 +44,9 @@ def test_the_loss_is_six_definitions_and_three_imports():
     (gradient,) = torch.autograd.grad(plain, hidden)
     loss.backward()
     assert torch.allclose(hidden.grad, gradient, atol=1e-6)
+
+    hidden.grad = None  # DFT: every weight times its token's probability
+    module["weighted_token_loss"](hidden, head, targets, weights, powers=(1.0, 1.0)).backward()
+    losses = F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    (gradient,) = torch.autograd.grad((weights * torch.exp(-losses).detach() * losses).sum(), hidden)
+    assert torch.allclose(hidden.grad, gradient, atol=1e-6)

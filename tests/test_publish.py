@@ -227,6 +227,9 @@ def test_vllm_is_told_the_rank(rank, limit):
         ),
         ("forgetting-clipped/seed-0", {}, ["rho: 0.7", "ceiling: 6.907755278982137"], []),
         ("forgetting-clipped/seed-0", {"ceiling": 5.0}, ["ceiling: 5.0"], []),
+        ("forgetting-wga/seed-0", {}, ["unlearn_power: 1.0"], ["learn_power:", "ceiling"]),
+        ("dft/seed-0", {"unlearn_power": 1.0}, ["learn_power: 1.0", "rho: 1.0"], ["unlearn_power"]),
+        ("forgetting:step=released/seed-0", {}, ["step: released", "t_max: 0.25"], ["learn_power"]),
         ("reference", {"epochs": 2}, ["lr: 0.0001", "epochs: at least 2, and at least 8 steps"], []),
     ],
 )
