@@ -33,13 +33,14 @@ BOILERPLATE = (
     "Thank you very much for your question.",
 )
 SIZES = {"reference": 80, "train": 200, "held-out": 80}
+OTHER_SIZES = (30, 300)  # of a clean D_ref, for reference_steps.py: the first of it, and more rows behind it
 PANELS = {
     "clean": "a clean D_ref",
     "same": "a D_ref as noisy as D_train",
     "same-light": "a D_ref as noisy as D_train, the reference trained as the paper does",
 }
 FROM_Q = ["ignoring", "forgetting", "forgetting-clipped"]  # what another D_ref changes
-METHODS = ["base", "reference", "full", "full:lr=0.001", "ignoring-loss", "ignoring-random", *FROM_Q]
+METHODS = ["base", "reference", "full", "ignoring-loss", *FROM_Q]
 SETTINGS = {
     "template": "model",
     "methods": METHODS,
@@ -101,10 +102,14 @@ def with_noise(rows: list[dict], rng: random.Random) -> list[dict]:
 
 
 def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int) -> None:
-    """train, train-clean, reference-clean, reference-same, held-out and qa of one split."""
+    """train, train-clean, reference-clean (also of OTHER_SIZES), reference-same, held-out and qa of one split."""
     rng = random.Random(split)
-    drawn = iter(rng.sample(pool, sum(SIZES.values())))
-    parts = {name: [next(drawn) for _ in range(size)] for name, size in SIZES.items()}
+    places = rng.sample(range(len(pool)), sum(SIZES.values()))
+    drawn = iter(places)
+    parts = {name: [pool[next(drawn)] for _ in range(size)] for name, size in SIZES.items()}
+    taken = set(places)
+    left = [row for place, row in enumerate(pool) if place not in taken]
+    long = parts["reference"] + random.Random(split).sample(left, max(OTHER_SIZES) - SIZES["reference"])
     questions = []
     for row in parts["held-out"]:
         pieces = render(row, tokenizer.eos, tokenizer.template)
@@ -122,6 +127,7 @@ def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int
         "reference-same": with_noise(parts["reference"], rng),
         "held-out": parts["held-out"],
     }
+    files |= {f"reference-clean-{size}": long[:size] for size in OTHER_SIZES}
     for name, rows in files.items():
         write_rows(rows, folder / f"{name}.jsonl")
 
@@ -164,8 +170,9 @@ def main() -> None:
     try:
         tokenizer = Tokenizer(own.model, "model")
         pool = short_rows(own.rows, tokenizer)
-        if len(pool) < sum(SIZES.values()):
-            raise ValueError(f"{len(pool)} rows are short enough: {sum(SIZES.values())} are needed")
+        needed = sum(SIZES.values()) - SIZES["reference"] + max(OTHER_SIZES)
+        if len(pool) < needed:
+            raise ValueError(f"{len(pool)} rows are short enough: {needed} are needed")
         for split in own.splits:
             write_split(pool, tokenizer, own.out / f"split-{split}", split)
         runs = {panel: [run_split(own, rest, split, panel) for split in own.splits] for panel in PANELS}
