@@ -40,6 +40,7 @@ class Ablation:
     variants: list[str]
     panels: tuple[str, ...] = ("clean", "same", "same-light")
     seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
+    pairs: tuple[tuple[str, str], ...] = ()  # of variants, to be compared with each other as well
 
 
 OUT = "runs/ablations"  # of the committed results
@@ -119,6 +120,29 @@ ABLATIONS = {
         ("same", "same-light"),
         seeds=(0, 1, 2, 3, 4, 5),
     ),  # the demo's and three more
+    "step": Ablation(
+        "the authors' step, and weights times a power of p",
+        "full",
+        [
+            "full:step=released",
+            "dft",
+            "ignoring:rho=0.7",
+            "ignoring:rho=0.7,step=released",
+            "forgetting",
+            "forgetting:step=released",
+            "forgetting-clipped",
+            "forgetting-wga",
+        ],
+        ("clean", "same-light"),
+        pairs=(
+            ("ignoring:rho=0.7,step=released", "ignoring:rho=0.7"),
+            ("forgetting:step=released", "forgetting"),
+            ("forgetting-clipped", "forgetting"),
+            ("forgetting-wga", "forgetting"),
+            ("forgetting-wga", "forgetting-clipped"),
+            ("forgetting-wga", "ignoring:rho=0.7"),
+        ),
+    ),
 }
 
 
@@ -202,12 +226,25 @@ def comparison(found: dict[str, list[float]], baseline: str) -> str:
     """A table: averages, and differences to the baseline with their intervals."""
     rows = [[baseline, forgetting.spread(found[baseline]), "", ""]]
     for name, values in differences(found, baseline).items():
-        low, high = extent(values)
-        few = no_interval(len(values))
-        between = f"({few})" if few else f"[{low:+.1f}, {high:+.1f}]"
-        cells = f"{np.mean(values):+.1f} {between}", f"{sum(v > 0 for v in values)}/{len(values)}"
-        rows.append([name, forgetting.spread(found[name]), *cells])
+        rows.append([name, forgetting.spread(found[name]), *difference_cells(values)])
     return table(["method", "average, %", f"minus {baseline}", "better"], rows)
+
+
+def difference_cells(values: list[float]) -> tuple[str, str]:
+    """The mean of differences by seed with its interval, and how many of them are above 0."""
+    low, high = extent(values)
+    few = no_interval(len(values))
+    between = f"({few})" if few else f"[{low:+.1f}, {high:+.1f}]"
+    return f"{np.mean(values):+.1f} {between}", f"{sum(v > 0 for v in values)}/{len(values)}"
+
+
+def compared_pairs(found: dict[str, list[float]], pairs: Sequence[tuple[str, str]]) -> str:
+    """A table: one variant minus another, seed by seed."""
+    rows = []
+    for ours, theirs in pairs:
+        values = [a - b for a, b in zip(found[ours], found[theirs])]
+        rows.append([f"{ours} - {theirs}", *difference_cells(values)])
+    return table(["pair", "difference", "better"], rows)
 
 
 def at_best_rates(found: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -234,6 +271,8 @@ def write_up(name: str, ablation: Ablation, found: dict, head: str, folder: Path
     parts = [f"{head}\n\n# {ablation.title}"]
     for panel in ablation.panels:
         parts.append(f"Reference: {panel}\n\n" + comparison(found[panel], ablation.baseline))
+        if ablation.pairs:
+            parts.append(compared_pairs(found[panel], ablation.pairs))
         if best := at_best_rates(found[panel]):
             title = "each method at its best rate, chosen for every seed on the others"
             parts.append(f"Reference: {panel}, {title}\n\n" + comparison(best, "full"))
