@@ -121,39 +121,45 @@ def unique_rows(rows: list[RenderedRow]) -> list[RenderedRow]:
 
 def split_rows(
     rows: list[RenderedRow], reference: list[RenderedRow], n_reference: int | None, n_train: int | None
-) -> tuple[list[RenderedRow], list[RenderedRow], int]:
-    """Rows of D_ref and of D_train, drawn with seed 0 and disjoint; and how many duplicates were left out.
+) -> tuple[list[RenderedRow], list[RenderedRow], list[str]]:
+    """Rows of D_ref and of D_train, drawn with seed 0 and disjoint; and lines that a user should see.
 
     Where there are rows in `reference`, D_ref is the first n_reference of them, None: all. Else it is drawn
     from `rows`: None means the paper's 10,000 of 60,000 rows or more, a sixth of fewer. D_train is n_train of
     what is left, None: up to the paper's 50,000. Raises ValueError where a number cannot be had.
     """
-    total = len(rows) + len(reference)
+    lines = []
+    total = len(rows)
+    given = total + len(reference)
     rows, reference = unique_rows(rows), unique_rows(reference)
-    repeated = total - len(rows) - len(reference)
-    order = np.random.default_rng(0).permutation(len(rows))
+    unique = len(rows)
+    if repeated := given - unique - len(reference):
+        lines.append(f"{repeated} of {given} rows are exact duplicates, and left out")
+    order = np.random.default_rng(0).permutation(unique)
     rows = [rows[i] for i in order]
     if reference:
-        reference = _take(reference, "--n-reference", n_reference, len(reference))
-        count = len(rows)
+        reference = _take(reference, "--n-reference", n_reference, len(reference), "duplicates left out")
         rows = unique_rows(reference + rows)[len(reference) :]
-        repeated += count - len(rows)
+        if unique > len(rows):
+            shared = f"{unique - len(rows)} of {unique} rows of --data are in D_ref, too"
+            lines.append(f"{shared}: they are left out of D_train")
     else:
-        usual = 10_000 if len(rows) >= 60_000 else max(len(rows) // 6, 1)
-        reference = _take(rows[:-1], "--n-reference", n_reference, usual)  # one is left at least
+        usual = 10_000 if unique >= 60_000 else max(unique // 6, 1)
+        left_out = "duplicates left out, one row kept for D_train"
+        reference = _take(rows[:-1], "--n-reference", n_reference, usual, left_out)
         rows = rows[len(reference) :]
-    train = _take(rows, "--n-train", n_train, 50_000)
-    return reference, train, repeated
+    left_out = f"of {total} rows {total - unique} are exact duplicates, {unique - len(rows)} are in D_ref"
+    train = _take(rows, "--n-train", n_train, 50_000, left_out)
+    return reference, train, lines
 
 
-def _take(rows: list[RenderedRow], flag: str, asked: int | None, usual: int) -> list[RenderedRow]:
-    """The first rows: as many as the flag asks for, or up to the usual number."""
+def _take(rows: list[RenderedRow], flag: str, asked: int | None, usual: int, why: str) -> list[RenderedRow]:
+    """The first rows: as many as the flag asks for, or up to the usual number. why: there are no more."""
     if not rows:
-        raise ValueError("D_ref and D_train need a row each: none is left, exact duplicates taken out")
+        raise ValueError(f"D_ref and D_train need a row each: none is left ({why})")
     count = min(usual, len(rows)) if asked is None else asked
     if not 1 <= count <= len(rows):
-        left = f"from 1 to {len(rows)} are there, exact duplicates and the other set taken out"
-        raise ValueError(f"{flag} {count}: {left}")
+        raise ValueError(f"{flag} {count}: from 1 to {len(rows)} are there ({why})")
     return rows[:count]
 
 

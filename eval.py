@@ -779,13 +779,14 @@ def prepare(
     tasks: list[str],
     tokenizer: Tokenizer,
     data_dir: str | os.PathLike,
-    limit: int | None = None,
+    limit: float | None = None,
 ) -> list[Documents]:
     """The documents of tasks, or groups of them; all that can be wrong about the rows is found here."""
     documents = []
     for name in expand_tasks(tasks):
         task = TASKS[name]
-        rows = task_rows(name, Path(data_dir))[:limit]
+        rows = task_rows(name, Path(data_dir))
+        rows = rows[: document_count(limit, len(rows))]
         if not rows:
             raise ValueError(f"{Path(data_dir) / task.file}: no document of {name} to evaluate")
         requests = [requests_of(task, row, tokenizer) for row in rows]
@@ -796,6 +797,30 @@ def prepare(
         }
         documents.append(Documents(name, task, rows, requests, identity))
     return documents
+
+
+def checked_limit(limit: float | None) -> float | None:
+    """--limit as a whole number of documents, an int, or as a share of them below 1. Raises ValueError."""
+    if limit is None or 0 < limit < 1:
+        return limit
+    if limit < 1 or not float(limit).is_integer():
+        reason = "a whole number of documents, or a share of them below 1"
+        raise ValueError(f"--limit {limit:g} is not allowed: {reason}")
+    return int(limit)
+
+
+def document_count(limit: float | None, count: int) -> int | None:
+    """How many of a task's `count` documents a limit leaves, as lm-evaluation-harness rounds a share: up."""
+    if limit is None:
+        return None
+    return math.ceil(count * limit) if limit < 1 else int(limit)
+
+
+def describe_limit(limit: float) -> str:
+    """What a table of limited tasks says of them."""
+    if limit >= 1:
+        return f"only the first {limit} documents of each task (--limit)"
+    return f"only the first {100 * limit:g} % of each task's documents, rounded up (--limit)"
 
 
 def fingerprint(rows: list[dict], requests: list[list[Request]]) -> str:
@@ -1261,7 +1286,9 @@ def parse_arguments() -> argparse.Namespace:
         help="of --prompt, and of mc and qa if it is the model's own [that of the adapter's run; tulu]",
     )
     add("--data-dir", default="runs/data", help="folder of the row files [runs/data]")
-    add("--limit", type=int, help="only the first LIMIT documents of each task")
+    add(
+        "--limit", type=float, help="only the first LIMIT documents of each task; below 1: that share of them"
+    )
     add("--output", help="write the results here (.json)")
     add("--samples", help="write one line per document here (.jsonl)")
     add(
@@ -1278,9 +1305,9 @@ def parse_arguments() -> argparse.Namespace:
         help="memory for the keys and values of replies in flight [that of the weights; at least 2]",
     )
     arguments = parser.parse_args()
-    for flag, value in (("--limit", arguments.limit), ("--batch-tokens", arguments.batch_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} {value} is not allowed: at least 1")
+    arguments.limit = checked_limit(arguments.limit)
+    if arguments.batch_tokens < 1:
+        raise ValueError(f"--batch-tokens {arguments.batch_tokens} is not allowed: at least 1")
     if arguments.cache_gib is not None and not 0 < arguments.cache_gib < math.inf:
         raise ValueError(f"--cache-gib {arguments.cache_gib} is not allowed: a number above 0")
     if bool(arguments.tasks) == (arguments.prompt is not None):
@@ -1319,7 +1346,7 @@ def write_results(results: dict[str, dict], samples: list[dict], arguments: argp
     """Print the table, and write what --output and --samples ask for."""
     print0(table(["task", "metric", "value", "stderr", "n"], table_rows(results)))
     if arguments.limit is not None:
-        print0(f"only the first {arguments.limit} documents of each task (--limit)")
+        print0(describe_limit(arguments.limit))
     if rank_and_world()[0] != 0:
         return
     if arguments.output:

@@ -58,8 +58,8 @@ from data import Batch, Corpus, RenderedRow, Tokenizer, advance, check_ids, enco
 from data import join_over_ranks, question_ids, rank_and_world, read_object, read_rows, render_rows
 from data import print0, progress, shift, split_rows, start_ranks, sum_over_ranks
 from data import unique_rows, wait_for_all, whole_file, write_rows, write_text
-from eval import SHORTEST_PREFIX, Documents, check_room, evaluate, metrics_of, prepare, primary_metrics
-from eval import table
+from eval import SHORTEST_PREFIX, Documents, check_room, checked_limit, describe_limit, evaluate
+from eval import metrics_of, prepare, primary_metrics, table
 from lora import DEFAULT_TARGETS, add_lora, load_adapter, load_checkpoint, lora_disabled, lora_parameters
 from lora import remove_lora, save_adapter, save_checkpoint, target_layers
 from model import DTYPES, Transformer, WeightedTokenLoss, checkpoint_folder, load_model, model_fingerprint
@@ -1031,7 +1031,9 @@ class Options:
     )
     tasks: list[str] = option("measuring", list, "tasks of eval.py for the table")
     data_dir: str = option("measuring", "runs/data", "folder of the tasks' rows")
-    limit: int | None = option("measuring", None, "only the first LIMIT documents of each task", "[1, inf)")
+    limit: float | None = option(
+        "measuring", None, "only the first LIMIT documents of each task; below 1: that share of them"
+    )
 
     out: str = option("machine", "runs/latest", "run folder, continued by the same command")
     save_every: int = option(
@@ -1055,6 +1057,7 @@ class Options:
             raise ValueError(f"--t-max {self.t_max} is below --t-min {self.t_min}")
         if self.step == RELEASED and self.batch_size % 2:
             raise ValueError(f"--step {RELEASED} takes rows in pairs: --batch-size {self.batch_size} is odd")
+        self.limit = checked_limit(self.limit)
         self.methods = list(dict.fromkeys(self.methods))
         self.seeds = list(dict.fromkeys(self.seeds))
         if self.reference_lr is None:
@@ -1161,9 +1164,8 @@ def select_data(options: Options, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]
     """D_ref and D_train, the same for every seed and method."""
     read = [read_rows(options.data, keep_bad=True), read_rows(options.reference_data, keep_bad=True)]
     (rows, reference), notes = render_rows(read, tokenizer, options.skip_bad_rows)
-    for_reference, for_training, repeated = split_rows(rows, reference, options.n_reference, options.n_train)
-    if repeated:
-        notes.append(f"{repeated} of {len(rows) + len(reference)} rows are exact duplicates, and left out")
+    for_reference, for_training, lines = split_rows(rows, reference, options.n_reference, options.n_train)
+    notes += lines
     if tokenizer.chat_template and tokenizer.template is None:
         notes.append("the model has a chat template of its own; conversations take Tulu's (--template)")
     for note in notes:
@@ -1761,7 +1763,7 @@ def report(results: Results, options: Options) -> None:
     if any("L_P" in figures for figures in measured):
         notes.append("L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns")
     if options.limit is not None:
-        notes.append(f"only the first {options.limit} documents of each task (--limit)")
+        notes.append(describe_limit(options.limit))
     notes += [f"not in the table: {what}" for what in left_out]
     title = f"{options.model} on {', '.join(options.data)}"
     parts = [title, comparison(results), paired_losses(out, results), "\n".join(notes)]

@@ -254,9 +254,13 @@ CASES = [
     ),
     flag_case("--max-length 1", "all 5 rows were dropped: no response token within --max-length 1"),
     # how many of them
-    flag_case("--n-reference 30", "--n-reference 30: from 1 to 29 are there", "the other set taken out"),
     flag_case(
-        "--n-reference 10 --n-train 21", "--n-train 21: from 1 to 20 are there", "the other set taken out"
+        "--n-reference 30",
+        "--n-reference 30: from 1 to 29 are there (duplicates left out, one row kept for D_train)",
+    ),
+    flag_case(
+        "--n-reference 10 --n-train 21",
+        "--n-train 21: from 1 to 20 are there (of 30 rows 0 are exact duplicates, 10 are in D_ref)",
     ),
     flag_case("--n-train 0", "--n-train 0 is not in [1, inf)"),
     flag_case("--n-reference 5 --n-train 26", "--n-train 26: from 1 to 25 are there"),
@@ -465,7 +469,8 @@ CASES = [
     Case("no model", "eval.py --tasks mc", ("the following arguments are required: --model",)),
     Case("no task", "eval.py --model {model} --tasks", ("argument --tasks: expected at least one argument",)),
     Case("an unknown task", f"{EVAL} --tasks mmlu", ("unknown task mmlu; known: truthfulqa_mc1",)),
-    Case("a limit of 0", f"{EVAL} --limit 0", ("--limit 0 is not allowed: at least 1",)),
+    Case("a limit of 0", f"{EVAL} --limit 0", ("--limit 0 is not allowed: a whole number",)),
+    Case("a limit between 1 and 2", f"{EVAL} --limit 1.5", ("--limit 1.5 is not allowed: a whole number",)),
     Case("no room in a pass", f"{EVAL} --batch-tokens 0", ("--batch-tokens 0 is not allowed: at least 1",)),
     Case("tasks and a prompt", f"{EVAL} --prompt x", ("either --tasks or --prompt is needed",)),
     Case("neither tasks nor a prompt", "eval.py --model {model}", ("either --tasks or --prompt is needed",)),

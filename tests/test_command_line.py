@@ -484,6 +484,28 @@ def test_changed_rows_of_a_task_are_evaluated_again(setting, tmp_path, monkeypat
     assert result["n"] == 2 and result["acc"] == 0.5
 
 
+def test_a_limit_of_a_run(setting, tmp_path, monkeypatch, capsys):
+    """A share is said as one, and with another limit a row is measured again."""
+    common = [
+        "--model",
+        setting / "model",
+        "--data",
+        setting / "rows.jsonl",
+        "--out",
+        tmp_path / "run",
+        *FAST,
+    ]
+    common += ["--methods", "base", "--tasks", "qa", "--data-dir", setting]
+    for limit, note, count in (
+        (0.5, "only the first 50 % of each task's documents, rounded up (--limit)", 2),
+        (1, "only the first 1 documents of each task (--limit)", 1),
+        (1.0, "only the first 1 documents of each task (--limit)", 1),  # as lm-evaluation-harness has it
+    ):
+        assert f"\n{note}\n" in in_process(monkeypatch, capsys, *common, "--limit", limit)
+        result = json.loads((tmp_path / "run/results.json").read_text())["base"]["0"]["tasks"]["qa"]
+        assert (result["n"], result["limit"]) == (count, limit)
+
+
 def test_what_is_wrong_with_tasks_is_found_before_training(setting, tmp_path, monkeypatch, capsys):
     common = [
         "--model",
@@ -501,7 +523,11 @@ def test_what_is_wrong_with_tasks_is_found_before_training(setting, tmp_path, mo
             "nowhere has no boolq.jsonl, the rows of boolq",
         ),
         (["--tasks", "asdiv", "--data-dir", tmp_path], "asdiv.jsonl:1: 'int' object has no attribute"),
-        (["--limit", "0"], "--limit 0 is not in [1, inf)"),
+        (
+            ["--limit", "0"],
+            "--limit 0 is not allowed: a whole number of documents, or a share of them below 1",
+        ),
+        (["--limit", "1.5"], "--limit 1.5 is not allowed: a whole number of documents, or a share"),
         (["--seeds", "-1"], "--seeds -1 is not in [0, 2147483647]"),
         (["--reference-epochs", "0"], "--reference-epochs 0 is not in [1, inf)"),
         (["--reference-lr", "0"], "--reference-lr 0.0 is not in (0, inf)"),
@@ -916,7 +942,6 @@ RANGES = [
     ("micro_tokens", 0, "[1, inf)"),
     ("n_reference", 0, "[1, inf)"),
     ("n_train", 0, "[1, inf)"),
-    ("limit", 0, "[1, inf)"),
     ("rho", 0.0, "(0, 1]"),
     ("rho", 1.0001, "(0, 1]"),
     ("forget_rate", -0.1, "[0, 1]"),
@@ -951,6 +976,7 @@ def test_other_options_that_cannot_be_meant():
         ({"lambda_schedule": "cosine"}, "--lambda-schedule cosine is not one of linear, constant, balanced"),
         ({"lambda_schedule": "balanced"}, "--lambda-schedule balanced needs --watch-gradients"),
         ({"eval_every": 5}, "--eval-every needs --eval-data"),
+        ({"limit": 0}, "--limit 0 is not allowed: a whole number of documents, or a share of them below 1"),
         ({"t_max": 0.0}, "--t-max 0.0 is below --t-min 1e-05"),
         ({"rho": 0.9, "forget_rate": 0.2}, "forget rate 0.2 is not allowed: 0 to 1 - rho = 0.1"),
     ):

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -166,10 +167,40 @@ def test_duplicates_are_equal_text_and_equal_spans(tokenizer):
     (rendered,), _ = render_rows([rows], tokenizer)
     assert len({row.text for row in rendered}) == 2
     assert [row.row for row in unique_rows(rendered)] == [rows[0], rows[3], rows[4]]
-    d_ref, d_train, repeated = split_rows(rendered, [], None, None)
-    assert len(d_ref) + len(d_train) == 3 and repeated == 2
-    d_ref, d_train, repeated = split_rows(rendered, rendered[1:2], None, None)
-    assert [row.row for row in d_ref] == rows[1:2] and len(d_train) == 2 and repeated == 3
+    d_ref, d_train, lines = split_rows(rendered, [], None, None)
+    assert len(d_ref) + len(d_train) == 3 and lines == ["2 of 5 rows are exact duplicates, and left out"]
+    d_ref, d_train, lines = split_rows(rendered, rendered[1:2], None, None)
+    assert [row.row for row in d_ref] == rows[1:2] and len(d_train) == 2
+    assert lines == [
+        "2 of 6 rows are exact duplicates, and left out",
+        "1 of 3 rows of --data are in D_ref, too: they are left out of D_train",
+    ]
+
+
+def test_rows_of_d_ref_among_those_of_d_train_are_counted(tokenizer):
+    """One line said "exact duplicates" of both, and --n-train 50000 was refused without saying why."""
+    rows = [{"prompt": f"{i}", "completion": "x"} for i in (*range(30), 3, 4)]
+    trusted = rows[:12] + [{"prompt": "none of them", "completion": "x"}] + rows[:2]
+    (rendered, reference), _ = render_rows([rows, trusted], tokenizer)
+    d_ref, d_train, lines = split_rows(rendered, reference, None, None)
+    assert (len(d_ref), len(d_train)) == (13, 18) and not {r.text for r in d_ref} & {r.text for r in d_train}
+    assert lines == [
+        "4 of 47 rows are exact duplicates, and left out",
+        "12 of 30 rows of --data are in D_ref, too: they are left out of D_train",
+    ]
+    why = "--n-train 19: from 1 to 18 are there (of 32 rows 2 are exact duplicates, 12 are in D_ref)"
+    with pytest.raises(ValueError, match=re.escape(why)):
+        split_rows(rendered, reference, None, 19)
+    _, d_train, lines = split_rows(rendered, reference, 5, 25)  # the other trusted rows are no part of D_ref
+    assert len(d_train) == 25 and lines[1].startswith("5 of 30 rows of --data are in D_ref")
+    with pytest.raises(
+        ValueError, match=re.escape("--n-reference 14: from 1 to 13 are there (duplicates left")
+    ):
+        split_rows(rendered, reference, 14, None)
+    with pytest.raises(ValueError, match="none is left .of 32 rows 2 are exact duplicates, 30 are in D_ref"):
+        split_rows(rendered, rendered, None, None)
+    with pytest.raises(ValueError, match="none is left .duplicates left out, one row kept for D_train"):
+        split_rows(rendered[:1], [], None, None)
 
 
 def test_files_and_counts(tmp_path):

@@ -12,8 +12,9 @@ import torch
 
 import eval as evaluation
 from data import Corpus, Tokenizer, advance, progress, question_ids, write_rows
-from eval import TASKS, Answer, Budget, continuous_batching, encode_pair, evaluate, f1_score, generate
-from eval import loglikelihoods, prepare, squad_score, summarise, words_of_any_language
+from eval import TASKS, Answer, Budget, checked_limit, continuous_batching, describe_limit, document_count
+from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, squad_score, summarise
+from eval import words_of_any_language
 from forgetting import response_losses, row_losses
 from model import Cache, load_model
 
@@ -267,6 +268,27 @@ def test_your_own_rows_end_to_end(pair, tmp_path):
     assert evaluate(model, tokenizer, prepare(["mc"], tokenizer, tmp_path, limit=1))[0]["mc"]["n"] == 1
     with pytest.raises(ValueError, match="unknown task nope; known: truthfulqa_mc1, "):
         prepare(["nope"], tokenizer, tmp_path)
+
+
+def test_a_share_of_a_tasks_documents(tmp_path):
+    """lm-evaluation-harness 0.4.13's get_sample_size gave these; 100 x .07 is 7.000000000000001 in floating point."""
+    sizes = {(817, 0.99): 809, (3270, 0.99): 3238, (651, 0.99): 645, (2305, 0.99): 2282, (100, 0.07): 8}
+    sizes |= {(10, 0.99): 10, (10, 1e-6): 1, (10, 1.0): 1, (10, 2.0): 2, (10, 30): 30}
+    assert {(n, limit): document_count(checked_limit(limit), n) for n, limit in sizes} == sizes
+    assert document_count(checked_limit(None), 10) is None and type(checked_limit(2.0)) is int
+    for limit in (0, -0.5, 1.5, float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=f"--limit {limit:g} is not allowed: a whole number of documents, or"
+        ):
+            checked_limit(limit)
+    assert describe_limit(0.07) == "only the first 7 % of each task's documents, rounded up (--limit)"
+
+    tokenizer = Tokenizer(tiny.make_checkpoint(tmp_path, "llama3"))
+    write_rows([{"prompt": "What is", "choices": ["a", "b"], "answer": 0}] * 5, tmp_path / "mc.jsonl")
+    write_rows([{"prompt": "What is", "answer": "a"}] * 8, tmp_path / "qa.jsonl")
+    documents = prepare(["mc", "qa"], tokenizer, tmp_path, limit=0.5)
+    assert [len(task.rows) for task in documents] == [3, 4], "of each task's own documents"
+    assert documents[0].identity["limit"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,14 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/tools"]
 import data, get_data, model
 get_data.constants.DOWNLOAD_CHUNK_SIZE = 1024  # the client goes on from the last whole chunk; its 10 MB are more than a shard here
 get_data.RECIPES["alpaca"] = ([sys.argv[2] + "/alpaca_data.json"], get_data.convert_rows)
+for sample, (what, name, count) in get_data.SAMPLES.items():
+    get_data.SAMPLES[sample] = what, name, count // 1000
+def samples(repo):
+    get_data.AUTHORS_SET = repo
+    get_data.constants.HF_HOME = repo.replace("/", "-")
+    return {path.name: data.read_rows([str(path)]) for path in get_data.fetch_samples()}
 calls = {
+    "samples": samples,
     "folder": lambda x: str(model.checkpoint_folder(x)),
     "weight": lambda x: model.load_model(x).state_dict()["model.norm.weight"].tolist(),
     "rows": lambda x: data.read_rows([str(get_data.fetch_rows(x))]),
@@ -73,6 +80,14 @@ def message(
     text: str, rank: int | None = None, replies: tuple = (), role: str = "assistant", deleted: bool = False
 ) -> dict:
     return {"text": text, "role": role, "rank": rank, "replies": list(replies), "deleted": deleted}
+
+
+def conversations(count: int, word: str = "row") -> list[dict]:
+    return [{"messages": tiny_messages(f"{word} {i}?", f"It is {i}")} for i in range(count)]
+
+
+def tiny_messages(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 TREES = lines(
@@ -127,10 +142,41 @@ SETS = {
         "data/test.jsonl": b"",
         "data/train.jsonl": lines({"prompt": "a", "response": "b"}),
     },
+    "samples/named": {
+        "README.md": b"#",
+        "dataset_infos.json": b"{}",
+        "tulu_10k_sample.json": json.dumps(conversations(10)).encode(),
+        "tulu_50k_sample.json": json.dumps([*conversations(47), {"messages": []}]).encode(),
+        "a_50k_more.json": json.dumps(conversations(50, "other")).encode(),
+    },
+    "samples/split": {
+        "data/reference.jsonl.gz": gzip.compress(lines(*conversations(11))),
+        "data/train.jsonl": lines(*conversations(55)),
+        "data/all.jsonl": lines(*conversations(66)),
+    },
+    "samples/two": {
+        "a.jsonl": lines(*conversations(9)),
+        "b.jsonl": lines(*conversations(50)),
+        "c.jsonl": lines(*conversations(51)),
+        "d.parquet": b"PAR1",
+        "e.jsonl": lines({"prompt": "a", "completion": "b"}) + b"oops\n",
+    },
+    "samples/none": {"README.md": b"#", "train.csv": b"a,b"},
     "someone/parquet": {"README.md": b"#", "data/train-00000.parquet": b"PAR1"},
     "someone/nothing": {"README.md": b"#"},
 }
 HF_FILE = "hf://datasets/Aligh1380/forgetting-llm-dataset/data/train.jsonl"
+SAMPLES = [
+    ("samples", name)
+    for name in (
+        "samples/named",
+        "samples/split",
+        "samples/two",
+        "samples/none",
+        "Aligh1380/forgetting-llm-dataset",
+        "samples/absent",
+    )
+]
 REFUSED = [  # the first is asked for with no token
     ("folder as nobody", "meta-llama/other"),
     ("folder as hf_stranger", "meta-llama/other"),
@@ -199,6 +245,7 @@ def session(hub, home) -> tuple[dict, str, list]:
         ("rows", "hf://datasets/someone/absent/rows.jsonl"),
         ("rows", "hf://datasets/someone"),
         ("text", "hub:OpenAssistant/oasst1:other.jsonl"),
+        *SAMPLES,
         *REFUSED,
         ("unreachable", "owner/elsewhere"),
     ]
@@ -352,6 +399,49 @@ def test_oasst_trees_become_their_best_conversations(session):
     ]
 
 
+def test_the_authors_samples_are_told_apart_by_their_rows(session):
+    """10k and 50k, in thousandths here; of several as long the one that the authors' scripts name."""
+    results, printed, _ = session
+    named = results["samples", "samples/named"]
+    assert list(named) == ["forgetting-reference.jsonl", "forgetting-train.jsonl"]
+    assert without_source(named["forgetting-reference.jsonl"]) == conversations(10)
+    assert without_source(named["forgetting-train.jsonl"]) == conversations(47), "one had no response"
+    assert "forgetting-train.jsonl is tulu_50k_sample.json of samples/named, 48 rows\n" in printed
+    assert "1 of 48 public rows have no response and are left out\n" in printed
+    split = results["samples", "samples/split"]
+    assert [len(rows) for rows in split.values()] == [11, 55]
+    assert "forgetting-reference.jsonl is data/reference.jsonl.gz of samples/split, 11 rows\n" in printed
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        (
+            "samples/two",
+            "samples/two: which of its files is D_train, about 50 rows, cannot be told: a.jsonl, 9 rows; "
+            "b.jsonl, 50 rows; c.jsonl, 51 rows; d.parquet: ",
+        ),
+        (
+            "samples/two",
+            "; e.jsonl:2: not valid JSON (Expecting value: line 1 column 1 (char 0)). One by its name: ",
+        ),
+        (
+            "samples/none",
+            "is D_ref, about 10 rows, cannot be told: no file of rows. One by its name: hf://datasets/s",
+        ),
+        (
+            "Aligh1380/forgetting-llm-dataset",
+            "data/test.jsonl: no rows in it; data/train.jsonl, 1 rows; dataset_infos.json: a list of rows is exp",
+        ),
+        ("samples/absent", "hf://datasets/samples/absent: could not be fetched (404 Client Error"),
+    ],
+)
+def test_samples_that_cannot_be_told_apart_are_listed(session, home, name, expected):
+    said = session[0]["samples", name]
+    assert said.startswith("refused: ") and expected in said and "\n" not in said
+    assert not (home / name.replace("/", "-")).exists(), "neither of the two is taken"
+
+
 def test_rows_left_out_are_counted_once(session, hub):
     printed = session[1]
     assert (
@@ -394,6 +484,8 @@ def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
         ("text", "hub:google/IFEval:x.jsonl"),
         ("rows", "hf://datasets/someone/nothing/rows.jsonl"),
         ("text", f"{hub.endpoint}/alpaca_data.json"),
+        ("samples", "samples/named"),
+        ("samples", "samples/offline"),
     ]
     results, _ = ask(hub, home, calls, HF_HUB_OFFLINE="1")
     assert results["weight", "owner/name"] == session[0]["weight", "owner/name"]
@@ -401,6 +493,8 @@ def test_offline_the_cache_serves_and_the_rest_is_named(session, hub, home):
     for call in calls[3:6]:
         assert "offline mode is enabled" in results[call] or "HF_HUB_OFFLINE" in results[call], results[call]
     assert "could not be fetched (HF_HUB_OFFLINE is set)" in results[calls[6]]
+    assert results["samples", "samples/named"] == session[0]["samples", "samples/named"]
+    assert "samples/offline: could not be fetched" in results["samples", "samples/offline"]
     assert len(hub.requests) == before
 
 
@@ -457,6 +551,19 @@ def test_the_program_puts_files_where_eval_looks(get_data, tmp_path, capsys, nam
     )
     source = "dolly" if name == "dolly" else files[0]
     assert (tmp_path / "other" / files[0]).read_text() == f"rows of {source}\n"
+
+
+def test_the_program_puts_both_samples_there(get_data, tmp_path, monkeypatch, capsys):
+    import get_data as program
+
+    rows = {"a.json": conversations(10_900), "b.json": conversations(45_000)}
+    monkeypatch.setattr(program, "rows_of_a_set", lambda repo: rows)
+    get_data[0](["forgetting"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["runs/data/forgetting-reference.jsonl", "runs/data/forgetting-train.jsonl"]
+    assert said[1] == "forgetting-train.jsonl is b.json of Aligh1380/forgetting-llm-dataset, 45,000 rows"
+    lengths = [len((tmp_path / name).read_text().splitlines()) for name in said[-2:]]
+    assert lengths == [10_900, 45_000]
 
 
 def test_the_program_replaces_nothing_and_names_what_it_knows(get_data, tmp_path, capsys):

@@ -249,10 +249,11 @@ def test_a_run_takes_the_rows_that_can_be_used_and_says_so(tmp_path, capsys):
     d_ref, d_train = select_data(Options(model="m", skip_bad_rows=True, **files), Tokenizer(folder))
     assert (len(d_ref), len(d_train)) == (1, 2)
     said = capsys.readouterr().out.splitlines()
-    assert said[:4] == [
+    assert said[:5] == [
         "2 of 7 rows are left out (--skip-bad-rows): 1 x completion is empty; 1 x not valid JSON",
         "fields not used: mood",
-        "2 of 5 rows are exact duplicates, and left out",
+        "1 of 5 rows are exact duplicates, and left out",
+        "1 of 3 rows of --data are in D_ref, too: they are left out of D_train",
         "the model has a chat template of its own; conversations take Tulu's (--template)",
     ]
     tokenizer = Tokenizer(folder, "model")

@@ -2,9 +2,16 @@
 
     ./run.sh get_data boolq arithmetic paper      # tasks of eval.py, and groups of them
     ./run.sh get_data flan_v2 dolly alpaca        # training sets: --data runs/data/flan_v2.jsonl
+    ./run.sh get_data forgetting                  # the paper's own D_ref and D_train, as its authors publish them
     ./run.sh get_data hf://datasets/owner/name/path/rows.jsonl@revision --out my/rows      # .json, .parquet, too
 
 They are converted once, checked where their sha256 is known, kept under the Hugging Face cache (HF_HOME), and copied.
+
+forgetting: forgetting-reference.jsonl and forgetting-train.jsonl out of the data set that the authors' README names,
+Aligh1380/forgetting-llm-dataset. Their scripts train the reference on a sample of 10k conversations and stage 4 on one
+of 50k, tulu_10k_sample.json and tulu_50k_sample.json there. What the files are called on the Hub, and whether the one
+sample is part of the other, was not known when this was written: all files of rows are fetched, the two are found by
+how many rows they have, and if that does not tell them apart, they are listed and nothing is taken.
 """
 
 import argparse
@@ -23,11 +30,11 @@ from typing import Callable, Iterable
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from data import NoResponse, RowError, read_rows, render, whole_file  # noqa: E402
+from data import NoResponse, RowError, read_rows, render, whole_file, write_text  # noqa: E402
 from eval import GROUPS, TASKS  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -210,17 +217,25 @@ class NotATable(ValueError):
     """A parquet file that cannot be read, or not here."""
 
 
-def table_as_lines(path: Path) -> str:
-    """The rows of a parquet file, as data.py reads them, as JSONL."""
-    try:
-        rows = read_rows([str(path)])
-    except ValueError as error:
-        raise NotATable(error) from None
-    lines = []
+def rows_in(path: Path) -> list[dict]:
+    """The rows of a file, as data.py reads them, without where they stand in it."""
+    rows = read_rows([str(path)])
     for row in rows:
         del row["_source"]
-        lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    return "".join(lines)
+    return rows
+
+
+def as_lines(rows: list[dict]) -> str:
+    """Rows as JSONL; what a table may hold and JSON may not, a date, becomes a text."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def table_as_lines(path: Path) -> str:
+    """The rows of a parquet file as JSONL."""
+    try:
+        return as_lines(rows_in(path))
+    except ValueError as error:
+        raise NotATable(error) from None
 
 
 def fetch_text(source: str) -> str:
@@ -242,13 +257,18 @@ def fetch_text(source: str) -> str:
     except NotATable as error:
         raise ValueError(f"{source}: {error}") from None
     except Exception as error:  # urllib and the Hub's client have many error types; a user needs one line
-        if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__  # "not in the cache either" hides why the Hub was no help
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{source}: could not be fetched ({reason}); "
-            "put the rows in a file for --data, or those of a benchmark in a folder for --data-dir"
-        ) from None
+        raise not_fetched(source, error) from None
+
+
+def not_fetched(source: str, error: BaseException) -> ValueError:
+    """What to say where a source could not be reached, or gave nothing."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # "not in the cache either" hides why the Hub was no help
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(
+        f"{source}: could not be fetched ({reason}); "
+        "put the rows in a file for --data, or those of a benchmark in a folder for --data-dir"
+    )
 
 
 def download(url: str, tries: int = 5) -> bytes:
@@ -285,7 +305,7 @@ def convert_once(
             f"{path.name}: {sources[0]} is not what it was ({type(error).__name__}: {error})"
         ) from None
     if not isinstance(content, str):
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        content = as_lines(content)
     found = hashlib.sha256(content.encode()).hexdigest()
     if expected is not None and not found.startswith(expected):
         raise ValueError(
@@ -313,6 +333,11 @@ def convert_rows(*texts: str) -> list[dict]:
     rows = [
         row for text in texts for row in (json.loads(text) if text.lstrip()[:1] == "[" else json_lines(text))
     ]
+    return with_response(rows)
+
+
+def with_response(rows: list[dict]) -> list[dict]:
+    """The rows that have a response; how many have none is said."""
     kept = [row for row in rows if has_response(row)]
     if len(kept) < len(rows):
         print(
@@ -364,11 +389,66 @@ RECIPES = {  # name: (where its originals are, how they are converted)
 
 
 HUB_PREFIX = "hf://datasets/"
+ROW_FILE = r"\.(jsonl?(\.gz)?|parquet)"
+AUTHORS_SET = "Aligh1380/forgetting-llm-dataset"
+SAMPLES = {  # of the paper's authors; file: (what it is, its name in their scripts, about how many rows it has)
+    "forgetting-reference.jsonl": ("D_ref", "tulu_10k_sample", 10_000),
+    "forgetting-train.jsonl": ("D_train", "tulu_50k_sample", 50_000),
+}
 
 
 def is_public(name: str) -> bool:
-    """Whether fetch_rows takes this name."""
-    return name in RECIPES or name.startswith(HUB_PREFIX)
+    """Whether there are rows to train on under this name."""
+    return name in RECIPES or name == "forgetting" or name.startswith(HUB_PREFIX)
+
+
+def fetch_samples() -> list[Path]:
+    """The authors' two samples as JSONL under the Hugging Face cache, fetched once.
+
+    Raises ValueError, listing what the data set has, where not exactly two of its files are of the right length.
+    """
+    folder = Path(constants.HF_HOME) / "forgetting-rows"
+    paths = [folder / name for name in SAMPLES]
+    if not all(path.is_file() for path in paths):
+        contents = rows_of_a_set(AUTHORS_SET)
+        files = [sample_among(contents, *SAMPLES[path.name]) for path in paths]
+        for path, file in zip(paths, files):
+            write_text(as_lines(with_response(contents[file])), path)
+            print(f"{path.name} is {file} of {AUTHORS_SET}, {len(contents[file]):,} rows", flush=True)
+    return paths
+
+
+def rows_of_a_set(repo: str) -> dict[str, list[dict] | str]:
+    """Each file of a data set on the Hub that may hold rows: its rows, or why it has none."""
+    try:
+        files = list_repo_files(repo, repo_type="dataset")
+        files = sorted(file for file in files if re.search(ROW_FILE + "$", file, re.IGNORECASE))
+        paths = [hub_file(f"hub:{repo}:{file}") for file in files]
+    except Exception as error:  # the Hub's client has many error types
+        raise not_fetched(HUB_PREFIX + repo, error) from None
+    contents: dict[str, list[dict] | str] = {}
+    for file, path in zip(files, paths):
+        try:
+            contents[file] = rows_in(path)
+        except ValueError as error:
+            contents[file] = str(error).replace(str(path), file).partition("\n")[0]
+    return contents
+
+
+def sample_among(contents: dict[str, list[dict] | str], what: str, name: str, count: int) -> str:
+    """The file with about `count` rows; of several the one that the scripts name. Raises ValueError for no such one."""
+    counts = {file: len(rows) for file, rows in contents.items() if isinstance(rows, list)}
+    found = [file for file in counts if abs(counts[file] - count) <= count / 10]
+    found = [file for file in found if name in file] or found
+    if len(found) == 1:
+        return found[0]
+    listed = [
+        f"{file}, {counts[file]:,} rows" if file in counts else f"{rows}" for file, rows in contents.items()
+    ]
+    raise ValueError(
+        f"{AUTHORS_SET}: which of its files is {what}, about {count:,} rows, cannot be told: "
+        f"{'; '.join(listed) or 'no file of rows'}. One by its name: {HUB_PREFIX}{AUTHORS_SET}/FILE"
+    )
 
 
 def fetch_rows(name: str) -> Path:
@@ -384,7 +464,7 @@ def fetch_rows(name: str) -> Path:
                 f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl"
             )
         owner, repo, file = parts
-        if not re.search(r"\.(jsonl?(\.gz)?|parquet)(@|$)", file, re.IGNORECASE):
+        if not re.search(ROW_FILE + "(@|$)", file, re.IGNORECASE):
             raise ValueError(
                 f"{name}: only JSON, JSONL and parquet are read; convert it: hf download {owner}/{repo} "
                 f'{file.partition("@")[0]} --repo-type dataset --local-dir ., then python -c "import pandas; '
@@ -419,7 +499,7 @@ def put(path: Path, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Fetch what is named, and say where it is."""
     benchmarks = [name for name in [*GROUPS, *TASKS] if benchmark_files(name)]
-    known = ", ".join([*benchmarks, *RECIPES, f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
+    known = ", ".join([*benchmarks, *RECIPES, "forgetting", f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
     usage = "./run.sh get_data NAME ... [--out FOLDER] (--help lists the names)"
     parser = argparse.ArgumentParser(
         prog="./run.sh get_data",
@@ -441,7 +521,8 @@ def main(argv: list[str] | None = None) -> None:
                 for file in files:
                     put(cache / file, folder)
             else:
-                put(fetch_rows(name), folder)
+                for path in fetch_samples() if name == "forgetting" else [fetch_rows(name)]:
+                    put(path, folder)
     except (ValueError, OSError) as error:
         print(f"get_data.py: {error}", file=sys.stderr)
         sys.exit(2)
