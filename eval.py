@@ -1375,30 +1375,49 @@ def table_rows(results: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
-def run_configs(adapters: list[str]) -> list[dict]:
-    """config.json of each adapter's run, where it lies in one."""
-    configs = []
-    for adapter in adapters:
-        above = Path(adapter).resolve().parents  # RUN/METHOD/seed-S or RUN/reference
-        for folder in above[:2]:
-            path = folder / "config.json"
-            if path.is_file():
-                configs.append(read_object(path))
-    return configs
+def run_config(adapter: str) -> dict:
+    """config.json of the run that an adapter lies in, {} where it lies in none."""
+    above = Path(adapter).resolve().parents  # RUN/METHOD/seed-S or RUN/reference
+    for folder in above[:2]:
+        path = folder / "config.json"
+        if path.is_file():
+            config = read_object(path)
+            if "inputs" in config:  # else it may be a model's
+                return config
+    return {}
 
 
 def template_of(adapters: list[str]) -> str:
     """The template that the adapters' runs were trained with, as their config.json says; else Tulu's."""
-    found = {config.get("template", "tulu") for config in run_configs(adapters)}
+    configs = filter(None, map(run_config, adapters))
+    found = {config.get("template", "tulu") for config in configs}
     if len(found) > 1:
         raise ValueError("the adapters were trained with different templates: give --template")
     return found.pop() if found else "tulu"
 
 
-def date_of(adapters: list[str]) -> datetime | None:
-    """The date that the template of the adapters' runs wrote, None where no run says; the last of several."""
-    found = [config["date"] for config in run_configs(adapters) if "date" in config]
-    return datetime.fromisoformat(max(found)) if found else None
+def dates_of(adapters: list[str]) -> list[datetime]:
+    """The dates that a template wrote in the adapters' runs, in order."""
+    configs = map(run_config, adapters)
+    return sorted(datetime.fromisoformat(config["date"]) for config in configs if "date" in config)
+
+
+def describe_template(arguments: argparse.Namespace, template: str, tokenizer: Tokenizer) -> list[str]:
+    """Notes where questions are put in a template, or with a date in it, that not every adapter's run says."""
+    if arguments.prompt is None and not {"mc", "qa"} & set(arguments.tasks):
+        return []
+    lines = []
+    if arguments.template is None:
+        for adapter in arguments.adapter:
+            if not run_config(adapter):
+                unknown = f"{adapter} lies in no run, which would say the template that it was trained in"
+                lines.append(f"note: {unknown}: --template {template} is taken")
+    days = sorted({f"{date:%Y-%m-%d}" for date in dates_of(arguments.adapter)})
+    if len(days) > 1 and tokenizer.template is not None and "strftime_now" in tokenizer.chat_template:
+        lines.append(
+            f"note: the adapters' runs wrote other dates ({', '.join(days)}): all are asked with the last"
+        )
+    return lines
 
 
 def answer_prompts(
@@ -1429,7 +1448,11 @@ def main() -> None:
         for adapter in arguments.adapter:
             check_adapter_base(adapter, folder)
         template = arguments.template or template_of(arguments.adapter)
-        tokenizer = Tokenizer(folder, template, date_of(arguments.adapter))
+        dates = dates_of(arguments.adapter)
+        tokenizer = Tokenizer(folder, template, dates[-1] if dates else None)
+        if rank_and_world()[0] == 0:
+            for line in describe_template(arguments, template, tokenizer):
+                print(line, file=sys.stderr)
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)
         model = load_model(folder, device, DTYPES[arguments.dtype])

@@ -1621,25 +1621,33 @@ def train_losses(model: Transformer, suite: EvalSuite, label: str) -> dict[str, 
 
 
 def measure(model: Transformer, suite: EvalSuite, folder: Path) -> dict:
-    """The figures of one model, also in folder/results.json; those of rows and documents in files beside."""
+    """The figures of one model, also in folder/results.json; those of rows and documents in files beside.
+
+    What an earlier command measured stays there, where this one has no --eval-data, or no --tasks.
+    """
     path = folder / "results.json"
     label = "/".join(folder.parts[-2:])
     identity = {task.name: task.identity for task in suite.documents}
     if len(suite.held_out):
         identity["held-out"] = suite.held_out.fingerprint()
+    results: dict[str, Any] = {"identity": {}, "tasks": {}}
     if path.is_file():
-        found = read_object(path)
-        has_losses = suite.signs is None or "L_P" in found
-        if found.get("identity") == identity and has_losses:
-            return found
+        results |= read_object(path)
+        has_losses = suite.signs is None or "L_P" in results
+        if has_losses and identity.items() <= results["identity"].items():
+            return results
 
-    results: dict[str, Any] = {"identity": identity}
+    before = results["identity"]
+    kept = {name: before[name] for name in before if name == "held-out" or not suite.documents}
+    results["identity"] = kept | identity
     if suite.signs is not None:
         results |= train_losses(model, suite, label)
     rows = row_losses(model, suite.held_out, suite.token_budget, f"{label}: held-out")
     if rows:
         results["held-out"] = mean_loss(rows)
-    results["tasks"], samples = evaluate(model, suite.tokenizer, suite.documents)
+    tasks, samples = evaluate(model, suite.tokenizer, suite.documents)
+    if tasks:
+        results["tasks"] = tasks
     wait_for_all()  # every rank has looked for results before rank 0 writes some
     if rank_and_world()[0] == 0:
         if rows:
@@ -1707,11 +1715,14 @@ def is_row(name: str) -> bool:
 
 
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
-    """All that is finished in a run folder with the identity of `results`, and what is left out, and why."""
+    """All that is finished in a run folder, as far as it was measured on the same; what is left out, and why.
+
+    The same is what all of `results` were measured on, or, where there are none, the first that is found.
+    """
     order = [*UNTRAINED, *METHODS, *results]
     everything = {name: dict(by_seed) for name, by_seed in results.items()}
     identities = [figures["identity"] for by_seed in results.values() for figures in by_seed.values()]
-    identity = identities[0] if identities else None
+    shared = common_items(identities) if identities else None
     left_out = []
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
         place = path.parent.relative_to(out)
@@ -1719,18 +1730,41 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
         if not is_row(method) or not re.fullmatch(r"\d*", seed):
             continue  # a copy that somebody keeps, say seed-0.bak
         found = read_object(path)
-        if identity is None:
-            identity = found.get("identity")
-        if found.get("identity") == identity:
+        identity = found.get("identity", {})
+        if shared is None:
+            shared = identity
+        if shared.items() <= identity.items():
             everything.setdefault(method, {}).setdefault(int(seed or 0), found)
+            identities.append(identity)
         else:
             left_out.append(f"{place}: measured on other tasks or held-out rows")
+    for name in sorted(set().union(*identities) - set(shared or {})):
+        left_out.append(f"{name}: not every row was measured on the same")
 
     def place_of(name: str) -> int:
         stem = name.partition(":")[0]
         return order.index(stem) if stem in order else len(order)
 
-    return {name: everything[name] for name in sorted(everything, key=place_of)}, left_out
+    table_rows = {}
+    for name in sorted(everything, key=place_of):
+        table_rows[name] = {seed: only(figures, shared) for seed, figures in everything[name].items()}
+    return table_rows, left_out
+
+
+def common_items(dicts: list[dict]) -> dict:
+    """The entries that all of some dicts have, with equal values."""
+    first, *others = dicts
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def only(figures: dict, identity: dict) -> dict:
+    """A model's figures without the tasks and the held-out loss that an identity does not name."""
+    tasks = figures.get("tasks", {})
+    named = {name: tasks[name] for name in tasks if name in identity}
+    shown = figures | {"identity": identity, "tasks": named}
+    if "held-out" not in identity:
+        shown.pop("held-out", None)
+    return shown
 
 
 def warnings_of(results: Results) -> list[str]:

@@ -1,11 +1,13 @@
 """The real command lines, end to end: the table, torchrun, going on after a crash, and what a user gets wrong."""
 
+import argparse
 import dataclasses
 import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import forgetting
-from data import write_rows
+from data import write_rows, write_text
 from forgetting import GROUPS, METHODS, Options, locked, method_of, options_of, parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -768,6 +770,54 @@ def test_held_out_rows_have_a_column(setting, tmp_path, monkeypatch, capsys):
     assert "of its 5 rows are in D_ref or D_train" in said
 
 
+def test_a_command_without_held_out_rows_loses_none_and_mixes_none(setting, tmp_path, monkeypatch, capsys):
+    """The finished command without --eval-data wrote every row's figures anew, without its held-out loss."""
+    for name in ("a", "b"):
+        held = [{"instruction": f"Tell me {name} {i}", "output": "the quick fox"} for i in range(100, 104)]
+        write_rows(held, tmp_path / f"{name}.jsonl")
+    run_folder = tmp_path / "run"
+    common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", run_folder]
+    common += ["--data-dir", setting, "--methods"]
+    two, on_a, on_b = (
+        ("base", "full"),
+        ("--eval-data", tmp_path / "a.jsonl"),
+        ("--eval-data", tmp_path / "b.jsonl"),
+    )
+
+    def files() -> dict[str, bytes]:
+        found = (*run_folder.glob("base/*"), *run_folder.glob("full/seed-0/*"))
+        return {str(path): path.read_bytes() for path in found}
+
+    def held_out(name: str) -> float | None:
+        return json.loads((run_folder / name / "results.json").read_text()).get("held-out")
+
+    in_process(monkeypatch, capsys, *common, *two, *on_a)
+    before, table = files(), (run_folder / "results.json").read_text()
+    said = in_process(monkeypatch, capsys, *common, *two)
+    assert files() == before and (run_folder / "results.json").read_text() == table
+    assert "| full - base |" in said and "not in the table" not in said
+
+    # a task is measured beside it, and stays when it is no longer asked for, too
+    in_process(monkeypatch, capsys, *common, *two, "--tasks", "mc")
+    with_task = files()
+    assert held_out("base") == json.loads(table)["base"]["0"]["held-out"]
+    said = in_process(monkeypatch, capsys, *common, *two, *on_a)
+    assert files() == with_task and "| mc acc " in said
+
+    # a row without held-out loss: the column goes, the figures stay where they are
+    said = in_process(monkeypatch, capsys, *common, *two, "ignoring")
+    assert "not in the table: held-out: not every row was measured on the same" in said
+    assert "not in the table: mc: not every row was measured on the same" in said
+    assert "| held-out" not in said and " - base |" not in said and files() == with_task
+
+    # other held-out rows: what was measured on the first ones is no partner of it
+    said = in_process(monkeypatch, capsys, *common, "ignoring", *on_b)
+    assert "not in the table: base: measured on other tasks or held-out rows" in said
+    said = in_process(monkeypatch, capsys, *common, *two, "ignoring")
+    assert "not in the table: held-out: not every row was measured on the same" in said
+    assert "| held-out" not in said and files() == with_task and held_out("ignoring/seed-0") is not None
+
+
 def test_the_table_keeps_what_is_finished(setting, tmp_path, monkeypatch, capsys):
     """Found at d954c0b: with other --methods, rows whose results were on disk vanished from results.md."""
     common = ["--model", setting / "model", "--data", setting / "rows.jsonl", *FAST, "--out", tmp_path]
@@ -1179,7 +1229,7 @@ def test_prompts_take_the_template_of_the_run(tmp_path):
 
     for name, template in (("a", "model"), ("b", "tulu")):
         (tmp_path / name / "full/seed-0").mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps({"template": template}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"template": template, "inputs": {}}))
     adapters = [
         str(tmp_path / "a/full/seed-0"),
         str(tmp_path / "a/reference"),
@@ -1188,3 +1238,50 @@ def test_prompts_take_the_template_of_the_run(tmp_path):
     assert template_of(adapters[:2]) == "model" and template_of(adapters[2:]) == "tulu" == template_of([])
     with pytest.raises(ValueError, match="different templates: give --template"):
         template_of(adapters)
+
+
+def test_an_adapter_that_lies_in_no_run(setting, finished, tmp_path, monkeypatch, capsys):
+    """A copy of its two files was asked in Tulu's template without a word; a model's config.json was taken for a run's."""
+    copy = setting / "model/adapter"  # its parent has a config.json, which is the model's
+    shutil.copytree(finished / "full/seed-0", copy)
+    inside = str(finished / "full/seed-0")
+    note = f"note: {copy} lies in no run, which would say the template that it was trained in: --template tulu is taken"
+    asked = ["eval.py", "--model", str(setting / "model"), "--adapter"]
+    for more, said in (
+        ([str(copy), inside, "--prompt", "Tell me 3"], [note]),
+        ([str(copy), "--tasks", "mc", "--data-dir", str(setting)], [note]),
+        ([str(copy), "--prompt", "Tell me 3", "--template", "tulu"], []),
+        ([inside, "--prompt", "Tell me 3"], []),
+    ):
+        monkeypatch.setattr(sys, "argv", asked + more)
+        evaluation.main()
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("note: ")] == said
+
+
+def test_runs_that_wrote_other_dates(tmp_path):
+    """The last of their dates was taken without a word. It is said where the template that is used writes one."""
+    from data import Tokenizer
+    from eval import dates_of, describe_template
+
+    adapters = []
+    for name, day in (("a", "05T23"), ("b", "04T09"), ("c", "05T01")):
+        adapters.append(str(tmp_path / name / "full/seed-0"))
+        config = {"template": "model", "inputs": {}, "date": f"2026-07-{day}:00:00"}
+        write_text(json.dumps(config), tmp_path / name / "config.json")
+    assert [date.day for date in dates_of(adapters)] == [4, 5, 5]
+    note = "note: the adapters' runs wrote other dates (2026-07-04, 2026-07-05): all are asked with the last"
+    dated, plain = "{{ strftime_now('%d') }}{{ messages[0].content }}", "{{ messages[0].content }}"
+    for written, template, names, tasks, lines in (
+        (dated, "model", adapters, [], [note]),
+        (dated, "model", adapters[::2], [], []),  # one day
+        (dated, "tulu", adapters, [], []),
+        (plain, "model", adapters, [], []),
+        (dated, "model", adapters, ["boolq"], []),  # asked without a template
+    ):
+        folder = tmp_path / "model"
+        tiny.save_tokenizer(folder, "llama3")
+        (folder / "chat_template.jinja").write_text(written)
+        prompt = None if tasks else "x"
+        arguments = argparse.Namespace(adapter=names, prompt=prompt, tasks=tasks, template=None)
+        assert describe_template(arguments, template, Tokenizer(folder, template)) == lines

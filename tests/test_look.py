@@ -86,7 +86,8 @@ def log_line(step, l_p, l_n):
     }
 
 
-def add_results(run, name, held_out, f1, identity="a"):
+def add_results(run, name, held_out, f1, rows="a"):
+    identity = {"qa": rows, "held-out": rows}
     tasks = {"qa": {"f1": f1 / 100, "f1_stderr": 0.1, "n": 8}}
     write_text(
         json.dumps({"identity": identity, "held-out": held_out, "tasks": tasks}), run / name / "results.json"
@@ -388,7 +389,7 @@ def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
             for seed, value in enumerate(values):
                 name = method if method == "reference" else f"{method}/seed-{seed}"
                 add_results(tmp_path / run, name, value, 40 + 10 * value)
-    add_results(tmp_path / "two", "full/seed-9", 7.0, 0, identity="other tasks")
+    add_results(tmp_path / "two", "full/seed-9", 7.0, 0, rows="other tasks")
     add_results(tmp_path / "two", "full/seed-0.bak", 7.0, 0)
     add_results(tmp_path / "two", "full:old/seed-0", 7.0, 0)
     look.main([*(str(tmp_path / run) for run in held_out), "--out", str(tmp_path / "table.md")])
