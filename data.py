@@ -1204,7 +1204,7 @@ def _content_of(path: Path) -> str | list:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from None
 
 
-def _read_parquet(path: Path) -> list[dict]:
+def _read_parquet(path: Path) -> list[dict | RowError]:
     """The rows of a table, as the same rows in .jsonl would be read.
 
     Raises ImportError where pyarrow, which is no requirement, is not installed.
@@ -1213,16 +1213,23 @@ def _read_parquet(path: Path) -> list[dict]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-        if not hasattr(pyarrow, "json_") and "arrow.json" in table.schema.to_string():
-            raise ValueError(f"its columns of JSON need pyarrow 19, this is {pyarrow.__version__}")
         rows = table.to_pylist()
-        for column in table.schema:
-            if "arrow.json" in str(column.type):  # pyarrow gives their text
-                for row in rows:
-                    row[column.name] = _decoded(row[column.name], column.type)
-        return rows
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error})") from None
+    if not hasattr(pyarrow, "json_") and "arrow.json" in table.schema.to_string():
+        raise ValueError(f"{path}: its columns of JSON need pyarrow 19, this is {pyarrow.__version__}")
+    of_json = [column for column in table.schema if "arrow.json" in str(column.type)]
+    return [_with_decoded(row, of_json) for row in rows]
+
+
+def _with_decoded(row: dict, columns: list) -> dict | RowError:
+    """A row with what the texts in its columns of JSON say; a RowError where one is not valid."""
+    for column in columns:
+        try:
+            row[column.name] = _decoded(row[column.name], column.type)
+        except (ValueError, RecursionError) as error:
+            return RowError(f"column {column.name}: not valid JSON", f" ({error})")
+    return row
 
 
 def _decoded(value: Any, kind: Any) -> Any:

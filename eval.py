@@ -1407,16 +1407,14 @@ def describe_template(arguments: argparse.Namespace, template: str, tokenizer: T
     if arguments.prompt is None and not {"mc", "qa"} & set(arguments.tasks):
         return []
     lines = []
-    if arguments.template is None:
-        for adapter in arguments.adapter:
-            if not run_config(adapter):
-                unknown = f"{adapter} lies in no run, which would say the template that it was trained in"
-                lines.append(f"note: {unknown}: --template {template} is taken")
+    for adapter in arguments.adapter:
+        if arguments.template is None and not run_config(adapter):
+            unknown = f"{adapter} lies in no run, which would say the template that it was trained in"
+            lines.append(f"note: {unknown}: --template {template} is taken")
     days = sorted({f"{date:%Y-%m-%d}" for date in dates_of(arguments.adapter)})
     if len(days) > 1 and tokenizer.template is not None and "strftime_now" in tokenizer.chat_template:
-        lines.append(
-            f"note: the adapters' runs wrote other dates ({', '.join(days)}): all are asked with the last"
-        )
+        differing = f"the adapters' runs wrote other dates ({', '.join(days)})"
+        lines.append(f"note: {differing}: all are asked with the last")
     return lines
 
 

@@ -498,6 +498,7 @@ def _write_whole(writes: dict[Path, Callable[[Path], object]]) -> None:
     """
     temporaries = {path: path.with_name(path.name + ".tmp") for path in writes}
     *_, last = writes
+    before = "what was there before still is"
     try:
         for path, write in writes.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -509,12 +510,13 @@ def _write_whole(writes: dict[Path, Callable[[Path], object]]) -> None:
             temporary.chmod(mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-        if len(writes) > 1:
-            last.unlink(missing_ok=True)
+        if len(writes) > 1 and last.exists():
+            last.unlink()
+            before = "what was there before is gone"
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         for temporary in temporaries.values():
             with suppress(OSError):  # on a read-only disk even this fails
                 temporary.unlink(missing_ok=True)
-        raise OSError(f"{last}: could not be written, what was there before still is ({error})") from None
+        raise OSError(f"{last}: could not be written, {before} ({error})") from None

@@ -1067,8 +1067,18 @@ def test_columns_of_json_give_what_their_text_says(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(table, tmp_path / "half.parquet")
     with pytest.raises(ValueError, match="half.parquet:1: .ud83d alone is half a character"):
         read_rows([str(tmp_path / "half.parquet")])
+    texts = ['"b"', "oops", '"d"', "[" * 100_000]
+    broken = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts))
+    table = pyarrow.table({"prompt": list("abcd"), "completion": broken})
+    pyarrow.parquet.write_table(table, tmp_path / "broken.parquet")  # "not a whole parquet file", it was
+    with pytest.raises(
+        ValueError, match=r"(?s)^2 of 4 rows .*broken.parquet:2: column completion: not valid JSON"
+    ):
+        read_rows([str(tmp_path / "broken.parquet")])
+    kept = read_rows([str(tmp_path / "broken.parquet")], keep_bad=True)  # --skip-bad-rows
+    assert [row.get("completion") for row in kept] == ["b", None, "d", None]
     monkeypatch.delattr(pyarrow, "json_")  # as before pyarrow 19
-    with pytest.raises(ValueError, match="its columns of JSON need pyarrow 19"):
+    with pytest.raises(ValueError, match=r"a.parquet: its columns of JSON need pyarrow 19"):
         read_rows([str(tmp_path / "a.parquet")])
 
 

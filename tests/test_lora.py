@@ -600,6 +600,18 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
             save_adapter(model, tmp_path / "a", "base")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
+    (tmp_path / "b/adapter_config.json").mkdir(parents=True)  # no file can take its place
+    (tmp_path / "b/adapter_model.safetensors").write_bytes(before["adapter_model.safetensors"])
+    for there in (
+        "what was there before is gone",
+        "what was there before still is",
+    ):  # the second time nothing was
+        with pytest.raises(
+            OSError, match=f"adapter_model.safetensors: could not be written, {there} .*directory"
+        ):
+            save_adapter(model, tmp_path / "b", "base")
+        assert [path.name for path in (tmp_path / "b").iterdir()] == ["adapter_config.json"]
+
     renamed, replace = [], lora.os.replace
 
     def crash(source, target):
