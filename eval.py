@@ -1403,7 +1403,7 @@ def dates_of(adapters: list[str]) -> list[datetime]:
 
 
 def describe_template(arguments: argparse.Namespace, template: str, tokenizer: Tokenizer) -> list[str]:
-    """Notes where questions are put in a template, or with a date in it, that not every adapter's run says."""
+    """Notes on questions whose template, or the date in it, not every adapter's run says."""
     if arguments.prompt is None and not {"mc", "qa"} & set(arguments.tasks):
         return []
     lines = []
