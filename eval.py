@@ -1407,7 +1407,7 @@ def describe_template(arguments: argparse.Namespace, template: str, tokenizer: T
     if arguments.prompt is None and not {"mc", "qa"} & set(arguments.tasks):
         return []
     lines = []
-    for adapter in arguments.adapter:
+    for adapter in filter(os.path.isdir, arguments.adapter):  # of one that is not there, load_adapter says so
         if arguments.template is None and not run_config(adapter):
             unknown = f"{adapter} lies in no run, which would say the template that it was trained in"
             lines.append(f"note: {unknown}: --template {template} is taken")
