@@ -111,22 +111,27 @@ def run(options: Options) -> Results:
     report_options = dataclasses.replace(options, forget_rate=None)
     report_signs = choose_signs(METHODS["forgetting"], quality, d_train, report_options, seed=0)  # (C,)
     print0(describe_scores(base_loss, ref_loss, report_signs))
-    print0(describe_trust(scorer, held_out, quality, d_train, options))
+    held_out_base, held_out_ref = both_losses(scorer, held_out, options.micro_tokens, "held-out")
+    held_out_quality = quality_scores(held_out_base, held_out_ref)
+    print0(describe_trust(held_out, held_out_quality, quality, d_train, options))
     detected = detection(quality, report_signs < 0, d_train)
     if detected:  # the rows mark what is known to be noise
         print0(describe_noise(detected))
     print0(describe_rows(quality, base_loss, d_train, tokenizer))
     del scorer  # it may be a second model
 
-    # The two rows of the table that stage 4 does not train
+    # The two rows of the table that stage 4 does not train. Their losses are known, from the same weights
     table_signs = None if options.skip_train_losses else report_signs
     suite = EvalSuite(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
+    known = {"base": (base_loss, held_out_base), "reference": (ref_loss, held_out_ref)}
+    if options.score_dtype != options.dtype:
+        known = {}
     results: Results = {name: {} for name in options.methods}
     if "reference" in results:
-        results["reference"][0] = measure(model, suite, out / "reference")
+        results["reference"][0] = measure(model, suite, out / "reference", known.get("reference"))
     remove_lora(model)  # from here on the model is theta again
     if "base" in results:
-        results["base"][0] = measure(model, suite, out / "base")
+        results["base"][0] = measure(model, suite, out / "base", known.get("base"))
 
     # Stages 3 and 4, for each method and seed: signs from Q, then a fresh adapter on theta
     for name, seed in product(to_train, options.seeds):
@@ -279,6 +284,9 @@ def response_losses(
     They are those of the model as it is: with its adapter theta', inside lora_disabled theta. Batches are
     spread over the ranks, the result is on all of them.
     """
+    result = np.full(len(corpus.tokens), np.nan, np.float32)  # (C,)
+    if not len(examples):
+        return result
     rank, world = rank_and_world()
     head = model.lm_head.weight  # (V, D)
     losses = torch.zeros(len(corpus.tokens), device=head.device)  # (C,)
@@ -304,7 +312,6 @@ def response_losses(
     of_all_ranks = sum_over_ranks(losses).cpu().numpy()
     places = corpus.places(examples)
     places = places[corpus.response[places]]
-    result = np.full(len(corpus.tokens), np.nan, np.float32)
     result[places] = of_all_ranks[places]
     return result
 
@@ -1425,17 +1432,16 @@ def describe_scores(base_loss: Array, ref_loss: Array, signs: Array) -> str:
 
 
 def describe_trust(
-    model: Transformer, held_out: Corpus, quality: Array, d_train: Corpus, options: Options
+    held_out: Corpus, held_out_quality: Array, quality: Array, d_train: Corpus, options: Options
 ) -> str:
-    """Where D_ref comes from, and the trust gap, with what it told in our runs. theta' is on the model."""
+    """Where D_ref comes from, and the trust gap, with what it told in our runs; (C,) Q of each corpus."""
     origin = "D_ref is --reference-data"
     if not options.reference_data:
         origin = "D_ref was drawn from --data and is as noisy as it: --reference-data takes rows you trust"
     if len(held_out) < 3:
         given = f"--eval-data has {len(held_out)} of the 3 rows needed" if len(held_out) else "no --eval-data"
         return f"{origin}\n{given}: only rows that you trust could tell whether Q points the right way"
-    base_loss, ref_loss = both_losses(model, held_out, options.micro_tokens, "held-out")
-    trusted = sequence_means(quality_scores(base_loss, ref_loss), held_out)
+    trusted = sequence_means(held_out_quality, held_out)
     deviation = float(np.nanstd(quality))
     gap, low, high = trust_gap(trusted, sequence_means(quality, d_train), deviation)
     than = f"Q of the {len(held_out)} rows of --eval-data against rows of D_train of the same length"
@@ -1581,12 +1587,26 @@ class EvalSuite:
     signs: Array | None  # (C,) plain forgetting's, so that L_P and L_N are over the same tokens in every row
     token_budget: int
 
+    @property
+    def sample(self) -> Array:
+        """The examples of D_train that L_P and L_N are over: up to 512, evenly spread."""
+        count = len(self.d_train)
+        return np.linspace(0, count - 1, min(512, count)).astype(int)
+
 
 def row_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> list[dict]:
-    """Of every example its source, the mean loss of its response tokens in nats, and how many there are."""
+    """losses_by_example of a corpus under a model."""
+    losses = response_losses(model, corpus, np.arange(len(corpus)), token_budget, label)
+    return losses_by_example(losses, corpus)
+
+
+def losses_by_example(losses: Array, corpus: Corpus) -> list[dict]:
+    """Of every example its source, the mean loss of its response tokens in nats, and how many there are.
+
+    losses (C,) are those of the corpus' tokens.
+    """
     if not len(corpus):
         return []
-    losses = response_losses(model, corpus, np.arange(len(corpus)), token_budget, label)
     means, counts = sequence_means(losses, corpus)  # (E,) each
     rows = []
     for source, loss, tokens in zip(corpus.locations, means.tolist(), counts.tolist()):
@@ -1603,13 +1623,9 @@ def mean_loss(rows: list[dict]) -> float:
     return total / sum(row["tokens"] for row in rows)
 
 
-def train_losses(model: Transformer, suite: EvalSuite, label: str) -> dict[str, float | None]:
-    """L_P and L_N over up to 512 examples of D_train, evenly spread; None where there is no token."""
-    d_train = suite.d_train
-    count = len(d_train)
-    sample = np.linspace(0, count - 1, min(512, count)).astype(int)
-    losses = response_losses(model, d_train, sample, suite.token_budget, f"{label}: L_P and L_N")  # (C,)
-    places = d_train.places(sample)
+def train_losses(losses: Array, suite: EvalSuite, label: str) -> dict[str, float | None]:
+    """L_P and L_N of a model with these losses (C,), over the sample; None where there is no token."""
+    places = suite.d_train.places(suite.sample)
     means: dict[str, float | None] = {}
     for name, sign in (("L_P", 1), ("L_N", -1)):
         on_side = places[suite.signs[places] == sign]
@@ -1620,9 +1636,22 @@ def train_losses(model: Transformer, suite: EvalSuite, label: str) -> dict[str, 
     return means
 
 
-def measure(model: Transformer, suite: EvalSuite, folder: Path) -> dict:
+def suite_losses(model: Transformer, suite: EvalSuite, label: str) -> tuple[Array, Array]:
+    """Losses on the sample of D_train, if L_P and L_N are wanted, and on the held-out rows; (C,) each."""
+    sample = suite.sample if suite.signs is not None else np.arange(0)
+    budget = suite.token_budget
+    on_train = response_losses(model, suite.d_train, sample, budget, f"{label}: L_P and L_N")
+    everything = np.arange(len(suite.held_out))
+    on_held_out = response_losses(model, suite.held_out, everything, budget, f"{label}: held-out")
+    return on_train, on_held_out
+
+
+def measure(
+    model: Transformer, suite: EvalSuite, folder: Path, known: tuple[Array, Array] | None = None
+) -> dict:
     """The figures of one model, also in folder/results.json; those of rows and documents in files beside.
 
+    known: its losses on D_train and on the held-out rows, (C,) each, where scoring has computed them already.
     What an earlier command measured stays there, where this one has no --eval-data, or no --tasks.
     """
     path = folder / "results.json"
@@ -1640,9 +1669,10 @@ def measure(model: Transformer, suite: EvalSuite, folder: Path) -> dict:
     before = results["identity"]
     kept = {name: before[name] for name in before if name == "held-out" or not suite.documents}
     results["identity"] = kept | identity
+    on_train, on_held_out = known or suite_losses(model, suite, label)  # (C,) each
     if suite.signs is not None:
-        results |= train_losses(model, suite, label)
-    rows = row_losses(model, suite.held_out, suite.token_budget, f"{label}: held-out")
+        results |= train_losses(on_train, suite, label)
+    rows = losses_by_example(on_held_out, suite.held_out)
     if rows:
         results["held-out"] = mean_loss(rows)
     tasks, samples = evaluate(model, suite.tokenizer, suite.documents)

@@ -12,7 +12,7 @@ from test_training import setting
 
 import forgetting
 from data import Corpus
-from forgetting import EvalSuite, Options, measure, paired_losses, read_log, stop_between_steps, train_losses
+from forgetting import EvalSuite, Options, measure, paired_losses, read_log, stop_between_steps
 
 import look
 
@@ -66,7 +66,7 @@ def test_a_second_signal_acts_at_once(number):
         signal.signal(number, before)
 
 
-def test_l_p_and_l_n_are_over_an_even_sample(tmp_path, monkeypatch):
+def test_l_p_and_l_n_are_over_an_even_sample(tmp_path):
     """Of the first 512 rows alone, the figures would be those of one file of several."""
     _, corpus, signs = setting(tmp_path / "m")
     copies = 60
@@ -74,15 +74,7 @@ def test_l_p_and_l_n_are_over_an_even_sample(tmp_path, monkeypatch):
     offsets = np.append(ends, copies * corpus.offsets[-1])
     tiled = [np.tile(array, copies) for array in (corpus.tokens, corpus.response)]
     many = Corpus(*tiled, offsets, corpus.locations * copies, 0)
-    seen = []
-
-    def losses(model, corpus, examples, *_):
-        seen.append(examples)
-        return np.zeros(len(corpus.tokens), np.float32)
-
-    monkeypatch.setattr(forgetting, "response_losses", losses)
-    train_losses(None, EvalSuite(None, [], many.part(0, 0), many, np.tile(signs, copies), 1000), "x")
-    (examples,) = seen
+    examples = EvalSuite(None, [], many.part(0, 0), many, np.tile(signs, copies), 1000).sample
     assert len(many) == 1440 and len(examples) == 512
     assert examples[0] == 0 and examples[-1] == 1439 and set(np.diff(examples)) <= {2, 3}
 
@@ -95,7 +87,7 @@ def test_results_are_kept_with_and_measured_without_l_p(tmp_path, monkeypatch):
     assert "L_P" not in measure(model, without, tmp_path / "a")
     first = measure(model, with_signs, tmp_path / "a")
     assert first["L_P"] and first["L_N"]
-    monkeypatch.setattr(forgetting, "train_losses", None)  # is not called again
+    monkeypatch.setattr(forgetting, "suite_losses", None)  # is not called again
     assert measure(model, without, tmp_path / "a") == first == measure(model, with_signs, tmp_path / "a")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import get_data
+import look
 import numpy as np
 import plain
 import pytest
@@ -19,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import eval as evaluation
 import forgetting
 from data import Tokenizer, encode_rows, read_rows, render_rows, split_rows
-from lora import dropout_mask
+from lora import dropout_mask, load_adapter
 from model import RMSNorm, load_model
 
 WORDS = tiny.TEXT.split()
@@ -71,6 +72,49 @@ def test_a_small_reference_of_trusted_rows_takes_at_least_24_steps(folder):
         run(folder, f"small-{batch_size}", "--methods", "reference", "--batch-size", batch_size)
         log = (folder / f"small-{batch_size}/reference/metrics.jsonl").read_text()
         assert len(log.splitlines()) == 24
+
+
+def test_a_run_measures_what_scoring_knows_without_the_model(folder, monkeypatch):
+    """L_P, L_N and held-out losses of base and reference: 11 % of a small run were computed twice.
+
+    Figures are those that the models themselves give; scores in another dtype are of other weights.
+    """
+    (folder / "held.jsonl").write_text(
+        tiny.jsonl([{"instruction": f"Say {word}", "output": word * 2} for word in WORDS[:4]])
+    )
+    original, labels = forgetting.response_losses, []
+
+    def recorded(model, corpus, examples, token_budget, label):
+        labels.append(label)
+        return original(model, corpus, examples, token_budget, label)
+
+    monkeypatch.setattr(forgetting, "response_losses", recorded)
+    measured = ["--methods", "base", "reference", "full", "--eval-data", str(folder / "held.jsonl")]
+    run(folder, "known", *measured)
+    of_full = ["full/seed-0: L_P and L_N", "full/seed-0: held-out"]
+    scoring = ["scores to example 12 of 12: theta'", "scores to example 12 of 12: theta"]
+    trust = ["held-out: theta'", "held-out: theta"]
+    assert labels == scoring + trust + of_full
+    labels.clear()
+    run(folder, "narrow", *measured, "--score-dtype", "bfloat16")
+    of_both = [
+        f"narrow/{name}: {what}" for name in ("reference", "base") for what in ("L_P and L_N", "held-out")
+    ]
+    assert labels == scoring + trust + of_both + of_full
+
+    model = load_model(folder / "model")
+    scored = look.read_run(folder / "known")
+    (held_out,), _ = render_rows([read_rows([str(folder / "held.jsonl")])], Tokenizer(folder / "model"))
+    held_out = encode_rows(held_out, Tokenizer(folder / "model"), 2048)
+    suite = forgetting.EvalSuite(None, [], held_out, scored.corpus, scored.signs, 1024)
+    for name in ("base", "reference"):
+        if name == "reference":
+            load_adapter(model, folder / "known/reference")
+        asked = forgetting.measure(model, suite, folder / "asked" / name)
+        for file in ("results.json", "held-out.jsonl"):
+            there = (folder / "known" / name / file).read_text()
+            assert there == (folder / "asked" / name / file).read_text()
+        assert asked["L_P"] and asked["L_N"] and asked["held-out"]
 
 
 def test_every_epoch_of_every_seed_has_its_own_order():
