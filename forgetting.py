@@ -11,6 +11,8 @@
 
 Every method is a sign per token: +1 learn (P), -1 unlearn (N), 0 leave out. Its weight is +1/n_P, -lambda/n_N
 or 0, counted over the whole optimiser step: micro-batches and ranks change nothing but dropout and rounding.
+(Beside the paper: dft and forgetting-wga multiply it by a power of the token's probability, --step released
+divides it as the authors' code does.)
 
 tests/plain.py is the same algorithm in plain lines. The first half of this file is the method, the second
 half what a command line needs.
@@ -458,7 +460,7 @@ class Method:
     by_sequence: bool = False  # partition sequences by their mean Q instead of tokens
     random: bool = False  # a control: the same share, drawn at random
     by_loss: bool = False  # a control: the tokens that theta finds easiest are kept, no reference is asked
-    # An option of the same name goes first where it is given
+    # An option of the same name, where it is given, replaces these
     ceiling: float | None = None  # nats: no ascent on a token whose loss is above
     learn_power: float | None = None  # a of p^a, which multiplies the weight of a token of P
     unlearn_power: float | None = None  # b of p^b, which multiplies that of a token of N
@@ -499,7 +501,7 @@ METHODS = {
     "full-P": Method(rho=0.7, random=True, meaning="control: as many random tokens as forgetting has in P"),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True, meaning="control: unlearn random tokens"),
 }
-METHOD_OPTIONS = ("ceiling", "learn_power", "unlearn_power")  # the method's, where the option is not given
+METHOD_OPTIONS = ("ceiling", "learn_power", "unlearn_power")  # None: as the method says
 UNTRAINED = {  # rows of the table that stage 4 does not train
     "base": "theta, as it was before",
     "reference": "theta', trained on D_ref alone",
@@ -628,10 +630,10 @@ def train(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     first_step = load_checkpoint(checkpoint, model, optimizer)  # 0 without a checkpoint
     total_steps = options.epochs * math.ceil(len(corpus) / options.batch_size)
-    order = None  # a permutation by seed and epoch
+    order = None  # examples_of draws one for every epoch
     if options.step == RELEASED:
         order = np.arange(len(corpus)) if corpus.file_order is None else corpus.file_order
-        signs = released_signs(signs, corpus, order, options.batch_size)
+        signs = released_shares(signs, corpus, order, options.batch_size)
     net = data_parallel(model.train())
     log = open_log(folder, first_step, total_steps)
     is_main = rank_and_world()[0] == 0
@@ -690,9 +692,9 @@ def step_gradient(
 ) -> tuple[Tensor, tuple[int, int]]:
     """Equation 8 over one optimiser step: leaves its gradient in .grad, over all micro-batches and ranks.
 
-    signs (C,) int8 say what to do with each token (float32: released_signs has divided them), examples are
-    the whole step's; a rank runs its share. Returns this rank's sums (3,) of the objective, of the losses on
-    P and of those on N (0 at lambda 0, where N is not run), and (n_P, n_N) of the whole step.
+    signs (C,) int8 say what to do with each token, or are the float32 of released_shares; examples are the
+    whole step's, and a rank runs its part. Returns this rank's sums (3,) of the objective, of the losses on P
+    and of those on N (0 at lambda 0, where N is not run), and (n_P, n_N) of the whole step.
     """
     rank, world = rank_and_world()
     model: Transformer = getattr(net, "module", net)  # DDP keeps the model as its module
@@ -715,10 +717,11 @@ def step_gradient(
     net.zero_grad(set_to_none=False)  # .grad stays a view of DDP's buckets
     for batch in micro_batches:
         # The weight of each token is known before the model runs; the head runs where it is not 0
-        sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,) int8, float32 if divided already
-        weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
-        if sign.is_floating_point():
+        sign = torch.from_numpy(signs[batch.places.numpy()])  # (T,)
+        if sign.is_floating_point():  # shares: only lambda is missing
             weights = torch.where(sign < 0, lam * sign, sign)  # (T,)
+        else:
+            weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
         weighted = weights != 0  # (T,) bool, n of them true; at lambda 0 none of N
         rows, targets = shift(batch.tokens, weighted)  # (n,) each
         rows, targets = to_device(rows, device), to_device(targets, device)
@@ -739,17 +742,16 @@ def step_gradient(
 RELEASED = "released"  # a value of --step: what the authors' code does in a step beside equation 8
 
 
-def released_signs(signs: Array, corpus: Corpus, order: Array, batch_size: int) -> Array:
-    """Signs divided already, (C,) float32, as the authors' code divides: its weights but for lambda.
+def released_shares(signs: Array, corpus: Corpus, order: Array, batch_size: int) -> Array:
+    """The weights of the authors' code at lambda 1, (C,) float32: 2 / batch_size times a pair's 1/n_P or -1/n_N.
 
-    Its means of P and of N are over two rows, a micro-batch of one of its ranks; its step is the mean over
-    batch_size / 2 of them, also where the last step has fewer. The rows of a pair follow one another in the
-    order (E,), and pairs are dealt to the ranks in turn: a step has the same ones on one rank and on several.
-    A pair without N unlearns nothing. Where tokens are unlearned, P and N lack the last token of the pair's
-    longer row, mostly an eos, or that of both if they are equally long.
+    Their micro-batch is two rows that follow one another in the order (E,), and their step the mean over
+    batch_size / 2 of them, whatever the ranks (also where the last step has fewer). A pair without N unlearns
+    nothing. Where a method unlearns, the masks of P and N end a place too early: the last token of the longer
+    row, mostly an eos, is in neither (of both rows, if they are equally long).
     """
     unlearns = (signs < 0).any()
-    divided = np.zeros(len(signs), np.float32)
+    shares = np.zeros(len(signs), np.float32)
     for first in range(0, len(order), 2):
         pair = order[first : first + 2]  # the last row may be alone
         places = corpus.places(pair)
@@ -757,9 +759,10 @@ def released_signs(signs: Array, corpus: Corpus, order: Array, batch_size: int) 
         if unlearns:
             lengths = corpus.lengths[pair]
             last_tokens = lengths.cumsum() - 1
-            sign[last_tokens[lengths == lengths.max()]] = 0
-        divided[places] = token_weights(sign > 0, sign < 0, lam=1.0)
-    return divided * np.float32(2 / batch_size)
+            longest = lengths == lengths.max()
+            sign[last_tokens[longest]] = 0
+        shares[places] = token_weights(sign > 0, sign < 0, lam=1.0)
+    return shares * np.float32(2 / batch_size)
 
 
 def data_parallel(model: Transformer) -> nn.Module:
@@ -915,7 +918,8 @@ def append_log(folder: Path, figures: dict, log: list[dict], bar: Any) -> None:
 
 GROUPS = {  # of options, with what --help says of them
     "rows": "The model and the rows. A run is continued where these hold the same, whatever they are called.",
-    "training": "Stage 4, and stage 1 where the setting says nothing else. A variant may change these.",
+    "training": "Stage 4; stage 1, too, but for --rho, and for --lr and --epochs where --reference-lr and "
+    "--reference-epochs say otherwise. A variant may change these.",
     "unlearning": "Read by methods that unlearn. A variant may change these.",
     "setting": "One for all of a run.",
     "measuring": "What the table shows. It may change when a run is continued.",
@@ -977,26 +981,38 @@ class Options:
     step: str = option(
         "training",
         "paper",
-        "paper: the means of eq. 8 over a step; released: those of the authors' code over pairs of rows in "
-        "the order of the files, a last token lost where it unlearns",
+        "paper: eq. 8; released: as the authors' code, whose means are over pairs of rows in the order of the "
+        "files (the seed shuffles nothing), and lack a last token where it unlearns. Stage 1 follows",
         ("paper", RELEASED),
     )
     learn_power: float | None = option(
-        "training", None, "weigh a token learned by its probability to this power [0; dft 1]", "[0, inf)"
+        "training",
+        None,
+        "multiply the weight of a learned token by its probability to this power [0; dft 1]",
+        "[0, inf)",
     )
     rank: int = option("training", 64, "LoRA rank", "[1, inf)")
     alpha: float = option("training", 16.0, "LoRA alpha; the side path is scaled by alpha / rank", "(0, inf)")
     dropout: float = option("training", 0.1, "LoRA dropout", "[0, 1)")
 
     forget_rate: float | None = option("unlearning", None, "share of tokens unlearned [1 - rho]", "[0, 1]")
-    lambda_schedule: str = option("unlearning", "linear", "of lambda", ("linear", "constant", "balanced"))
+    lambda_schedule: str = option(
+        "unlearning",
+        "linear",
+        "linear: lambda grows as the paper's; constant: t-max throughout; balanced: the paper's, but at most "
+        "half of the ratio that --watch-gradients saw",
+        ("linear", "constant", "balanced"),
+    )
     t_min: float = option("unlearning", 1e-5, "lowers the slope of lambda (paper's 3B, 8B: 1e-4)", "[0, inf)")
     t_max: float = option("unlearning", 0.25, "lambda nears t-max - t-min at the last step", "[0, inf)")
     ceiling: float | None = option(
         "unlearning", None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)"
     )
     unlearn_power: float | None = option(
-        "unlearning", None, "weigh a token unlearned so, too [0; forgetting-wga 1]", "[0, inf)"
+        "unlearning",
+        None,
+        "multiply the weight of an unlearned token by its probability to this power [0; forgetting-wga 1]",
+        "[0, inf)",
     )
     watch_gradients: int = option(
         "unlearning", 0, "log both gradients every so many steps; 0: never", "[0, inf)"
@@ -1807,13 +1823,12 @@ def warnings_of(results: Results) -> list[str]:
             compared = f"held-out loss of {name}, {mean:.3f}, is above base's, {base:.3f}"
             found.append(f"note: {compared} (whether that can be told, the verdicts say)")
     base = mean_figure(results.get("base", {}), "L_P")
-    learners = ("full", "dft", "ignoring", "forgetting", "forgetting-clipped", "forgetting-wga")
-    for name, by_seed in results.items():
-        mean = mean_figure(by_seed, "L_P")
-        learns_p = name.partition(":")[0] in learners
-        if learns_p and base < mean < math.inf:
+    mends = {"full": "a lower --lr", "forgetting": "a lower --t-max or --lr"}  # these learn all of that P
+    for name, mend in mends.items():
+        mean = mean_figure(results.get(name, {}), "L_P")
+        if base < mean < math.inf:
             compared = f"L_P of {name}, {mean:.3f}, is above base's, {base:.3f}"
-            found.append(f"warning: {compared}: it harms what it is to learn; a lower --t-max or --lr")
+            found.append(f"warning: {compared}: it harms what it is to learn; {mend}")
     return found
 
 
@@ -1826,6 +1841,8 @@ def report(results: Results, options: Options) -> None:
     measured = [figures for by_seed in results.values() for figures in by_seed.values()]
     if any("L_P" in figures for figures in measured):
         notes.append("L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns")
+    if any("held-out" in figures for figures in measured):
+        notes.append("held-out: mean loss, in nats, over all response tokens of --eval-data")
     if options.limit is not None:
         notes.append(describe_limit(options.limit))
     notes += [f"not in the table: {what}" for what in left_out]
@@ -1976,20 +1993,29 @@ def shared_seeds(results: Results, *methods: str) -> list[int]:
     return sorted(set.intersection(*trained)) if trained else [0]
 
 
-def pairs_to_compare(results: Results, losses: dict[str, float]) -> list[tuple[str, str]]:
-    """Each method with full, those that unlearn with ignoring, the best training with base and reference."""
+def pairs_to_compare(results: Results) -> list[tuple[str, str]]:
+    """Each method with full and with base, those that unlearn with ignoring, the reference with each."""
     pairs = []
     for name in results:
         if name not in ("base", "full"):
             pairs.append((name, "full"))
         if name.startswith("forgetting"):
             pairs.append((name, "ignoring"))
+        if name != "base":
+            pairs.append((name, "base"))
+        if name not in ("full", *UNTRAINED):
+            pairs.append(("reference", name))
+    return [pair for pair in pairs if shared_seeds(results, *pair)]
+
+
+def is_shown(pair: tuple[str, str], losses: dict[str, float]) -> bool:
+    """Of the pairs with base and reference the table has those of the best training, and their own."""
     trained = [name for name in losses if name not in UNTRAINED]
     best = min(trained, key=lambda name: losses[name], default="full")
-    pairs.append((best, "base"))
-    if best != "full":
-        pairs.append(("reference", best))
-    return [pair for pair in pairs if shared_seeds(results, *pair)]
+    ours, theirs = pair
+    if theirs == "base":
+        return ours in (best, "reference")
+    return ours != "reference" or theirs in (best, "full")
 
 
 def losses_by_row(out: Path, results: Results) -> dict[str, float]:
@@ -2010,15 +2036,16 @@ def mean_figure(by_seed: dict[int, dict], figure: str = "held-out") -> float:
 
 def paired_losses(out: Path, results: Results) -> str:
     """Differences in held-out loss with intervals and verdicts, best first; "" without held-out rows."""
-    found = []
     losses = losses_by_row(out, results)
-    for ours, theirs in pairs_to_compare(results, losses):
+    pairs = pairs_to_compare(results)
+    found = []
+    for ours, theirs in pairs:
         seeds = shared_seeds(results, ours, theirs)
         differences = held_out_losses(out, ours, seeds) - held_out_losses(out, theirs, seeds)  # (S, R)
         if differences.shape[1] < 2:
             return ""
         better = f"{(differences.mean(axis=0) < 0).sum()} of {differences.shape[1]}"
-        found.append((f"{ours} - {theirs}", paired_difference(differences), better))
+        found.append((paired_difference(differences), better))
     if not found:
         return ""
 
@@ -2026,63 +2053,68 @@ def paired_losses(out: Path, results: Results) -> str:
     seeds = shared_seeds(results, "base", "full")
     if seeds:
         gain = float((held_out_losses(out, "base", seeds) - held_out_losses(out, "full", seeds)).mean())
-    told_apart = holm([difference.p_value() for _, difference, _ in found])
+    # Which training is the best is seen in the same losses: pairs that might have been shown count, too
+    told_apart = holm([difference.p_value() for difference, _ in found])
     verdicts, lines = {}, []
-    for (pair, difference, better), told in zip(found, told_apart):
+    for pair, (difference, better), told in zip(pairs, found, told_apart):
         low, high = difference.interval()
-        verdicts[pair] = "cannot be told"
+        verdict = "cannot be told"
         if told:
-            verdicts[pair] = "better" if difference.mean < 0 else "worse"
+            verdict = "better" if difference.mean < 0 else "worse"
+        verdicts[pair] = verdict
         worth = f"{-difference.mean / gain:+.0%}" if gain > 0 else ""
         interval = f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells = [pair, interval, worth, better, str(difference.seeds), verdicts[pair]]
-        lines.append((difference.mean, cells))
+        cells = [" - ".join(pair), interval, worth, better, str(difference.seeds), verdict]
+        if is_shown(pair, losses):
+            lines.append((difference.mean, cells))
     lines.sort(key=lambda line: line[0])
     header = ["pair", "held-out loss, 95 % interval", "of full's gain", "better on rows", "seeds", "verdict"]
     differences = table(header, [cells for _, cells in lines])
-    seeds = [difference.seeds for _, difference, _ in found]
-    promise = describe_verdicts(len(found), min(seeds), max(seeds))
+    promise = describe_verdicts(len(lines), len(found), {difference.seeds for difference, _ in found})
     return "\n\n".join([differences, promise, best_of_all(losses, verdicts)])
 
 
-def describe_verdicts(pairs: int, fewest_seeds: int, most_seeds: int) -> str:
-    """What an interval and a verdict of paired_losses promise."""
+def describe_verdicts(shown: int, tested: int, seeds: set[int]) -> str:
+    """What an interval and a verdict of paired_losses promise; seeds: how many the pairs have."""
     over = "over rows and seeds, which share one reference"
-    if most_seeds == 1:
+    if seeds == {1}:
         over = "over rows; the verdicts are about this seed, another may differ"
-    elif fewest_seeds == 1:
+    elif 1 in seeds:
         over += "; a verdict of one seed is about that seed, another may differ"
+    if 2 in seeds:
+        over += "; two seeds tell little of a third, so their intervals are wide"
     family = "the verdict is wrong in at most 5 % of such runs"
-    if pairs > 1:
-        family = f"all {pairs} verdicts together are wrong in at most 5 % of such runs (Holm)"
+    if tested > 1:
+        family = (
+            f"all {shown} verdicts together are wrong in at most 5 % of such runs (Holm, of {tested} pairs)"
+        )
         family += ", so a verdict asks more than an interval of its pair alone"
     return f"Nats, every held-out row counts the same, {over}; {family}."
 
 
-def best_of_all(losses: dict[str, float], verdicts: dict[str, str]) -> str:
+def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str]) -> str:
     """One sentence: which method has the lowest held-out loss by row, and whether that can be told."""
     best = min(losses, key=lambda name: losses[name])
+    with_best = {pair: verdict for pair, verdict in verdicts.items() if best in pair}
+    won = bool(with_best)
+    for (ours, _), verdict in with_best.items():
+        won = won and verdict == ("better" if ours == best else "worse")
     if best == "base":
-        against = [verdict for pair, verdict in verdicts.items() if pair.endswith(" - base")]
-        if against and all(verdict == "worse" for verdict in against):
+        if won:
             return "Lowest: base. No training at all is best here."
         return "Lowest: base, no training at all; from training it cannot be told."
     if best == "reference":
-        against = [verdict for pair, verdict in verdicts.items() if pair.startswith("reference - ")]
-        if against and all(verdict == "better" for verdict in against):
+        if won:
             return "Lowest: reference. The trusted rows alone are best here: leave D_train out."
-        return (
-            "Lowest: reference, the trusted rows alone; from the best training on D_train it cannot be told."
-        )
+        return "Lowest: reference, the trusted rows alone; from all others it cannot be told."
     if best == "full":
-        against = [verdict for pair, verdict in verdicts.items() if pair.endswith(" - full")]
-        if against and all(verdict == "worse" for verdict in against):
+        if won:
             return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."
         return "Lowest: full; whether leaving tokens out would help cannot be told."
     if "full" not in losses:
         return f"Lowest: {best}. Without full in --methods nothing says whether it helped."
     told = "which cannot be told from full"
-    if verdicts.get(f"{best} - full") == "better":
+    if verdicts.get((best, "full")) == "better":
         told = "better than full"
     return f"Lowest: {best}, {told}."
 

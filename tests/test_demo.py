@@ -214,3 +214,44 @@ def test_what_a_process_of_the_demo_may_answer():
         demo.answer_of(*answers[1])
     with pytest.raises(OSError, match="ended with exit code -6: a.log says more"):
         demo.answer_of(*answers[2])
+
+
+def test_an_error_nobody_expected_is_in_the_panels_log(tmp_path, monkeypatch):
+    """It was on the screen, and the log that the screen names was empty."""
+    options, _ = demo.parse_demo([*SMALL, "--out", str(tmp_path)])
+    (tmp_path / "world-5").mkdir()
+
+    def fail(*_):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(demo, "run_panel", fail)
+    monkeypatch.setattr(demo.threading.Thread, "start", lambda _: None)
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit):
+        demo.run_apart(options, 5, "clean", demo.multiprocessing.Pipe()[0])
+    torch.set_num_threads(threads)
+    assert "RuntimeError: not enough memory" in (tmp_path / "world-5/clean.log").read_text()
+
+
+def test_what_no_reference_changes_is_trained_once():
+    """Random controls were trained in each panel, to the same result."""
+    free = {name for name in demo.forgetting.METHODS if not demo.looks_at_reference(name)}
+    assert free == {"full", "dft", "full-P", "ignoring-random", "ignoring-loss", "forgetting-random"}
+    assert demo.looks_at_reference("reference") and demo.looks_at_reference("oracle")
+    assert not demo.looks_at_reference("base") and not demo.looks_at_reference("full:lr=0.1")
+
+
+def test_the_oracle_sees_the_rows_in_the_order_of_their_file(tmp_path, monkeypatch):
+    """--step released makes pairs of it; the corpus that a run folder keeps is in D_train's permutation."""
+    options, _ = demo.parse_demo([*SMALL, "--methods", "base", "--out", str(tmp_path)])
+    demo.prepare_world(options, "popular")
+    here = demo.panel_options(options, "clean", 5, ["base"])
+    demo.forgetting.run(here)
+    seen = []
+    monkeypatch.setattr(demo.forgetting, "train", lambda _, corpus, *rest: seen.append(corpus))
+    monkeypatch.setattr(demo.forgetting, "measure", lambda *_: {})
+    demo.oracle(here, "oracle", 5)
+    (corpus,) = seen
+    lines = [int(location.rpartition(":")[2]) for location in corpus.locations]
+    in_order = [lines[example] for example in corpus.file_order]
+    assert in_order == sorted(lines) != lines

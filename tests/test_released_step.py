@@ -11,7 +11,7 @@ from test_training import adapt, adapter_after, gradient_of, setting
 
 from data import Tokenizer
 from forgetting import RELEASED, Options, check_inputs, lambda_at, learning_rate_at, method_of, options_of
-from forgetting import released_signs, select_data, train
+from forgetting import released_shares, select_data, train
 from lora import add_lora, lora_parameters, remove_lora
 
 LAM, BATCH = 0.2, 6
@@ -80,7 +80,7 @@ def test_loss_and_gradient_of_a_step(tmp_path, step, unlearns):
     loss = step_loss(model, corpus, signs, rows, LAM, loses_last=unlearns)
     gradient = torch.autograd.grad(loss, list(lora_parameters(model).values()))
     oracle = torch.cat([part.flatten() for part in gradient])
-    divided = released_signs(signs, corpus, order, BATCH)
+    divided = released_shares(signs, corpus, order, BATCH)
     for budget in (10_000, 60, 1):  # packs need not be pairs
         found = gradient_of(model, corpus, divided, budget, LAM, rows)
         assert torch.allclose(found[:-3], oracle, atol=1e-6)

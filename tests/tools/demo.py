@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import threading
+import traceback
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from html import escape
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
@@ -260,18 +262,15 @@ PANELS = {
     "clean": "Reference trained on clean rows",
     "same-light": "Reference trained on rows as noisy as the training set, at its rate for one pass: the paper's protocol",
 }
-REFERENCE_FREE = (
-    "base",
-    "full",
-    "dft",
-    "ignoring-random",
-    "ignoring-loss",
-)  # methods that do not look at the reference
 
 
 def looks_at_reference(method: str) -> bool:
     """Whether a method, or a variant of one, gives something else with another reference."""
-    return method.partition(":")[0] not in REFERENCE_FREE
+    stem = method.partition(":")[0]
+    if stem not in forgetting.METHODS:
+        return stem != "base"
+    way = forgetting.METHODS[stem]
+    return not (way.rho == 1 or way.random or way.by_loss)
 
 
 def prepare_world(options: forgetting.Options, world: str) -> None:
@@ -337,6 +336,8 @@ def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = Tr
     _, options = forgetting.method_of(name.replace("oracle", "forgetting"), options)
     model = load_model(options.model, options.device, DTYPES[options.dtype])
     signs = np.where(corpus.response, np.where(corpus.noisy, -int(unlearn), 1), 0).astype(np.int8)  # (C,)
+    lines = [int(location.rpartition(":")[2]) for location in corpus.locations]  # D_train is one file
+    corpus.file_order = np.argsort(lines)
     folder = Path(options.out) / name / f"seed-{seed}"
     forgetting.train(model, corpus, signs, folder, options, seed)
     table_signs = None if options.skip_train_losses else run.signs
@@ -344,6 +345,7 @@ def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = Tr
     return forgetting.measure(model, suite, folder)
 
 
+USER_ERRORS = (ValueError, FloatingPointError, OSError, SafetensorError)  # a line on the screen
 Panel = tuple[dict[str, dict], dict[str, float]]  # {method: figures}, and how well Q finds the known noise
 
 
@@ -390,20 +392,22 @@ def run_demo(options: forgetting.Options) -> tuple[dict, dict]:
 # ------------------------------------------------------------------------------------------------ side by side
 #
 # Seeds and panels need nothing of each other, and two threads gain this small model little: each panel is a process
-# of one thread, as many at once as there are cores. Its tables are then those of one thread, on every machine.
+# of one thread, as many at once as there are cores. On a GPU, and under torchrun, they follow one another.
 
 
 def run_side_by_side(options: forgetting.Options, jobs: list[tuple[int, str]], processes: int) -> list[Panel]:
     """run_panel of every (seed, panel), in the order of the jobs.
 
-    Ctrl-C, SIGTERM and the first error stop them all, trainings with a checkpoint; the error is raised here.
+    Ctrl-C, SIGTERM and the first error stop them all: a training leaves a checkpoint, what else is going on is
+    done again by the same command. The error is raised here.
     """
     print(
         f"{len(jobs)} panels, {processes} at a time; what each says: {log_of(options, '*', '*')}", flush=True
     )
     waiting, found = list(jobs), {}
     running: dict[Connection, tuple] = {}
-    expected = len(jobs) + sum(len(trainings_of(panel, options)) for _, panel in jobs)
+    references = len(jobs)
+    expected = references + sum(len(trainings_of(panel, options)) for _, panel in jobs)
     bar = progress("trainings", expected, "trainings", len(adapters_in(options, jobs)), keep=True)
     with bar, forgetting.stop_between_steps() as signals:
         try:
@@ -435,28 +439,33 @@ def start_apart(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=run_apart, args=(options, seed, panel, theirs))
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the parent to pass on
-    process.start()
-    signal.signal(signal.SIGINT, handler)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the parent ends the others at Ctrl-C
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     theirs.close()
     return ours, process
 
 
 def run_apart(options: forgetting.Options, seed: int, panel: str, answer: Connection) -> None:
-    """Send run_panel's result, or the error that a user can mend; the screen of the panel is its log."""
+    """Send run_panel's result, or an error; what a panel would show on the screen is in its log."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     folder, log = Path(options.out) / f"world-{seed}" / panel, log_of(options, seed, panel)
-    try:
-        with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+    with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        try:
             with forgetting.locked(folder):
                 answer.send(run_panel(options, seed, panel))
-    except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
-        answer.send(error)
+        except (*USER_ERRORS, KeyboardInterrupt) as error:
+            answer.send(error)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def end_with_parent() -> None:
-    """A parent that was killed leaves nobody behind who would hold the folders."""
+    """Exit when the parent has gone: after kill -9 nobody is left who would hold the folders."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -464,7 +473,7 @@ def end_with_parent() -> None:
 
 
 def answer_of(connection: Connection, process: multiprocessing.Process, log: Path) -> Panel:
-    """What a process sent; raises the error that it sent, and OSError where it ended without a word."""
+    """What a process sent; raises the error that it sent, and OSError where it ended without an answer."""
     try:
         answer = connection.recv()
     except EOFError:
@@ -631,7 +640,7 @@ def main(argv: list[str] | None = None) -> None:
         options.device = start_ranks(options.device)
         with forgetting.locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
             run_and_report(options, own.world, own.svg)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"demo.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
