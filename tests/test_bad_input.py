@@ -304,7 +304,7 @@ CASES = [
     flag_case("--methods forgetting:dtype=float16", "'dtype=float16' is not option=value; options: rho"),
     flag_case("--methods forgetting:t_max=0", "--t-max 0.0 is below --t-min 1e-05"),
     flag_case("--methods base:rho=0.5", "unknown method base; known"),
-    flag_case("--methods fulll", "unknown method fulll; known: base, reference, full, ignoring"),
+    flag_case("--methods fulll", "unknown method fulll; known: base, reference, full, dft, ignoring"),
     flag_case("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
     flag_case("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from"),
     flag_case("--dtype float16", "argument --dtype: invalid choice: 'float16' (choose from"),
