@@ -231,7 +231,6 @@ def weighted_token_loss(
     head_weight: Tensor,
     targets: Tensor,
     weights: Tensor,
-    ceiling: float | None = None,
     powers: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
     """Equation 8: sum_t w_t loss_t, differentiable in hidden (the head is frozen); a float32 scalar.
@@ -244,13 +243,13 @@ def weighted_token_loss(
         loss = (weights * losses).sum()      # losses[positive].mean() - lam * losses[negative].mean()
 
     Here no (n, V) tensor ever exists: the head runs a chunk of rows at a time, loss and gradient at once.
-    ceiling: a token whose loss is above it, in nats, is not unlearned any further. powers (a, b): weights
-    above 0 are multiplied by p^a and those below 0 by p^b, where p = exp(-losses.detach()); the loss is the
-    sum with these weights. a = 1 on every token is DFT (arXiv 2508.05629), b = 1 is weighted gradient ascent
-    (arXiv 2502.19301), which fades as p does. Raises ValueError for hidden states of another shape, and for a
-    head that is trained, too: its gradient is not computed.
+    powers (a, b): weights above 0 are multiplied by p^a and those below 0 by p^b, where p =
+    exp(-losses.detach()); the loss is the sum with these weights. a = 1 where nothing is unlearned is DFT
+    (arXiv 2508.05629), b = 1 is weighted gradient ascent (arXiv 2502.19301), which fades as p does.
+    Raises ValueError for hidden states of another shape, and for a head that is trained, too: its gradient is
+    not computed.
     """
-    loss, _ = weighted_and_token_losses(hidden, head_weight, targets, weights, ceiling, powers)
+    loss, _ = weighted_and_token_losses(hidden, head_weight, targets, weights, powers)
     return loss
 
 
@@ -259,7 +258,6 @@ def weighted_and_token_losses(
     head_weight: Tensor,
     targets: Tensor,
     weights: Tensor,
-    ceiling: float | None = None,
     powers: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
     """weighted_token_loss, and beside it the loss of each token (n,), without a gradient; 0 where ignored."""
@@ -270,7 +268,7 @@ def weighted_and_token_losses(
     ignored = targets < 0  # (n,)
     weights = weights.masked_fill(ignored, 0)
     targets = targets.clamp_min(0)
-    loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, ceiling, powers)
+    loss, losses = WeightedTokenLoss.apply(hidden, head_weight, targets, weights, powers)
     return loss, losses.masked_fill(ignored, 0)
 
 
@@ -461,7 +459,6 @@ class Method:
     random: bool = False  # a control: the same share, drawn at random
     by_loss: bool = False  # a control: the tokens that theta finds easiest are kept, no reference is asked
     # An option of the same name, where it is given, replaces these
-    ceiling: float | None = None  # nats: no ascent on a token whose loss is above
     learn_power: float | None = None  # a of p^a, which multiplies the weight of a token of P
     unlearn_power: float | None = None  # b of p^b, which multiplies that of a token of N
     meaning: str = ""  # its line in --help
@@ -474,12 +471,6 @@ METHODS = {
     ),
     "ignoring": Method(rho=0.5, meaning="learn P, leave N out"),
     "forgetting": Method(rho=0.7, unlearn=True, meaning="the paper's: learn P, unlearn N, eq. 8"),
-    "forgetting-clipped": Method(
-        rho=0.7,
-        unlearn=True,
-        ceiling=-math.log(1e-3),
-        meaning="forgetting that leaves a token alone once its probability is below 0.001",
-    ),
     "forgetting-wga": Method(
         rho=0.7,
         unlearn=True,
@@ -501,7 +492,7 @@ METHODS = {
     "full-P": Method(rho=0.7, random=True, meaning="control: as many random tokens as forgetting has in P"),
     "forgetting-random": Method(rho=0.7, unlearn=True, random=True, meaning="control: unlearn random tokens"),
 }
-METHOD_OPTIONS = ("ceiling", "learn_power", "unlearn_power")  # None: as the method says
+METHOD_OPTIONS = ("learn_power", "unlearn_power")  # None: as the method says
 UNTRAINED = {  # rows of the table that stage 4 does not train
     "base": "theta, as it was before",
     "reference": "theta', trained on D_ref alone",
@@ -731,7 +722,7 @@ def step_gradient(
         is_last = batch is micro_batches[-1]
         with nullcontext() if world == 1 or is_last else net.no_sync():
             hidden = net(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
-            loss, losses = weighted_and_token_losses(hidden, head, targets, weights, options.ceiling, powers)
+            loss, losses = weighted_and_token_losses(hidden, head, targets, weights, powers)
             loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
         on_positive = losses @ (weights > 0).float()
         on_negative = losses @ (weights < 0).float()
@@ -743,7 +734,7 @@ RELEASED = "released"  # a value of --step: what the authors' code does in a ste
 
 
 def released_shares(signs: Array, corpus: Corpus, order: Array, batch_size: int) -> Array:
-    """The weights of the authors' code at lambda 1, (C,) float32: 2 / batch_size times a pair's 1/n_P or -1/n_N.
+    """The authors' weights at lambda 1, (C,) float32: 2 / batch_size times +1/n_P or -1/n_N of a row pair.
 
     Their micro-batch is two rows that follow one another in the order (E,), and their step the mean over
     batch_size / 2 of them, whatever the ranks (also where the last step has fewer). A pair without N unlearns
@@ -981,8 +972,8 @@ class Options:
     step: str = option(
         "training",
         "paper",
-        "paper: eq. 8; released: as the authors' code, whose means are over pairs of rows in the order of the "
-        "files (the seed shuffles nothing), and lack a last token where it unlearns. Stage 1 follows",
+        "paper: eq. 8; released: as the authors' code, whose means are over pairs of rows in the order of "
+        "the files (the seed shuffles nothing), and lack a last token where it unlearns",
         ("paper", RELEASED),
     )
     learn_power: float | None = option(
@@ -1005,9 +996,6 @@ class Options:
     )
     t_min: float = option("unlearning", 1e-5, "lowers the slope of lambda (paper's 3B, 8B: 1e-4)", "[0, inf)")
     t_max: float = option("unlearning", 0.25, "lambda nears t-max - t-min at the last step", "[0, inf)")
-    ceiling: float | None = option(
-        "unlearning", None, "do not unlearn tokens of a loss above this, in nats", "[0, inf)"
-    )
     unlearn_power: float | None = option(
         "unlearning",
         None,

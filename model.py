@@ -658,25 +658,21 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
 class WeightedTokenLoss(torch.autograd.Function):
     """Sum of w_t loss_t over n tokens, its gradient computed in the same sweep over the head's chunks.
 
-    apply(hidden (n, D), head_weight (V, D), targets (n,) int64, weights (n,) float32, ceiling, powers)
-    returns the sum, a float32 scalar also under torch.autocast, and the losses (n,) float32, which have no
-    gradient. The sum's gradient is that of hidden alone: the head is frozen. With a ceiling, in nats, a token
-    whose loss is above it is not unlearned: a negative weight becomes 0 there. powers (a, b): a positive
-    weight is multiplied by p^a, a negative one by p^b, p = exp(-loss) held constant, in the sum as in its
-    gradient; so the sum need not fall while the losses do.
+    apply(hidden (n, D), head_weight (V, D), targets (n,) int64, weights (n,) float32, powers) returns the
+    sum, a float32 scalar also under torch.autocast, and the losses (n,) float32, which have no gradient. The
+    sum's gradient is that of hidden alone: the head is frozen. powers (a, b): a positive weight is multiplied
+    by p^a, a negative one by p^b, p = exp(-loss) held constant, in the sum as in its gradient. p loss is
+    greatest at p = 1/e: such a sum is no measure of progress.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, weights, ceiling: float | None, powers=(0.0, 0.0)):
+    def forward(ctx, hidden, head_weight, targets, weights, powers=(0.0, 0.0)):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)  # (n,)
         grad = torch.empty_like(hidden)  # (n, D)
         with torch.autocast(hidden.device.type, enabled=False):  # it would round sums and gradient to 16 bits
             for rows, logprobs, loss in head_chunks(hidden.detach(), head_weight, targets):
                 weight = weights[rows]  # (chunk,)
-                if ceiling is not None:  # the other weights do not grow to make up for it
-                    spared = (weight < 0) & (loss > ceiling)
-                    weight = torch.where(spared, 0, weight)
                 if any(powers):
                     of_positive, of_negative = powers
                     power = torch.where(weight > 0, of_positive, of_negative)  # (chunk,)
@@ -696,7 +692,7 @@ class WeightedTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):  # of the sum; the losses have none
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None, None
+        return grad * upstream, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------- config.json

@@ -998,7 +998,7 @@ RANGES = [
     ("dropout", 1.0, "[0, 1)"),
     ("t_max", math.inf, "[0, inf)"),
     ("t_min", math.nan, "[0, inf)"),
-    ("ceiling", -1.0, "[0, inf)"),
+    ("unlearn_power", -1.0, "[0, inf)"),
     ("learn_power", -0.5, "[0, inf)"),
     ("unlearn_power", math.inf, "[0, inf)"),
     ("alpha", 0.0, "(0, inf)"),
@@ -1035,14 +1035,13 @@ def test_other_options_that_cannot_be_meant():
 
 
 def test_a_zero_that_is_allowed_is_meant():
-    """0 is not "not given" for a share unlearned, a ceiling, or a variant of them."""
+    """0 is not "not given" for a share unlearned, a power, or a variant of them."""
     options = Options(
-        forget_rate=0.0, ceiling=0.0, t_min=0.0, t_max=0.0, warmup=0.0, dropout=0.0, max_grad_norm=0.0
+        forget_rate=0.0, unlearn_power=0.0, t_min=0.0, t_max=0.0, warmup=0.0, dropout=0.0, max_grad_norm=0.0
     )
-    assert (options.forget_rate, options.ceiling, options.t_max, options.warmup) == (0.0, 0.0, 0.0, 0.0)
-    assert method_of("forgetting-clipped", options)[1].ceiling == 0.0
-    assert method_of("forgetting:ceiling=0", Options())[1].ceiling == 0.0
-    assert method_of("forgetting-clipped", Options())[1].ceiling == pytest.approx(-math.log(1e-3))
+    assert (options.forget_rate, options.unlearn_power, options.t_max, options.warmup) == (0, 0, 0, 0)
+    assert method_of("forgetting-wga", options)[1].unlearn_power == 0.0
+    assert method_of("forgetting-wga:unlearn_power=0", Options())[1].unlearn_power == 0.0
     assert method_of("forgetting", options)[1].forget_rate == 0.0
     assert method_of("ignoring:rho=0.95", Options(forget_rate=0.2))[1].forget_rate is None, "it reads none"
 
@@ -1052,7 +1051,7 @@ def test_a_power_is_the_methods_where_none_is_given():
         options = method_of(name, Options(**given))[1]
         return options.learn_power, options.unlearn_power
 
-    assert powers("full") == powers("forgetting") == powers("forgetting-clipped") == (None, None)
+    assert powers("full") == powers("forgetting") == (None, None)
     assert (powers("dft"), powers("forgetting-wga")) == ((1.0, None), (None, 1.0))
     assert powers("forgetting-wga", learn_power=0.5, unlearn_power=0.0) == (0.5, 0.0)
     assert powers("full:learn_power=1") == powers("dft")
@@ -1082,7 +1081,7 @@ def test_help_and_the_papers_defaults(capsys):
 
 
 # what a variant could change, and what made two runs the same, at 14fe823, where three lists were kept by hand
-VARIANT = "rho forget_rate lambda_schedule t_min t_max ceiling watch_gradients lr epochs warmup batch_size"
+VARIANT = "rho forget_rate lambda_schedule t_min t_max watch_gradients lr epochs warmup batch_size"
 VARIANT += " max_grad_norm rank alpha dropout"
 VARIANT += " step learn_power unlearn_power"  # since then
 SAME_RUN = VARIANT + " template targets reference_lr reference_epochs dtype score_dtype"
@@ -1092,7 +1091,7 @@ def test_the_groups_of_options_say_what_three_lists_said(tmp_path):
     assert set(options_of("training", "unlearning")) == set(VARIANT.split())
     assert set(options_of("training", "unlearning", "setting")) == set(SAME_RUN.split())
     assert set(options_of(*GROUPS)) == {field.name for field in dataclasses.fields(Options)}
-    only_unlearning = {"forget_rate", "lambda_schedule", "t_min", "t_max", "ceiling", "watch_gradients"}
+    only_unlearning = {"forget_rate", "lambda_schedule", "t_min", "t_max", "watch_gradients"}
     only_unlearning |= {"unlearn_power"}
     assert set(options_of("unlearning")) == only_unlearning
 

@@ -342,12 +342,12 @@ def test_losses_stay_float32_under_autocast():
 
 
 def test_a_hidden_state_that_is_not_a_number_gives_a_loss_that_is_none():
-    """Nothing on the way from logits to losses hides it: neither a ceiling nor a weight of zero."""
+    """Nothing on the way from logits to losses hides it: neither a power nor a weight of zero."""
     hidden, head, targets = torch.randn(5, 16), torch.randn(50, 16), torch.arange(5)
     hidden[3] = torch.nan
     assert token_losses(hidden, head, targets).isnan().tolist() == [False, False, False, True, False]
     for weight in (1.0, -1.0, 0.0):
-        total, losses = WeightedTokenLoss.apply(hidden, head, targets, torch.full((5,), weight), 3.0)
+        total, losses = WeightedTokenLoss.apply(hidden, head, targets, torch.full((5,), weight), (1.0, 1.0))
         assert total.isnan() and losses.isnan().tolist() == [False, False, False, True, False]
 
 

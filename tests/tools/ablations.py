@@ -71,7 +71,7 @@ ABLATIONS = {
             "forgetting",
             "forgetting:lambda_schedule=constant",
             "forgetting:lambda_schedule=balanced,watch_gradients=5",
-            "forgetting-clipped",
+            "forgetting-wga",
         ],
     ),
     "controls": Ablation(
@@ -116,7 +116,7 @@ ABLATIONS = {
     "light": Ablation(
         "how hard the reference is trained",
         "full",
-        ["base", "reference", "ignoring:rho=0.7", "forgetting", "forgetting-clipped"],
+        ["base", "reference", "ignoring:rho=0.7", "forgetting", "forgetting-wga"],
         ("same", "same-light"),
         seeds=(0, 1, 2, 3, 4, 5),
     ),  # the demo's and three more
@@ -130,16 +130,13 @@ ABLATIONS = {
             "ignoring:rho=0.7,step=released",
             "forgetting",
             "forgetting:step=released",
-            "forgetting-clipped",
             "forgetting-wga",
         ],
         ("clean", "same-light"),
         pairs=(
             ("ignoring:rho=0.7,step=released", "ignoring:rho=0.7"),
             ("forgetting:step=released", "forgetting"),
-            ("forgetting-clipped", "forgetting"),
             ("forgetting-wga", "forgetting"),
-            ("forgetting-wga", "forgetting-clipped"),
             ("forgetting-wga", "ignoring:rho=0.7"),
         ),
     ),

@@ -255,7 +255,7 @@ DEMO = {  # small model, few steps: the paper's rate of 1e-4 would leave it wher
         "ignoring-loss",
         "ignoring",
         "forgetting",
-        "forgetting-clipped",
+        "forgetting-wga",
     ],
 }
 PANELS = {

@@ -39,7 +39,7 @@ PANELS = {
     "same": "a D_ref as noisy as D_train",
     "same-light": "a D_ref as noisy as D_train, the reference trained as the paper does",
 }
-FROM_Q = ["ignoring", "forgetting", "forgetting-clipped"]  # what another D_ref changes
+FROM_Q = ["ignoring", "forgetting", "forgetting-wga"]  # what another D_ref changes
 METHODS = ["base", "reference", "full", "ignoring-loss", *FROM_Q]
 SETTINGS = {
     "template": "model",
