@@ -2090,11 +2090,11 @@ def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str]) 
     if best == "base":
         if won:
             return "Lowest: base. No training at all is best here."
-        return "Lowest: base, no training at all; from training it cannot be told."
+        return "Lowest: base, no training at all; that it is the best cannot be told."
     if best == "reference":
         if won:
             return "Lowest: reference. The trusted rows alone are best here: leave D_train out."
-        return "Lowest: reference, the trusted rows alone; from all others it cannot be told."
+        return "Lowest: reference, the trusted rows alone; that it is the best cannot be told."
     if best == "full":
         if won:
             return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."
