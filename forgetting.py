@@ -1460,7 +1460,8 @@ def describe_trust(
         lines.append(
             "so it cannot be told whether Q points the right way (in 5 of 12 such runs ignoring beat full):"
         )
-        lines.append("more trusted rows in --eval-data, or more --reference-epochs")
+        mend = "more --reference-epochs" if options.reference_data else "rows you trust as --reference-data"
+        lines.append(f"more trusted rows in --eval-data, or {mend}")
     else:
         lines.append(
             "so the reference has learned what rows you trust have and D_train lacks: in 40 of 43 such runs"

@@ -142,6 +142,9 @@ def test_the_trust_gap_says_what_can_be_told(tmp_path):
         )
         assert f"trust gap {gap:+.2f} [{low:+.2f}, {high:+.2f}] deviations of Q: Q of the 12 rows" in text
         assert words in text and text.startswith("D_ref is --reference-data\n")
+    assert text.endswith("more trusted rows in --eval-data, or more --reference-epochs")
+    drawn = describe_trust(held_out, base_loss - ref_loss, quality, corpus, Options(eval_data=["held.jsonl"]))
+    assert drawn.endswith("or rows you trust as --reference-data"), "more passes over noisy rows do harm"
     nothing = np.zeros(0, np.float32)
     text = describe_trust(corpus.part(0, 0), nothing, quality, corpus, Options())
     assert "D_ref was drawn from --data" in text and "no --eval-data" in text
