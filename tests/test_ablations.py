@@ -61,7 +61,7 @@ def call(monkeypatch, *words):
 
 
 def test_a_second_call_trains_nothing(runner, monkeypatch, tmp_path):
-    """controls: full and two random ones once, 2 methods in 3 panels, on 5 seeds. A call that was stopped is gone on with."""
+    """controls: full and two random ones once, 2 methods in 2 panels, on 5 seeds. A call that was stopped is gone on with."""
     runner.stop_at = 17
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, "controls", "--out", tmp_path / "out")
@@ -69,19 +69,19 @@ def test_a_second_call_trains_nothing(runner, monkeypatch, tmp_path):
     call(monkeypatch, "controls", "--out", tmp_path / "out")
     table = tmp_path / "committed" / "controls.md"
     first, drawing = table.read_text(), table.with_suffix(".svg").read_text()
-    assert len(runner.trained) == 45
+    assert len(runner.trained) == 35
     call(monkeypatch, "controls", "--out", tmp_path / "out")
     assert (
-        len(runner.trained) == 45
+        len(runner.trained) == 35
         and table.read_text() == first
         and table.with_suffix(".svg").read_text() == drawing
     )
 
 
 def test_ablations_share_what_is_trained(runner, monkeypatch, tmp_path):
-    """level shares full and forgetting with controls: three of its five methods are left, in three panels."""
+    """level shares full and forgetting with controls: three of its five methods are left, in two panels."""
     call(monkeypatch, "controls", "level", "--out", tmp_path / "out")
-    assert len(runner.trained) == 45 + 45
+    assert len(runner.trained) == 35 + 30
 
 
 def test_some_panels(runner, monkeypatch, tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_some_panels(runner, monkeypatch, tmp_path, capsys):
     assert text.startswith("`./run.sh ablations level --panels same-light --out ")
     assert text.count("Reference: ") == 1
     call(monkeypatch, "level", "--out", tmp_path / "out")
-    assert len(runner.trained) == 25 + 5 + 40, "the other panels, and full in the first of them"
+    assert len(runner.trained) == 25 + 5 + 20, "the other panel, and full in the first of them"
 
 
 def test_a_light_reference_is_trained_like_everything_else():

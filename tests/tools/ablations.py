@@ -2,10 +2,10 @@
 
     ./run.sh ablations                    # all of them, on their own seeds; the same command goes on
     ./run.sh ablations rho t_max --seeds 10 11
-    ./run.sh ablations rho --panels same same-light --out runs/some   # other panels than those of the committed tables
+    ./run.sh ablations rho --panels same --out runs/some   # other panels than those of the committed tables
 
-A panel is a reference: clean, or as noisy as D_train (same), both trained at 1e-2 for two epochs; same-light is the noisy
-one trained as the paper does, at the rate of training for one epoch. How many steps and which rate: reference_steps.py.
+A panel is a reference: clean, or as noisy as D_train (same), both trained at 1e-2 for two epochs; -light behind a name: as
+the paper trains it, at the rate of training for one epoch. How many steps and which rate: reference_steps.py.
 Each is a list of variants that share theta' and the scores; a row is a variant's mean over seeds, and its paired
 difference to the baseline with a 95 % interval over seeds (Student's t).
 Results on an ablation's own seeds go to tests/ablations/, others to OUT; fewer than five seeds get no interval.
@@ -38,7 +38,7 @@ class Ablation:
     title: str
     baseline: str
     variants: list[str]
-    panels: tuple[str, ...] = ("clean", "same", "same-light")
+    panels: tuple[str, ...] = ("clean", "same-light")
     seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
     pairs: tuple[tuple[str, str], ...] = ()  # of variants, to be compared with each other as well
 
@@ -99,7 +99,7 @@ ABLATIONS = {
         "the reference's noise, from none to the training set's",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"mix-{level}{how}" for how in ("", demo.LIGHT) for level in NOISE_LEVELS),
+        tuple(f"mix-{level}{demo.LIGHT}" for level in NOISE_LEVELS),
     ),
     "reference_size": Ablation(
         "rows of a clean D_ref, of 600",
@@ -111,7 +111,7 @@ ABLATIONS = {
         "percent of a same-noise D_ref that are rows of D_train, too",
         "full",
         ["ignoring", "forgetting"],
-        tuple(f"twice-{share}{how}" for how in ("", demo.LIGHT) for share in SHARES),
+        tuple(f"twice-{share}{demo.LIGHT}" for share in SHARES),
     ),
     "light": Ablation(
         "how hard the reference is trained",
@@ -132,7 +132,6 @@ ABLATIONS = {
             "forgetting:step=released",
             "forgetting-wga",
         ],
-        ("clean", "same-light"),
         pairs=(
             ("ignoring:rho=0.7,step=released", "ignoring:rho=0.7"),
             ("forgetting:step=released", "forgetting"),
