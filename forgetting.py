@@ -1836,7 +1836,12 @@ def report(results: Results, options: Options) -> None:
         notes.append(describe_limit(options.limit))
     notes += [f"not in the table: {what}" for what in left_out]
     title = f"{options.model} on {', '.join(options.data)}"
-    parts = [title, comparison(results), paired_losses(out, results), "\n".join(notes)]
+    parts = [
+        title,
+        comparison(results),
+        paired_losses(out, results, bool(options.reference_data)),
+        "\n".join(notes),
+    ]
     text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
@@ -2023,8 +2028,11 @@ def mean_figure(by_seed: dict[int, dict], figure: str = "held-out") -> float:
     return sum(values) / len(values) if values else math.inf
 
 
-def paired_losses(out: Path, results: Results) -> str:
-    """Differences in held-out loss with intervals and verdicts, best first; "" without held-out rows."""
+def paired_losses(out: Path, results: Results, trusted: bool) -> str:
+    """Differences in held-out loss with intervals and verdicts, best first; "" without held-out rows.
+
+    trusted: D_ref is --reference-data, not drawn from --data.
+    """
     losses = losses_by_row(out, results)
     pairs = pairs_to_compare(results)
     found = []
@@ -2060,7 +2068,7 @@ def paired_losses(out: Path, results: Results) -> str:
     header = ["pair", "held-out loss, 95 % interval", "of full's gain", "better on rows", "seeds", "verdict"]
     differences = table(header, [cells for _, cells in lines])
     promise = describe_verdicts(len(lines), len(found), {difference.seeds for difference, _ in found})
-    return "\n\n".join([differences, promise, best_of_all(losses, verdicts)])
+    return "\n\n".join([differences, promise, best_of_all(losses, verdicts, trusted)])
 
 
 def describe_verdicts(shown: int, tested: int, seeds: set[int]) -> str:
@@ -2081,7 +2089,7 @@ def describe_verdicts(shown: int, tested: int, seeds: set[int]) -> str:
     return f"Nats, every held-out row counts the same, {over}; {family}."
 
 
-def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str]) -> str:
+def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], trusted: bool) -> str:
     """One sentence: which method has the lowest held-out loss by row, and whether that can be told."""
     best = min(losses, key=lambda name: losses[name])
     with_best = {pair: verdict for pair, verdict in verdicts.items() if best in pair}
@@ -2092,10 +2100,16 @@ def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str]) 
         if won:
             return "Lowest: base. No training at all is best here."
         return "Lowest: base, no training at all; that it is the best cannot be told."
-    if best == "reference":
+    if best == "reference" and trusted:
         if won:
             return "Lowest: reference. The trusted rows alone are best here: leave D_train out."
         return "Lowest: reference, the trusted rows alone; that it is the best cannot be told."
+    if best == "reference":
+        if won:
+            return "Lowest: reference. Less training, on fewer of these rows, is best here."
+        return (
+            "Lowest: reference, trained less and on fewer of these rows; that it is the best cannot be told."
+        )
     if best == "full":
         if won:
             return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."

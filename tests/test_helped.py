@@ -325,7 +325,7 @@ def test_a_run_says_what_can_be_told_apart(tmp_path):
             "forgetting": {1: like},
         },
     )
-    text = paired_losses(tmp_path, results)
+    text = paired_losses(tmp_path, results, trusted=True)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if " - " in line]
     cells = {line[0]: line[1:] for line in lines}
     assert [line[0] for line in lines[:1]] in (["ignoring - base"], ["forgetting - base"]), "the best first"
@@ -343,7 +343,7 @@ def test_a_run_says_what_can_be_told_apart(tmp_path):
         f"{results['reference'][0]['held-out']:.3f}, is above base's, "
         f"{results['base'][0]['held-out']:.3f} (whether that can be told, the verdicts say)"
     ]
-    assert paired_losses(tmp_path, {"full": results["full"]}) == ""
+    assert paired_losses(tmp_path, {"full": results["full"]}, trusted=True) == ""
 
 
 def test_a_whole_report_is_wrong_in_five_percent(tmp_path):
@@ -355,7 +355,7 @@ def test_a_whole_report_is_wrong_in_five_percent(tmp_path):
     for number in range(60):
         own = rng.normal(2, 0.3, 50)
         losses = {name: {0: own + rng.normal(0, 0.1, 50)} for name in names}
-        text = paired_losses(tmp_path / str(number), write_run(tmp_path / str(number), losses))
+        text = paired_losses(tmp_path / str(number), write_run(tmp_path / str(number), losses), trusted=True)
         wrong += bool(re.search(r"\| (better|worse) +\|", text))
     assert wrong / 60 <= 0.12  # .05, and two and a half standard errors
 
@@ -366,7 +366,8 @@ def test_the_last_sentence_names_what_is_best(tmp_path, lowest):
     own = rng.normal(2, 0.3, 60)
     names = ("base", "reference", "full", "ignoring")
     losses = {name: {0: own + rng.normal(0, 0.05, 60) - 0.5 * (name == lowest)} for name in names}
-    text = paired_losses(tmp_path, write_run(tmp_path, losses))
+    results = write_run(tmp_path, losses)
+    text = paired_losses(tmp_path, results, trusted=True)
     assert "the verdicts are about this seed, another may differ" in text
     sentence = {
         "reference": "Lowest: reference. The trusted rows alone are best here: leave D_train out.",
@@ -374,6 +375,9 @@ def test_the_last_sentence_names_what_is_best(tmp_path, lowest):
         "full": "Lowest: full. Nothing that leaves tokens out or unlearns them helps here.",
     }
     assert text.endswith(sentence[lowest])
+    drawn_from_data = paired_losses(tmp_path, results, trusted=False)
+    sentence["reference"] = "Lowest: reference. Less training, on fewer of these rows, is best here."
+    assert drawn_from_data.endswith(sentence[lowest]), "nobody has said that rows of --data can be trusted"
 
 
 def test_all_held_out_rows_count_not_the_first_512(tmp_path):
