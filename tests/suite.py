@@ -48,10 +48,12 @@ def main() -> None:
         folder = Path(name)
         runs = [start(folder, number) for number in range(min(usable_cores(), MOST))]
         try:
-            with progress("test files begun", files, "files", keep=True) as bar:
-                while any(run.poll() is None for run in runs):
+            with progress("test files", files, "files", keep=True) as bar:
+                while at_work := sum(run.poll() is None for run in runs):
                     time.sleep(0.5)
-                    bar.update(len(list(folder.glob("*.py"))) - bar.n)
+                    begun = len(list(folder.glob("*.py")))
+                    bar.update(max(begun - at_work, bar.n) - bar.n)
+                bar.update(files - bar.n)
         except KeyboardInterrupt:  # the children have it from the terminal, too
             for run in runs:
                 run.wait()
