@@ -438,18 +438,14 @@ def measure(job: str, who: str, task: dict) -> dict:
 def measure_run(project: str, task: dict) -> dict:
     """A whole small run of a checkout: 102 rows, of which a sixth are the reference's, and 24 held-out ones."""
     rows = Path(task["data"][0]).read_text(encoding="utf-8").splitlines()
+    if len(rows) < 126:
+        raise SystemExit(f"--data has {len(rows)} rows, 126 are needed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "rows.jsonl").write_text("\n".join(rows[:102]) + "\n", encoding="utf-8")
         (folder / "held.jsonl").write_text("\n".join(rows[102:126]) + "\n", encoding="utf-8")
-        command = [
-            sys.executable,
-            f"{project}/forgetting.py",
-            "--model",
-            task["model"],
-            "--device",
-            task["device"],
-        ]
+        model, program = Path(task["model"]).resolve(), Path(project).resolve() / "forgetting.py"
+        command = [sys.executable, str(program), "--model", str(model), "--device", task["device"]]
         command += [
             "--data",
             "rows.jsonl",
