@@ -1762,9 +1762,11 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
         place = path.parent.relative_to(out)
         method, _, seed = place.as_posix().partition("/seed-")
-        if not is_row(method) or not re.fullmatch(r"\d*", seed):
-            continue  # a copy that somebody keeps, say seed-0.bak
         found = read_object(path)
+        if not is_row(method) or not re.fullmatch(r"\d*", seed):
+            if found.get("identity") and "." not in seed:  # else a copy that somebody keeps, say seed-0.bak
+                left_out.append(f"{place}: no method of today's")
+            continue
         identity = found.get("identity", {})
         if shared is None:
             shared = identity
@@ -2082,44 +2084,40 @@ def describe_verdicts(shown: int, tested: int, seeds: set[int]) -> str:
         over += "; two seeds tell little of a third, so their intervals are wide"
     family = "the verdict is wrong in at most 5 % of such runs"
     if tested > 1:
-        family = (
-            f"all {shown} verdicts together are wrong in at most 5 % of such runs (Holm, of {tested} pairs)"
-        )
+        verdicts = "the verdict is" if shown == 1 else f"all {shown} verdicts together are"
+        family = f"{verdicts} wrong in at most 5 % of such runs (Holm, of {tested} pairs)"
         family += ", so a verdict asks more than an interval of its pair alone"
     return f"Nats, every held-out row counts the same, {over}; {family}."
 
 
 def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], trusted: bool) -> str:
-    """One sentence: which method has the lowest held-out loss by row, and whether that can be told."""
+    """The method of the lowest held-out loss by row, what it is better than, and what that means."""
     best = min(losses, key=lambda name: losses[name])
-    with_best = {pair: verdict for pair, verdict in verdicts.items() if best in pair}
-    won = bool(with_best)
-    for (ours, _), verdict in with_best.items():
-        won = won and verdict == ("better" if ours == best else "worse")
-    if best == "base":
-        if won:
-            return "Lowest: base. No training at all is best here."
-        return "Lowest: base, no training at all; that it is the best cannot be told."
-    if best == "reference" and trusted:
-        if won:
-            return "Lowest: reference. The trusted rows alone are best here: leave D_train out."
-        return "Lowest: reference, the trusted rows alone; that it is the best cannot be told."
-    if best == "reference":
-        if won:
-            return "Lowest: reference. Less training, on fewer of these rows, is best here."
-        return (
-            "Lowest: reference, trained less and on fewer of these rows; that it is the best cannot be told."
-        )
-    if best == "full":
-        if won:
-            return "Lowest: full. Nothing that leaves tokens out or unlearns them helps here."
-        return "Lowest: full; whether leaving tokens out would help cannot be told."
+    worse, unclear = [], []
+    for (ours, theirs), verdict in verdicts.items():
+        if best in (ours, theirs):
+            other = theirs if ours == best else ours
+            won = verdict == ("better" if ours == best else "worse")
+            (worse if won else unclear).append(other)
+    said = [f"Lowest: {best}"]
+    if worse:
+        said.append(f"better than {', '.join(worse)}")
+    if unclear:
+        said.append(f"from {', '.join(unclear)} it cannot be told")
     if "full" not in losses:
-        return f"Lowest: {best}. Without full in --methods nothing says whether it helped."
-    told = "which cannot be told from full"
-    if verdicts.get((best, "full")) == "better":
-        told = "better than full"
-    return f"Lowest: {best}, {told}."
+        said.append("without full in --methods nothing says whether leaving tokens out helped")
+    text = "; ".join(said) + "."
+    if unclear or "full" not in losses:
+        return text
+    if best == "base":
+        return f"{text} No training at all is best here."
+    if best == "reference" and trusted:
+        return f"{text} The trusted rows alone are best here: leave D_train out."
+    if best == "reference":
+        return f"{text} D_ref alone, fewer of the same rows, is best here."
+    if best == "full" and set(worse) - {"base", "reference", "dft"}:
+        return f"{text} Nothing that leaves tokens out or unlearns them helps here."
+    return text
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -92,7 +92,9 @@ def test_a_killed_run_ends_in_the_same_bytes(undisturbed):
                 artifacts(out) == expected
             )  # it was done before the kill: the next kills go into a new folder
             runs, out = runs + 1, folder / f"killed-{runs + 1}"
-            seconds = time.perf_counter() - began  # the machine is less busy now: no delay would be short enough
+            seconds = (
+                time.perf_counter() - began
+            )  # the machine is less busy now: no delay would be short enough
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -337,7 +337,7 @@ def test_a_run_says_what_can_be_told_apart(tmp_path):
     assert cells["reference - full"][-1] == "worse"
     assert "; all 7 verdicts together are wrong in at most 5 % of such runs (Holm, of 10 pairs)" in text
     assert "two seeds tell little of a third" in text
-    assert text.endswith("better than full.") and "\nLowest: " in text
+    assert re.search(r"\nLowest: (ignoring|forgetting); better than .*full.*\.$", text)
     assert warnings_of(results) == [
         "note: held-out loss of reference, "
         f"{results['reference'][0]['held-out']:.3f}, is above base's, "
@@ -370,14 +370,34 @@ def test_the_last_sentence_names_what_is_best(tmp_path, lowest):
     text = paired_losses(tmp_path, results, trusted=True)
     assert "the verdicts are about this seed, another may differ" in text
     sentence = {
-        "reference": "Lowest: reference. The trusted rows alone are best here: leave D_train out.",
-        "base": "Lowest: base. No training at all is best here.",
-        "full": "Lowest: full. Nothing that leaves tokens out or unlearns them helps here.",
+        "reference": "The trusted rows alone are best here: leave D_train out.",
+        "base": "No training at all is best here.",
+        "full": "Nothing that leaves tokens out or unlearns them helps here.",
     }
-    assert text.endswith(sentence[lowest])
+    assert f"\nLowest: {lowest}; better than " in text and text.endswith(sentence[lowest])
     drawn_from_data = paired_losses(tmp_path, results, trusted=False)
-    sentence["reference"] = "Lowest: reference. Less training, on fewer of these rows, is best here."
+    sentence["reference"] = "D_ref alone, fewer of the same rows, is best here."
     assert drawn_from_data.endswith(sentence[lowest]), "nobody has said that rows of --data can be trusted"
+
+
+def test_the_last_sentence_says_no_more_than_its_table(tmp_path):
+    """One pair that could not be told hid those that could; without a method that leaves tokens out, or without
+    full, something was said about them."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(2, 0.3, 60)
+    losses = {name: {0: own + rng.normal(0, 0.05, 60)} for name in ("base", "reference", "full", "ignoring")}
+    losses["base"] = {0: own + 0.5}
+    losses["ignoring"] = {0: own + 0.5}
+    of_rows = rng.normal(0, 0.05, 60)
+    losses["full"] = {0: losses["reference"][0] + of_rows - of_rows.mean() - 0.001}
+    text = paired_losses(tmp_path / "a", write_run(tmp_path / "a", losses), trusted=True)
+    assert text.endswith("Lowest: full; better than base, ignoring; from reference it cannot be told.")
+    two = {name: {0: own + shift} for name, shift in (("base", 0.5), ("full", 0.0))}
+    text = paired_losses(tmp_path / "b", write_run(tmp_path / "b", two), trusted=True)
+    assert text.endswith("Lowest: full; better than base.") and "the verdict is wrong in" in text
+    alone = {name: {0: own + shift} for name, shift in (("base", 0.5), ("reference", 0.0))}
+    text = paired_losses(tmp_path / "c", write_run(tmp_path / "c", alone), trusted=True)
+    assert text.endswith("without full in --methods nothing says whether leaving tokens out helped.")
 
 
 def test_all_held_out_rows_count_not_the_first_512(tmp_path):
@@ -410,6 +430,11 @@ def test_foreign_names_are_passed_over_and_other_measurements_named(tmp_path):
         "full": [0, 1],
         "base": [0],
     } and left_out == []
+    (tmp_path / "forgetting-clipped/seed-0").mkdir(parents=True)
+    old = tmp_path / "forgetting-clipped/seed-0/results.json"
+    old.write_text(json.dumps(results["full"][0]))
+    assert finished(tmp_path, {})[1] == ["forgetting-clipped/seed-0: no method of today's"]
+    old.unlink()
     other = results["full"][1] | {"identity": {"held-out": "y"}}
     (tmp_path / "full/seed-1/results.json").write_text(json.dumps(other))
     found, left_out = finished(tmp_path, {"full": {0: results["full"][0]}})

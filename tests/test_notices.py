@@ -96,7 +96,11 @@ def test_better_on_rows_is_over_all_seeds(tmp_path):
     full = np.full(10, 2.0)
     first, second = full - 0.1, full + np.array([0.3] * 7 + [0.05] * 3)
     results = write_run(tmp_path, {"full": {0: full, 1: full}, "ignoring": {0: first, 1: second}})
-    (line,) = [line for line in paired_losses(tmp_path, results, trusted=True).split("\n") if "ignoring - full" in line]
+    (line,) = [
+        line
+        for line in paired_losses(tmp_path, results, trusted=True).split("\n")
+        if "ignoring - full" in line
+    ]
     assert "| 3 of 10" in line
 
 

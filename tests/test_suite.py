@@ -38,3 +38,12 @@ def test_what_a_pytest_counts():
     assert suite.counts_in(text) == {"failed": 2, "passed": 7, "skipped": 1, "warnings": 3}
     assert suite.more_than_dots(text) == "1,549 things"
     assert suite.counts_in("no tests ran in 0.01s") == {}
+
+
+def test_a_pytest_that_was_killed_is_named(tmp_path):
+    """Its tests were in nobody's count, and nothing on the screen said so."""
+    run = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    run.wait()
+    (tmp_path / "test_a.py").write_text(str(run.pid))
+    assert "ended by signal 9" in suite.how_it_died(run, tmp_path)
+    assert "test_a.py" in suite.how_it_died(run, tmp_path)
