@@ -466,7 +466,7 @@ def measure_run(project: str, task: dict) -> dict:
         seconds = time.perf_counter() - began
         if task["device"] == "cpu":
             seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        results = (folder / "run" / "results.json").read_text(encoding="utf-8")
+        results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
         return {"seconds": seconds, "peak": after.ru_maxrss * 1024, "rate": 0.0, "texts": [results]}
 
 
