@@ -1764,7 +1764,8 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
         method, _, seed = place.as_posix().partition("/seed-")
         found = read_object(path)
         if not is_row(method) or not re.fullmatch(r"\d*", seed):
-            if found.get("identity") and "." not in seed:  # else a copy that somebody keeps, say seed-0.bak
+            is_gone = "=" in method or method.partition(":")[0] not in METHODS
+            if is_gone and found.get("identity"):  # else a copy that somebody keeps, say seed-0.bak
                 left_out.append(f"{place}: no method of today's")
             continue
         identity = found.get("identity", {})
@@ -1814,10 +1815,12 @@ def warnings_of(results: Results) -> list[str]:
             compared = f"held-out loss of {name}, {mean:.3f}, is above base's, {base:.3f}"
             found.append(f"note: {compared} (whether that can be told, the verdicts say)")
     base = mean_figure(results.get("base", {}), "L_P")
-    mends = {"full": "a lower --lr", "forgetting": "a lower --t-max or --lr"}  # these learn all of that P
-    for name, mend in mends.items():
-        mean = mean_figure(results.get(name, {}), "L_P")
-        if base < mean < math.inf:
+    mends = {"full": "a lower --lr", "forgetting": "a lower --t-max or --lr"}
+    for name, by_seed in results.items():
+        mean = mean_figure(by_seed, "L_P")
+        mend = mends.get(name.partition(":")[0])
+        learns_all_of_it = mend and "rho=" not in name
+        if learns_all_of_it and base < mean < math.inf:
             compared = f"L_P of {name}, {mean:.3f}, is above base's, {base:.3f}"
             found.append(f"warning: {compared}: it harms what it is to learn; {mend}")
     return found

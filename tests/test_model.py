@@ -329,7 +329,7 @@ def test_losses_stay_float32_under_autocast():
     for autocast in (False, True):
         x = hidden.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            total, losses = WeightedTokenLoss.apply(x, head, targets, weights, None)
+            total, losses = WeightedTokenLoss.apply(x, head, targets, weights)
             total.backward()
             assert torch.equal(token_losses(hidden, head, targets), losses)
         assert total.dtype == losses.dtype == torch.float32 and not losses.requires_grad
