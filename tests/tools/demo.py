@@ -33,20 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import (
-    Tokenizer,
-    asked_in,
-    print0,
-    progress,
-    rank_and_world,
-    read_rows,
-    render,
-    start_ranks,
-    usable_cores,
-    wait_for_all,
-    write_rows,
-)  # noqa: E402
-from data import write_text  # noqa: E402
+from data import Tokenizer, asked_in, print0, progress, rank_and_world, read_rows, render  # noqa: E402
+from data import start_ranks, usable_cores, wait_for_all, write_rows, write_text  # noqa: E402
 from eval import TASKS, Answer, Request, Task, choice_task, f1_score, mc, prepare, table  # noqa: E402
 from model import DTYPES, load_model  # noqa: E402
 
