@@ -89,6 +89,17 @@ def test_the_trust_table():
     assert list(map(float, lines["swap AUC"])) == [0.5, 0, 0]
 
 
+def test_the_table_of_steps_has_differences_by_seed():
+    """Of 3 seeds: ignoring - full is .1, .2, .3 by seed, mean .2; its t-interval is 4.303 deviations of the mean wide each way."""
+    kind = {"D_ref": "clean", "rate": 1e-3, "passes": 3, "steps": 24, "row AUC": 0.9}
+    figures = [(1.0, 1.1), (3.0, 3.2), (2.0, 2.3)]
+    records = [kind | {"full held-out": full, "ignoring held-out": ours} for full, ours in figures]
+    reach = 4.303 * 0.1 / 3**0.5
+    assert f"0.200 [{0.2 - reach:.3f}, {0.2 + reach:.3f}]" in steps.steps_table(records)
+    two = steps.steps_table(records[:2])
+    assert "0.150" in two and "[" not in two  # of two seeds an interval would say nothing
+
+
 def test_ties_share_their_rank():
     assert steps.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
 

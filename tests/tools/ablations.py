@@ -57,7 +57,6 @@ ABLATIONS = {
         "the share unlearned, of the 0.3 left out",
         "ignoring:rho=0.7",
         [*(f"forgetting:forget_rate={rate}" for rate in (0.05, 0.1, 0.2)), "forgetting"],
-        ("clean", "same"),
     ),
     "t_max": Ablation(
         "the strength of forgetting",
@@ -84,6 +83,7 @@ ABLATIONS = {
         "tokens or whole sequences",
         "full",
         ["ignoring", "ignoring-sequence", "forgetting", "forgetting-sequence"],
+        pairs=(("ignoring-sequence", "ignoring"), ("forgetting-sequence", "forgetting")),
     ),
     "rate": Ablation(
         "learning rate and method",
@@ -93,7 +93,6 @@ ABLATIONS = {
             for rate in (0.001, 0.003, 0.01)
             for method in ("full", "ignoring", "forgetting")
         ],
-        ("clean", "same"),
     ),
     "noise": Ablation(
         "the reference's noise, from none to the training set's",
@@ -118,8 +117,9 @@ ABLATIONS = {
         "full",
         ["base", "reference", "ignoring:rho=0.7", "forgetting", "forgetting-wga"],
         ("same", "same-light"),
-        seeds=(0, 1, 2, 3, 4, 5),
-    ),  # the demo's and three more
+        seeds=(0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14),  # the demo's, three more, and those of the others
+        pairs=(("forgetting", "ignoring:rho=0.7"), ("forgetting-wga", "forgetting")),
+    ),
     "step": Ablation(
         "the authors' step, and weights times a power of p",
         "full",

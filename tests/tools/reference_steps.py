@@ -7,7 +7,8 @@ Each reference scores D_train, and --methods are trained with its Q; those that 
 once. Rows that a user would trust are scored as well: the held-out rows, and the same rows with each other's
 answers. All losses are kept in OUT/WORLD/REFERENCE/losses.safetensors. Other flags are forgetting.py's.
 
-The first table is a line for each kind of reference. The second asks of every figure that needs no known
+The first table is a line for each kind of reference: means over seeds and 95 % intervals of Student's t, and
+what the methods are worth over `full`. The second asks of every figure that needs no known
 noise how well it says, over all references, whether `ignoring` will beat `full`.
 """
 
@@ -349,6 +350,7 @@ SHOWN = {  # figure: its digits
     "swap AUC": 2,
     "theta' held-out": 3,
 }
+OUTCOMES = {"average": 1, "held-out": 3}  # what a method is worth, in points and in nats: their digits
 TRUST = (
     "gap",
     "gap in deviations",
@@ -373,18 +375,40 @@ def kind_of(record: dict) -> tuple:
     return record["D_ref"], record["rate"], record["passes"], record["steps"]
 
 
-def outcomes_in(records: list[dict]) -> dict[str, int]:
-    """The columns of what methods are worth, each with its digits."""
+def with_gains(record: dict) -> dict:
+    """The record with what each method is worth over `full`, in place of its own figures."""
+    shown = dict(record)
+    for name in record:
+        method, _, measure = name.partition(" ")
+        over = f"full {measure}"
+        if measure in OUTCOMES and method not in ("full", "theta'") and over in record:
+            shown[f"{method} - {over}"] = shown.pop(name) - record[over]
+    return shown
+
+
+def columns_of(records: list[dict]) -> dict[str, int]:
+    """The columns of the table that some record has, each with its digits."""
     names = dict.fromkeys(name for record in records for name in record)
-    averages = {name: 1 for name in names if name.endswith(" average")}
-    losses = {name: 3 for name in names if name.endswith(" held-out") and name not in SHOWN}
-    return averages | losses
+    outcomes = {
+        name: digits for measure, digits in OUTCOMES.items() for name in names if name.endswith(f" {measure}")
+    }
+    columns = SHOWN | outcomes
+    return {name: digits for name, digits in columns.items() if name in names}
+
+
+def mean_and_interval(values: list[float], digits: int) -> str:
+    """The mean over seeds and, of three or more, its 95 % interval (Student's t)."""
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) < 3:
+        return text
+    low, high = ablations.interval(values)
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def steps_table(records: list[dict]) -> str:
-    """A line for each D_ref, rate and number of passes: means and deviations over seeds."""
-    columns = SHOWN | outcomes_in(records)
-    columns = {name: digits for name, digits in columns.items() if any(name in r for r in records)}
+    """A line for each D_ref, rate and number of passes: means over seeds, with their intervals."""
+    records = [with_gains(record) for record in records]
+    columns = columns_of(records)
     lines = []
     for kind, group in itertools.groupby(sorted(records, key=kind_of), kind_of):
         found = list(group)
@@ -392,7 +416,7 @@ def steps_table(records: list[dict]) -> str:
         line.append(str(len(found)))
         for name, digits in columns.items():
             values = [record[name] for record in found if name in record]
-            line.append(forgetting.spread(values, digits) if values else "")
+            line.append(mean_and_interval(values, digits) if values else "")
         lines.append(line)
     return table(["D_ref", "rate", "passes", "steps", "seeds", *columns], lines)
 
@@ -456,7 +480,10 @@ def main() -> None:
         for rate, passes in itertools.product(own.rates, own.passes):
             study.record(Reference(rows, rate, passes), own.methods)
     records = read_records(own.out)
-    text = f"{steps_table(records)}\n\n{trust_table(records)}\n"
+    text = steps_table(records) + "\n"
+    told = [record for record in records if {"full held-out", "ignoring held-out"} <= set(record)]
+    if told:
+        text += f"\n{trust_table(told)}\n"
     write_rows(records, own.out / "records.jsonl")
     write_text(text, own.out / "results.md")
     print(text)
