@@ -100,6 +100,18 @@ def test_the_table_of_steps_has_differences_by_seed():
     assert "0.150" in two and "[" not in two  # of two seeds an interval would say nothing
 
 
+def test_what_the_trust_gap_told_is_counted_by_its_interval():
+    """Above 0 ignoring won once in two, around 0 never, below 0 nothing was seen."""
+    records = [(0.1, 1.0, 0.9), (0.2, 1.0, 1.1), (-0.1, 1.0, 1.2)]  # the interval's lower end; full, ignoring
+    records = [
+        {"trust gap": [0.3, low, 0.5], "full held-out": full, "ignoring held-out": ours}
+        for low, full, ours in records
+    ]
+    assert ["1 of 2", "0 of 1", "0 of 0"] == [
+        line.split("|")[2].strip() for line in steps.verdict_table(records).splitlines()[2:]
+    ]
+
+
 def test_ties_share_their_rank():
     assert steps.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
 

@@ -1,4 +1,4 @@
-"""How hard to train the reference: a line of JSON for each D_ref, rate and number of passes, and two tables.
+"""How hard to train the reference: a line of JSON for each D_ref, rate and number of passes, and tables.
 
     ./run.sh reference_steps --seeds 10 11 12 13 14                     # the demo's world
     ./run.sh reference_steps --model SMOLLM2 --rows a.jsonl b.jsonl --seeds 0 1 2   # real_run's
@@ -9,7 +9,8 @@ answers. All losses are kept in OUT/WORLD/REFERENCE/losses.safetensors. Other fl
 
 The first table is a line for each kind of reference: means over seeds and 95 % intervals of Student's t, and
 what the methods are worth over `full`. The second asks of every figure that needs no known
-noise how well it says, over all references, whether `ignoring` will beat `full`.
+noise how well it says, over all references, whether `ignoring` will beat `full`; the third what a run's
+trust gap told.
 """
 
 import argparse
@@ -143,6 +144,12 @@ def trust_figures(train: Scored, trusted: Scored, swapped: Scored) -> dict[str, 
         "Q of D_train in deviations": on_train / deviation,
         "deviation of Q": deviation,
     }
+
+
+def trust_gap(trusted: Scored, train: Scored) -> tuple[float, float, float]:
+    """What a run says before stage 4: the gap in deviations of Q, and its 95 % interval."""
+    of_trusted, of_train = ((part.rows, part.lengths) for part in (trusted, train))
+    return forgetting.trust_gap(of_trusted, of_train, float(train.tokens.std()))
 
 
 def noise_figures(train: Scored, options: forgetting.Options) -> dict[str, float]:
@@ -300,6 +307,7 @@ class Study:
         }
         record |= noise_figures(scored["train"], self.options)
         record |= trust_figures(*scored.values())
+        record["trust gap"] = trust_gap(scored["held-out"], scored["train"])
         record["theta' held-out"] = float(np.nanmean(scored["held-out"].ref_loss))
         for method in methods:
             found = outcome(self.figures(method, scored["train"], folder))
@@ -450,6 +458,17 @@ def trust_table(records: list[dict]) -> str:
     return table(["figure", better, "rank correlation with the gain", "with the row AUC"], lines)
 
 
+def verdict_table(records: list[dict]) -> str:
+    """How often ignoring beat full in held-out loss, by where the trust gap's interval lay."""
+    beat: dict[str, list[bool]] = {"above 0": [], "around 0": [], "below 0": []}
+    for record in records:
+        _, low, high = record["trust gap"]
+        place = "above 0" if low > 0 else "below 0" if high < 0 else "around 0"
+        beat[place].append(record["ignoring held-out"] < record["full held-out"])
+    lines = [[place, f"{sum(found)} of {len(found)}"] for place, found in beat.items()]
+    return table(["trust gap's interval", "ignoring beat full"], lines)
+
+
 # -------------------------------------------------------------------------------------------------- main
 
 
@@ -483,7 +502,7 @@ def main() -> None:
     text = steps_table(records) + "\n"
     told = [record for record in records if {"full held-out", "ignoring held-out"} <= set(record)]
     if told:
-        text += f"\n{trust_table(told)}\n"
+        text += f"\n{trust_table(told)}\n\n{verdict_table(told)}\n"
     write_rows(records, own.out / "records.jsonl")
     write_text(text, own.out / "results.md")
     print(text)
