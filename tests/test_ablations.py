@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import ablations
+import look
 import numpy as np
 import pytest
 
@@ -163,7 +164,7 @@ def test_few_seeds_have_no_interval(count, words):
 
 def test_five_seeds_have_one():
     found = {"full": [40.0] * 5, "ignoring": [41.0, 42.0, 43.0, 44.0, 45.0]}
-    low, high = ablations.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    low, high = look.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert f"| +3.0 [{low:+.1f}, {high:+.1f}] | 5/5" in ablations.comparison(found, "full")
 
 
@@ -172,10 +173,10 @@ def test_the_interval_of_five_seeds_holds_what_it_says():
     values = [-1.3, 0.4, 2.2, 2.9, 7.1]
     reach = 2.776 * np.std(values, ddof=1) / 5**0.5  # the tables' 97.5 % point with four degrees of freedom
     mean = np.mean(values)
-    assert ablations.interval(values) == pytest.approx((mean - reach, mean + reach), abs=1e-3)
-    assert ablations.interval([3.0] * 5) == (3.0, 3.0)
+    assert look.t_interval(values) == pytest.approx((mean - reach, mean + reach), abs=1e-3)
+    assert look.t_interval([3.0] * 5) == (3.0, 3.0)
     draws = np.random.default_rng(0).normal(0, 1, (2000, 5))
-    held = [low <= 0 <= high for low, high in map(ablations.interval, draws)]
+    held = [low <= 0 <= high for low, high in map(look.t_interval, draws)]
     assert 0.935 <= np.mean(held) <= 0.965
 
 

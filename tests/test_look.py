@@ -406,13 +406,10 @@ def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
     assert means["full (3)"]["held-out"] == f"{np.mean(full):.3f} +- {np.std(full, ddof=1):.3f}"
     assert means["full (3)"]["qa f1"] == f"{40 + 10 * np.mean(full):.1f} +- {10 * np.std(full, ddof=1):.1f}"
     assert means["forgetting:rho=0.5 (2)"]["held-out"] == f"{np.mean(half):.3f} +- {np.std(half, ddof=1):.3f}"
-    assert (
-        pairs["forgetting:rho=0.5 - full"]["held-out"]
-        == f"-0.875 +- {np.std([-1.25, -0.5], ddof=1):.3f} (2/2)"
-    )
-    assert (
-        pairs["reference - full"]["held-out"] == f"-0.900 +- {np.std([-1.5, -0.8, -0.4], ddof=1):.3f} (3/3)"
-    )
+    assert pairs["forgetting:rho=0.5 - full"]["held-out"] == "-0.875 (2/2)"  # of two there is no interval
+    reach = 4.302653 * np.std([-1.5, -0.8, -0.4], ddof=1) / 3**0.5
+    interval = f"[{-0.9 - reach:+.3f}, {-0.9 + reach:+.3f}]"
+    assert pairs["reference - full"]["held-out"] == f"-0.900 {interval} (3/3)"
     assert "two/full/seed-9: measured on other tasks" in text and "7.000" not in text and "old" not in text
     assert "no finished method" in fails(capsys, tmp_path / "one", tmp_path / "model")
 
@@ -425,7 +422,9 @@ def test_signs_of_paired_differences_are_counted():
         "ignoring": {2: row(1.5), 0: row(1), 1: row(2.1)},
     }
     line = look.paired_differences(rows).splitlines()[-1]
-    assert "| ignoring - full | -0.467 +- 0.551 (2/3) |" == line
+    reach = 4.302653 * np.std([-1, 0.1, -0.5], ddof=1) / 3**0.5
+    interval = f"[{-1.4 / 3 - reach:+.3f}, {-1.4 / 3 + reach:+.3f}]"
+    assert f"| ignoring - full | -0.467 {interval} (2/3) |" == line
     assert look.paired_differences({"full": rows["full"], "base": rows["base"]}) == ""
 
 

@@ -13,7 +13,6 @@ Results on an ablation's own seeds go to tests/ablations/, others to OUT; fewer 
 
 import argparse
 import dataclasses
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import demo  # noqa: E402
 import forgetting  # noqa: E402
+import look  # noqa: E402
 from data import read_rows, write_rows, write_text  # noqa: E402
 from eval import primary_metrics, table  # noqa: E402
 
@@ -190,18 +190,10 @@ def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dic
     return found
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean over seeds, Student's t: a bootstrap of five would promise too much."""
-    mean, seeds = float(np.mean(differences)), len(differences)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(seeds)
-    reach = forgetting.student_t_quantile(0.05, seeds - 1) * error
-    return mean - reach, mean + reach
-
-
 def extent(differences: list[float]) -> tuple[float, float]:
     """What a drawing shows of a row: its interval, or, of too few seeds, its mean alone."""
     mean = float(np.mean(differences))
-    return (mean, mean) if len(differences) < FEWEST_SEEDS else interval(differences)
+    return (mean, mean) if len(differences) < FEWEST_SEEDS else look.t_interval(differences)
 
 
 def no_interval(seeds: int) -> str:

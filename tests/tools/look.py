@@ -34,6 +34,7 @@ from data import Corpus, Tokenizer, read_object, read_rows, write_rows, write_te
 from eval import table  # noqa: E402
 from forgetting import LOSSES, METHODS, choose_signs, columns, comparison, detection, finished, is_row  # noqa: E402
 from forgetting import quality_scores, read_log, read_scores, sequence_means, spread  # noqa: E402
+from forgetting import student_t_quantile  # noqa: E402
 from model import checkpoint_folder  # noqa: E402
 
 Array = np.ndarray  # (C,): one for each token of D_train; (E,): one for each of its rows
@@ -199,16 +200,39 @@ def differences(ours: dict, theirs: dict) -> dict[str, list[float]]:
     return gather({name: ours[key][name] - theirs[key][name] for name in names[key]} for key in names)
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean over seeds or runs, Student's t: a bootstrap of so few would promise too much."""
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    reach = student_t_quantile(0.05, len(values) - 1) * error
+    return mean - reach, mean + reach
+
+
+def mean_and_interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """The mean and, of three values or more, its 95 % interval."""
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    if len(values) < 3:
+        return text
+    low, high = t_interval(values)
+    return f"{text} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
 def spread_table(corner: str, figures: dict[str, dict[str, list[float]]], paired: bool = False) -> str:
-    """{line: {column: figures}} as mean +- deviation; of pairs also how many differences have the sign of the mean."""
+    """{line: {column: figures}} as mean +- deviation.
+
+    Of pairs: the mean difference, its interval, and how many differences have the mean's sign.
+    """
     names = list(dict.fromkeys(name for line in figures.values() for name in line))
     lines = []
     for what, line in figures.items():
-        cells = {
-            name: spread(values, 3 if name in LOSSES else 1, "+" * paired) for name, values in line.items()
-        }
-        for name, values in line.items() if paired else ():
-            cells[name] += f" ({(np.sign(values) == np.sign(np.mean(values))).sum()}/{len(values)})"
+        cells = {}
+        for name, values in line.items():
+            digits = 3 if name in LOSSES else 1
+            if paired:
+                same_sign = (np.sign(values) == np.sign(np.mean(values))).sum()
+                cells[name] = f"{mean_and_interval(values, digits, '+')} ({same_sign}/{len(values)})"
+            else:
+                cells[name] = spread(values, digits)
         lines.append([what, *(cells.get(name, "") for name in names)])
     return table([corner, *names], lines)
 
@@ -224,29 +248,40 @@ def paired_differences(rows: dict[str, dict]) -> str:
         f"{method} - {baseline}": differences(rows[method], rows[baseline]) for method, baseline in pairs
     }
     figures = {pair: found for pair, found in figures.items() if found}
-    title = "Paired differences (in how many of them the difference has this sign):\n\n"
+    title = (
+        "Paired differences, 95 % intervals of three or more (in how many the difference has this sign):\n\n"
+    )
     return title + spread_table("pair", figures, paired=True) if figures else ""
 
 
-def join_runs(folders: list[Path]) -> str:
-    """The results of several runs in one table; each run counts once, with its means over its seeds."""
-    rows, notes = (
-        {},
-        [f"mean +- sample standard deviation over {len(folders)} runs: {', '.join(map(str, folders))}"],
-    )
+def join_runs(runs: Sequence[Sequence[Path]]) -> str:
+    """The results of several runs in one table; each run counts once, with its means over its seeds.
+
+    A run may be several folders that share D_train; of a method that two of them have the last one counts.
+    """
+    names = ", ".join(str(folders[-1]) for folders in runs)
+    notes = [f"mean +- sample standard deviation over {len(runs)} runs: {names}"]
+    rows: dict[str, dict[Path, dict[str, float]]] = {}
+    for folders in runs:
+        for method, figures in means_of_run(folders, notes).items():
+            rows.setdefault(method, {})[folders[-1]] = figures
+    figures = {f"{method} ({len(by_run)})": gather(by_run.values()) for method, by_run in rows.items()}
+    parts = [spread_table("method (runs)", figures), paired_differences(rows), "\n".join(notes)]
+    return "\n\n".join(filter(None, parts))
+
+
+def means_of_run(folders: Sequence[Path], notes: list[str]) -> dict[str, dict[str, float]]:
+    """{method: its figures, means over seeds} of a run's folders; what is left out is noted."""
+    means = {}
     for folder in folders:
         done, left_out = finished(folder, {})
         if not done:
             raise ValueError(f"{folder}: no finished method of a run in it")
         notes += [f"not in the table: {folder}/{what}" for what in left_out]
-        for method, seeds in done.items():
-            means = {
-                name: float(np.mean(values)) for name, values in gather(map(columns, seeds.values())).items()
-            }
-            rows.setdefault(method, {})[folder] = means
-    figures = {f"{method} ({len(by_run)})": gather(by_run.values()) for method, by_run in rows.items()}
-    parts = [spread_table("method (runs)", figures), paired_differences(rows), "\n".join(notes)]
-    return "\n\n".join(filter(None, parts))
+        for method, by_seed in done.items():
+            figures = gather(map(columns, by_seed.values()))
+            means[method] = {name: float(np.mean(values)) for name, values in figures.items()}
+    return means
 
 
 # ----------------------------------------------------------------------------------------------- warnings
@@ -532,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folders = [folder for run in arguments.runs for folder in runs_in(run)]
         if len(arguments.runs) > 1 and not (arguments.rows or arguments.text):
-            print(text := join_runs(arguments.runs))
+            print(text := join_runs([[run] for run in arguments.runs]))
             if arguments.out:
                 write_text(text + "\n", arguments.out)
         elif len(folders) > 1 and (arguments.rows or arguments.out):

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import ablations  # noqa: E402
 import demo  # noqa: E402
 import forgetting  # noqa: E402
+import look  # noqa: E402
 import real_run  # noqa: E402
 from data import Corpus, Tokenizer, encode_rows, read_object, read_rows, render_rows  # noqa: E402
 from data import whole_file, write_rows, write_text  # noqa: E402
@@ -404,15 +405,6 @@ def columns_of(records: list[dict]) -> dict[str, int]:
     return {name: digits for name, digits in columns.items() if name in names}
 
 
-def mean_and_interval(values: list[float], digits: int) -> str:
-    """The mean over seeds and, of three or more, its 95 % interval (Student's t)."""
-    text = f"{np.mean(values):.{digits}f}"
-    if len(values) < 3:
-        return text
-    low, high = ablations.interval(values)
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def steps_table(records: list[dict]) -> str:
     """A line for each D_ref, rate and number of passes: means over seeds, with their intervals."""
     records = [with_gains(record) for record in records]
@@ -424,7 +416,7 @@ def steps_table(records: list[dict]) -> str:
         line.append(str(len(found)))
         for name, digits in columns.items():
             values = [record[name] for record in found if name in record]
-            line.append(mean_and_interval(values, digits) if values else "")
+            line.append(look.mean_and_interval(values, digits) if values else "")
         lines.append(line)
     return table(["D_ref", "rate", "passes", "steps", "seeds", *columns], lines)
 
