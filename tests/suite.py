@@ -6,6 +6,7 @@ One pytest a core, of one thread; each takes the next file that no other has beg
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,14 +19,41 @@ sys.path.insert(0, str(TESTS.parent))
 from data import progress, usable_cores  # noqa: E402
 
 MOST = 8  # processes: more would wait for the longest file
+PATIENCE = 10  # seconds for a pytest that was interrupted to say what it has found
 
 
 def start(folder: Path, number: int) -> subprocess.Popen:
-    """One of the processes, which claim test files in this folder; what it prints is NUMBER.log there."""
+    """One of the processes, which claim test files in this folder; what it prints is NUMBER.log there.
+
+    It leads a group of its own, so that Ctrl-C in a terminal reaches it, and what its tests start, through stop()
+    alone.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FORGETTING_CLAIMS": str(folder)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
     with open(folder / f"{number}.log", "wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
+        )
+
+
+def interrupt(number: int, _: object) -> None:
+    """A signal becomes Ctrl-C, once: `timeout` sends its own twice."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def stop(runs: list[subprocess.Popen]) -> None:
+    """Interrupt those that still run, and kill them where a test has taken the interrupt for its own."""
+    running = [run for run in runs if run.poll() is None]
+    for run in running:
+        os.killpg(run.pid, signal.SIGINT)
+    latest = time.monotonic() + PATIENCE
+    for run in running:
+        try:
+            run.wait(max(latest - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
 
 
 def counts_in(text: str) -> Counter:
@@ -55,20 +83,25 @@ def main() -> None:
     files = len(list(TESTS.glob("test_*.py")))
     began = time.perf_counter()
     stopped = False
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, interrupt)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runs = [start(folder, number) for number in range(min(usable_cores(), MOST))]
+        runs = []
         try:
+            for number in range(min(usable_cores(), MOST)):
+                runs.append(start(folder, number))
             with progress("test files", files, "files", keep=True) as bar:
                 while at_work := sum(run.poll() is None for run in runs):
                     time.sleep(0.5)
                     begun = len(list(folder.glob("*.py")))
                     bar.update(max(begun - at_work, bar.n) - bar.n)
                 bar.update(files - bar.n)
-        except KeyboardInterrupt:  # the children have it from the terminal, too
+        except KeyboardInterrupt:
             stopped = True
-            for run in runs:
-                run.wait()
+        finally:
+            stop(runs)
         ended = [line for run in runs if (line := how_it_died(run, folder))]
         texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.log"))]
     total = sum(map(counts_in, texts), Counter())

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import suite
 
 
@@ -47,3 +50,47 @@ def test_a_pytest_that_was_killed_is_named(tmp_path):
     (tmp_path / "test_a.py").write_text(str(run.pid))
     assert "ended by signal 9" in suite.how_it_died(run, tmp_path)
     assert "test_a.py" in suite.how_it_died(run, tmp_path)
+
+
+SLEEPS = "time.sleep(60)"
+KEEPS_ON = """
+    for _ in range(9):
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "number, body, words",
+    [(signal.SIGTERM, SLEEPS, "1 passed"), (signal.SIGINT, KEEPS_ON, "ended by signal 9; ")],
+    ids=["SIGTERM", "SIGINT that a test takes"],
+)
+def test_a_suite_that_is_stopped_leaves_nothing(tmp_path, number, body, words):
+    """SIGTERM left every pytest running, and their folder; SIGINT that reached the parent alone was waited on."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    pids, claims = tmp_path / "pids", tmp_path / "claims"
+    claims.mkdir()
+    lines = [
+        "import contextlib, os, subprocess, time",
+        "def test_first(): pass",
+        "def test_sleeps():",
+        "    child = subprocess.Popen(['sleep', '60'])",
+        f"    with open({str(pids)!r}, 'w') as file: file.write(f'{{os.getpid()}} {{child.pid}}.')",
+        f"    {body}",
+    ]
+    (tmp_path / "test_a.py").write_text("\n".join(lines) + "\n")
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import suite; suite.PATIENCE = 2; "
+    code += "suite.TESTS = pathlib.Path(sys.argv[2]); suite.main()"
+    command = [sys.executable, "-c", code, str(suite.TESTS), str(tmp_path)]
+    environment = os.environ | {"TMPDIR": str(claims)}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    while not pids.is_file() or not pids.read_text().endswith("."):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(number)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and not list(claims.iterdir())
+    assert words in said
+    for pid in pids.read_text().strip(".").split():
+        stat = Path(f"/proc/{pid}/stat")
+        assert not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
