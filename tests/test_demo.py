@@ -159,6 +159,20 @@ def one_by_one(tmp_path_factory) -> tuple[dict, dict]:
     return found
 
 
+def test_the_bar_counts_what_is_asked_for(tmp_path):
+    """Adapters of methods that were not asked for counted, too: it began at its end, and went past it."""
+    options, _ = demo.parse_demo([*SMALL, "--methods", "base", "full", "--out", str(tmp_path)])
+    counted = {panel: demo.adapters_of(options, 5, panel) for panel in demo.PANELS}
+    folders = {
+        panel: [str(path.parent.relative_to(tmp_path / "world-5")) for path in paths]
+        for panel, paths in counted.items()
+    }
+    assert folders == {
+        "clean": ["clean/reference", "clean/full/seed-5", "clean/oracle/seed-5"],
+        "same-light": ["same-light/reference"],
+    }
+
+
 def start_demo(out: Path) -> subprocess.Popen:
     """The command line, on two cores whatever the machine has."""
     tool = str(Path(demo.__file__))
@@ -193,8 +207,11 @@ def test_panels_side_by_side_end_in_the_same_tables(one_by_one, tmp_path):
     said, errors = whole.communicate()
     assert whole.returncode == 0, errors
     assert "## Reference trained on clean rows" in said and same_as(one_by_one, tmp_path)
+    options, _ = demo.parse_demo([*SMALL, "--out", str(tmp_path)])
     for panel in demo.PANELS:
+        folder = demo.panel_folder(options, 5, panel)
         assert "| plan" in (tmp_path / f"world-5/{panel}.log").read_text()
+        assert set(demo.adapters_of(options, 5, panel)) == set(folder.rglob("adapter_model.safetensors"))
 
 
 def test_what_a_process_of_the_demo_may_answer():

@@ -292,11 +292,17 @@ def trained_as_the_paper_does(options: forgetting.Options) -> forgetting.Options
     return dataclasses.replace(options, reference_lr=options.lr, reference_epochs=options.epochs)
 
 
+def panel_folder(options: forgetting.Options, seed: int | str, panel: str) -> Path:
+    """The run folder of one panel on one seed's corpus, whose rows lie beside it."""
+    return Path(options.out) / f"world-{seed}" / panel
+
+
 def panel_options(
     options: forgetting.Options, panel: str, seed: int, methods: list[str]
 ) -> forgetting.Options:
     """The options of one panel's run on one seed's corpus; "same-light" has the D_ref of "same"."""
-    world = Path(options.out) / f"world-{seed}"
+    folder = panel_folder(options, seed, panel)
+    world = folder.parent
     rows = panel.removesuffix(LIGHT)
     if panel != rows:
         options = trained_as_the_paper_does(options)
@@ -304,7 +310,7 @@ def panel_options(
         options,
         methods=methods,
         seeds=[seed],
-        out=str(world / panel),
+        out=str(folder),
         tasks=["demo_mc", "demo_qa"],
         data_dir=str(world),
         data=[str(world / "train.jsonl")],
@@ -394,9 +400,9 @@ def run_side_by_side(options: forgetting.Options, jobs: list[tuple[int, str]], p
     )
     waiting, found = list(jobs), {}
     running: dict[Connection, tuple] = {}
-    references = len(jobs)
-    expected = references + sum(len(trainings_of(panel, options)) for _, panel in jobs)
-    bar = progress("trainings", expected, "trainings", len(adapters_in(options, jobs)), keep=True)
+    adapters = [path for job in jobs for path in adapters_of(options, *job)]
+    done = sum(map(Path.is_file, adapters))
+    bar = progress("trainings", len(adapters), "trainings", done, keep=True)
     with bar, forgetting.stop_between_steps() as signals:
         try:
             while (waiting or running) and not signals:
@@ -409,7 +415,7 @@ def run_side_by_side(options: forgetting.Options, jobs: list[tuple[int, str]], p
                     found[job] = answer_of(connection, process, log_of(options, *job))
                 in_work = [job for job, _ in running.values()]
                 bar.set_postfix_str(latest_figures(options, in_work), refresh=sys.stderr.isatty())
-                bar.update(len(adapters_in(options, jobs)) - bar.n)
+                bar.update(sum(map(Path.is_file, adapters)) - bar.n)
         finally:
             for _, process in running.values():
                 process.terminate()
@@ -440,7 +446,7 @@ def run_apart(options: forgetting.Options, seed: int, panel: str, answer: Connec
     """Send run_panel's result, or an error; what a panel would show on the screen is in its log."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    folder, log = Path(options.out) / f"world-{seed}" / panel, log_of(options, seed, panel)
+    folder, log = panel_folder(options, seed, panel), log_of(options, seed, panel)
     with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
             with forgetting.locked(folder):
@@ -475,24 +481,22 @@ def answer_of(connection: Connection, process: multiprocessing.Process, log: Pat
 
 def log_of(options: forgetting.Options, seed: int | str, panel: str) -> Path:
     """Where a panel that runs beside others writes what it says."""
-    return Path(options.out) / f"world-{seed}" / f"{panel}.log"
+    return panel_folder(options, seed, f"{panel}.log")
 
 
-def trainings_of(panel: str, options: forgetting.Options) -> list[str]:
-    """What a panel trains, its reference left out."""
+def adapters_of(options: forgetting.Options, seed: int, panel: str) -> list[Path]:
+    """The files that say that a panel's trainings are finished: the reference's, and each method's."""
     trained = [method for method in methods_of(panel, options) if method not in forgetting.UNTRAINED]
-    return trained + ["oracle"] * (panel == "clean")
-
-
-def adapters_in(options: forgetting.Options, jobs: list[tuple[int, str]]) -> list[Path]:
-    """The finished trainings of some panels."""
-    folders = [Path(options.out) / f"world-{seed}" / panel for seed, panel in jobs]
-    return [path for folder in folders for path in folder.rglob("adapter_model.safetensors")]
+    if panel == "clean":
+        trained.append("oracle")
+    names = ["reference", *(f"{method}/seed-{seed}" for method in trained)]
+    folder = panel_folder(options, seed, panel)
+    return [folder / name / "adapter_model.safetensors" for name in names]
 
 
 def latest_figures(options: forgetting.Options, jobs: list[tuple[int, str]]) -> str:
     """The newest line of the logs of some panels' trainings."""
-    folders = [Path(options.out) / f"world-{seed}" / panel for seed, panel in jobs]
+    folders = [panel_folder(options, seed, panel) for seed, panel in jobs]
     logs = [path for folder in folders for path in folder.rglob("metrics.jsonl")]
     if not logs:
         return ""
@@ -613,10 +617,10 @@ def run_and_report(options: forgetting.Options, world: str, svg: str | None) -> 
     print0("\n" + "\n\n".join(parts))
     print0(f"\nwritten to {out / 'results.md'}; every token with its Q: ./run.sh look {out}")
     if svg:
-        world = out / f"world-{options.seeds[0]}"
+        seed = options.seeds[0]
         runs = {
-            "reference trained on clean rows": world / "clean",
-            "reference as noisy as the training rows": world / "same-light",
+            "reference trained on clean rows": panel_folder(options, seed, "clean"),
+            "reference as noisy as the training rows": panel_folder(options, seed, "same-light"),
         }
         write_text(draw_tokens({title: look.read_run(folder) for title, folder in runs.items()}), svg)
 
