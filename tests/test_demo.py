@@ -14,7 +14,7 @@ import torch
 
 from data import Tokenizer, build_corpus, read_rows, write_rows
 from eval import TASKS, Answer
-from forgetting import Options, locked
+from forgetting import Options, locked, stop_between_steps
 
 
 def test_the_demo_world_is_what_it_says():
@@ -232,6 +232,38 @@ def test_what_a_process_of_the_demo_may_answer():
         demo.answer_of(*answers[1])
     with pytest.raises(OSError, match="ended with exit code -6: a.log says more"):
         demo.answer_of(*answers[2])
+
+
+def goes_on(ready):
+    """A process that loses SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.send(None)
+    time.sleep(60)
+
+
+def takes_its_time(ready):
+    """A process that writes a checkpoint when it has been asked to end."""
+    with stop_between_steps() as signals:
+        ready.send(None)
+        while not signals:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+
+def test_a_process_that_lost_its_signal_is_not_waited_for(monkeypatch):
+    """The demo waited until the whole panel was finished, and later signals did nothing."""
+    context = demo.multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    processes = [context.Process(target=target, args=(theirs,)) for target in (goes_on, takes_its_time)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        ours.recv()
+    loses_it, ends = processes
+    demo.end([ends])
+    monkeypatch.setattr(demo, "PATIENCE", 0.5)
+    demo.end([loses_it])
+    assert (loses_it.exitcode, ends.exitcode) == (-signal.SIGKILL, 0)
 
 
 def test_an_error_nobody_expected_is_in_the_panels_log(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -417,13 +418,24 @@ def run_side_by_side(options: forgetting.Options, jobs: list[tuple[int, str]], p
                 bar.set_postfix_str(latest_figures(options, in_work), refresh=sys.stderr.isatty())
                 bar.update(sum(map(Path.is_file, adapters)) - bar.n)
         finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.join()
+            end([process for _, process in running.values()])
     if signals:
         raise KeyboardInterrupt
     return [found[job] for job in jobs]
+
+
+PATIENCE = 60  # seconds for a panel to end its step and to write the checkpoint
+
+
+def end(processes: list[multiprocessing.Process]) -> None:
+    """SIGTERM for all, and kill -9 for one that lost it: sent between two trainings, say, it begins the next."""
+    for process in processes:
+        process.terminate()
+    latest = time.monotonic() + PATIENCE
+    for process in processes:
+        process.join(max(latest - time.monotonic(), 0))
+        process.kill()
+        process.join()
 
 
 def start_apart(
