@@ -2125,6 +2125,8 @@ def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], 
 
 # ------------------------------------------------------------------------------------------------- main
 
+USER_ERRORS = (ValueError, FloatingPointError, OSError, SafetensorError)  # what a user can mend
+
 
 def main() -> None:
     """The command line: exit code 2, and a line or two, for what the user can mend."""
@@ -2138,7 +2140,7 @@ def main() -> None:
             results = run(options)
             if is_main:
                 report(results, options)
-    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
+    except USER_ERRORS as error:
         print(f"forgetting.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

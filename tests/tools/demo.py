@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
@@ -340,7 +339,6 @@ def oracle(options: forgetting.Options, name: str, seed: int, unlearn: bool = Tr
     return forgetting.measure(model, suite, folder)
 
 
-USER_ERRORS = (ValueError, FloatingPointError, OSError, SafetensorError)  # a line on the screen
 Panel = tuple[dict[str, dict], dict[str, float]]  # {method: figures}, and how well Q finds the known noise
 
 
@@ -463,7 +461,7 @@ def run_apart(options: forgetting.Options, seed: int, panel: str, answer: Connec
         try:
             with forgetting.locked(folder):
                 answer.send(run_panel(options, seed, panel))
-        except (*USER_ERRORS, KeyboardInterrupt) as error:
+        except (*forgetting.USER_ERRORS, KeyboardInterrupt) as error:
             answer.send(error)
         except Exception:
             traceback.print_exc()
@@ -644,7 +642,7 @@ def main(argv: list[str] | None = None) -> None:
         options.device = start_ranks(options.device)
         with forgetting.locked(Path(options.out)) if rank_and_world()[0] == 0 else nullcontext():
             run_and_report(options, own.world, own.svg)
-    except USER_ERRORS as error:
+    except forgetting.USER_ERRORS as error:
         print(f"demo.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

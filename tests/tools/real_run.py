@@ -176,9 +176,12 @@ def main() -> None:
         for split in own.splits:
             write_split(pool, tokenizer, own.out / f"split-{split}", split)
         runs = {panel: [run_split(own, rest, split, panel) for split in own.splits] for panel in PANELS}
-    except (ValueError, OSError) as error:
+    except forgetting.USER_ERRORS as error:
         print(f"real_run.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what was saved")
+        sys.exit(130)
     parts = []
     for panel, folders in runs.items():
         # what looks at no D_ref is trained in the first panel alone
