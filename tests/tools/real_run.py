@@ -39,8 +39,7 @@ PANELS = {
     "same": "a D_ref as noisy as D_train",
     "same-light": "a D_ref as noisy as D_train, the reference trained as the paper does",
 }
-FROM_Q = ["ignoring", "forgetting", "forgetting-wga"]  # what another D_ref changes
-METHODS = ["base", "reference", "full", "ignoring-loss", *FROM_Q]
+METHODS = ["base", "reference", "full", "ignoring-loss", "ignoring", "forgetting", "forgetting-wga"]
 SETTINGS = {
     "template": "model",
     "methods": METHODS,
@@ -136,7 +135,7 @@ def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) 
     """One panel of one split, with its oracle; the run folder. What does not look at D_ref is trained in the first panel."""
     folder = own.out / f"split-{split}"
     rows = panel.removesuffix(demo.LIGHT)
-    methods = METHODS if panel == "clean" else ["reference", *FROM_Q]
+    methods = [method for method in METHODS if panel == "clean" or demo.looks_at_reference(method)]
     settings = SETTINGS | {
         "model": own.model,
         "data": [str(folder / "train.jsonl")],
