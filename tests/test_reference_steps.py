@@ -140,3 +140,16 @@ def test_a_study(tmp_path, monkeypatch):
     monkeypatch.setattr(steps.forgetting, "step_gradient", None)
     steps.main()
     assert (tmp_path / "results.md").read_text() == table
+
+
+def test_too_few_rows_are_a_line(tmp_path, monkeypatch, capsys):
+    """It was a traceback of random.sample."""
+    monkeypatch.setattr(steps, "Tokenizer", lambda *_: None)
+    monkeypatch.setattr(steps.real_run, "short_rows", lambda *_: [{}] * 400)
+    words = ["--model", "m", "--rows", "rows.jsonl", "--seeds", "0", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["reference_steps.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        steps.main()
+    assert stop.value.code == 2
+    expected = "reference_steps.py: 400 rows are short enough: 580 are needed\n"
+    assert capsys.readouterr().err == expected

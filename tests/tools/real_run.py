@@ -12,6 +12,7 @@ import argparse
 import random
 import sys
 from pathlib import Path
+from typing import Sequence
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent)]
 import demo  # noqa: E402
@@ -33,7 +34,6 @@ BOILERPLATE = (
     "Thank you very much for your question.",
 )
 SIZES = {"reference": 80, "train": 200, "held-out": 80}
-OTHER_SIZES = (30, 300)  # of a clean D_ref, for reference_steps.py: the first of it, and more rows behind it
 PANELS = {
     "clean": "a clean D_ref",
     "same": "a D_ref as noisy as D_train",
@@ -100,15 +100,25 @@ def with_noise(rows: list[dict], rng: random.Random) -> list[dict]:
     return noisy
 
 
-def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int) -> None:
-    """train, train-clean, reference-clean (also of OTHER_SIZES), reference-same, held-out and qa of one split."""
+def write_split(
+    pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int, reference_sizes: Sequence[int] = ()
+) -> None:
+    """train, train-clean, reference-clean, reference-same, held-out and qa of one split.
+
+    reference_sizes: of other clean D_refs, reference-clean-SIZE: the first of it, or more rows behind it.
+    Raises ValueError for a pool that is too small.
+    """
+    more = max((SIZES["reference"], *reference_sizes)) - SIZES["reference"]
+    needed = sum(SIZES.values()) + more
+    if len(pool) < needed:
+        raise ValueError(f"{len(pool)} rows are short enough: {needed} are needed")
     rng = random.Random(split)
     places = rng.sample(range(len(pool)), sum(SIZES.values()))
     drawn = iter(places)
     parts = {name: [pool[next(drawn)] for _ in range(size)] for name, size in SIZES.items()}
     taken = set(places)
     left = [row for place, row in enumerate(pool) if place not in taken]
-    long = parts["reference"] + random.Random(split).sample(left, max(OTHER_SIZES) - SIZES["reference"])
+    long = parts["reference"] + random.Random(split).sample(left, more)
     questions = []
     for row in parts["held-out"]:
         pieces = render(row, tokenizer.eos, tokenizer.template)
@@ -126,7 +136,7 @@ def write_split(pool: list[dict], tokenizer: Tokenizer, folder: Path, split: int
         "reference-same": with_noise(parts["reference"], rng),
         "held-out": parts["held-out"],
     }
-    files |= {f"reference-clean-{size}": long[:size] for size in OTHER_SIZES}
+    files |= {f"reference-clean-{size}": long[:size] for size in reference_sizes}
     for name, rows in files.items():
         write_rows(rows, folder / f"{name}.jsonl")
 
@@ -169,9 +179,6 @@ def main() -> None:
     try:
         tokenizer = Tokenizer(own.model, "model")
         pool = short_rows(own.rows, tokenizer)
-        needed = sum(SIZES.values()) - SIZES["reference"] + max(OTHER_SIZES)
-        if len(pool) < needed:
-            raise ValueError(f"{len(pool)} rows are short enough: {needed} are needed")
         for split in own.splits:
             write_split(pool, tokenizer, own.out / f"split-{split}", split)
         runs = {panel: [run_split(own, rest, split, panel) for split in own.splits] for panel in PANELS}

@@ -211,6 +211,9 @@ def demo_worlds(own: argparse.Namespace, rest: list[str]) -> list[World]:
     return worlds
 
 
+REAL_SIZES = (30, 300)  # of clean D_refs of real rows, beside real_run's: --d-ref clean-30 clean-300
+
+
 def real_worlds(own: argparse.Namespace, rest: list[str]) -> list[World]:
     """The splits of real_run.py, written to disk; no questions are put."""
     tokenizer = Tokenizer(own.model, "model")
@@ -218,7 +221,7 @@ def real_worlds(own: argparse.Namespace, rest: list[str]) -> list[World]:
     worlds = []
     for split in own.seeds:
         folder = own.out / f"split-{split}"
-        real_run.write_split(pool, tokenizer, folder, split)
+        real_run.write_split(pool, tokenizer, folder, split, REAL_SIZES)
         settings = real_run.SETTINGS | {"model": own.model, "tasks": [], "methods": []}
         settings["data"] = [str(folder / f"{own.d_train}.jsonl")]
         options = forgetting.parse_options(rest, **settings)
@@ -485,11 +488,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 def main() -> None:
     """The command line."""
     own, rest = parse()
-    worlds = real_worlds(own, rest) if own.model else demo_worlds(own, rest)
-    for world, rows in itertools.product(worlds, own.d_ref):
-        study = Study(world, rows)
-        for rate, passes in itertools.product(own.rates, own.passes):
-            study.record(Reference(rows, rate, passes), own.methods)
+    try:
+        worlds = real_worlds(own, rest) if own.model else demo_worlds(own, rest)
+        for world, rows in itertools.product(worlds, own.d_ref):
+            study = Study(world, rows)
+            for rate, passes in itertools.product(own.rates, own.passes):
+                study.record(Reference(rows, rate, passes), own.methods)
+    except forgetting.USER_ERRORS as error:
+        print(f"reference_steps.py: {error}", file=sys.stderr)
+        sys.exit(2)
     records = read_records(own.out)
     text = steps_table(records) + "\n"
     told = [record for record in records if {"full held-out", "ignoring held-out"} <= set(record)]
