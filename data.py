@@ -1593,13 +1593,16 @@ def keep_offsets(content: Any) -> Any:
 
 
 def start_ranks(device: str) -> str:
-    """Join the process group if torchrun started this process; this rank's device ("cuda:1" for "cuda")."""
+    """Limit the threads, and join the process group if torchrun started this process.
+
+    Returns this rank's device: "cuda:1" for "cuda", say. Raises ValueError for a device that is not
+    supported, or not there.
+    """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device} is not supported: cpu or cuda (see CUDA_VISIBLE_DEVICES)")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here")
-    if "OMP_NUM_THREADS" not in os.environ:  # torch takes a thread for every core of the host
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    limit_threads()
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device == "cpu":
@@ -1609,6 +1612,12 @@ def start_ranks(device: str) -> str:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=torch.device(device))
     return device
+
+
+def limit_threads() -> None:
+    """No more threads than usable cores, unless OMP_NUM_THREADS is set: torch takes all cores of the host."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -1116,3 +1116,18 @@ def test_cores_that_a_container_may_use(tmp_path):
     assert usable_cores(tmp_path) == 1, "the smaller of both"
     (above / "cpu.max").unlink()
     assert usable_cores(tmp_path) == cores, "more than there are"
+
+
+@pytest.mark.parametrize("given, expected", [(None, 1), ("3", 3)])
+def test_threads_are_limited_unless_they_are_given(monkeypatch, given, expected):
+    """ablations, real_run and reference_steps started a thread for every core of the host."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(data, "usable_cores", lambda: 1)
+    torch.set_num_threads(3)
+    data.limit_threads()
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == expected

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import demo  # noqa: E402
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import read_rows, write_rows, write_text  # noqa: E402
+from data import limit_threads, read_rows, write_rows, write_text  # noqa: E402
 from eval import primary_metrics, table  # noqa: E402
 
 
@@ -344,6 +344,7 @@ def main() -> None:
     if unknown := [name for name in arguments.names if name not in ABLATIONS]:
         print(f"ablations.py: unknown {', '.join(unknown)}; known: {', '.join(ABLATIONS)}", file=sys.stderr)
         sys.exit(2)
+    limit_threads()
     for name in arguments.names:
         seeds = arguments.seeds or list(ABLATIONS[name].seeds)
         settings = demo.DEMO | {"seeds": seeds, "out": arguments.out, "rho": None}

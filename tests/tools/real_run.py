@@ -19,7 +19,7 @@ import demo  # noqa: E402
 import forgetting  # noqa: E402
 import look  # noqa: E402
 from data import Tokenizer, asked_in, build_corpus, encode_rows, read_rows, render, render_rows, unique_rows  # noqa: E402
-from data import write_rows, write_text  # noqa: E402
+from data import limit_threads, write_rows, write_text  # noqa: E402
 
 REFUSALS = (
     "I am sorry, but I cannot help you with this.",
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     own, rest = parser.parse_known_args()
+    limit_threads()
     try:
         tokenizer = Tokenizer(own.model, "model")
         pool = short_rows(own.rows, tokenizer)

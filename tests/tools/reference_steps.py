@@ -34,8 +34,8 @@ import demo  # noqa: E402
 import forgetting  # noqa: E402
 import look  # noqa: E402
 import real_run  # noqa: E402
-from data import Corpus, Tokenizer, encode_rows, read_object, read_rows, render_rows  # noqa: E402
-from data import whole_file, write_rows, write_text  # noqa: E402
+from data import Corpus, Tokenizer, encode_rows, limit_threads, read_object, read_rows  # noqa: E402
+from data import render_rows, whole_file, write_rows, write_text  # noqa: E402
 from eval import primary_metrics, prepare, table  # noqa: E402
 from lora import remove_lora  # noqa: E402
 from model import DTYPES, load_model  # noqa: E402
@@ -488,6 +488,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 def main() -> None:
     """The command line."""
     own, rest = parse()
+    limit_threads()
     try:
         worlds = real_worlds(own, rest) if own.model else demo_worlds(own, rest)
         for world, rows in itertools.product(worlds, own.d_ref):
