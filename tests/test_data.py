@@ -642,7 +642,8 @@ def test_two_public_files_never_share_a_place(monkeypatch):
         "a/b/c x.jsonl",
         "a/b/c%20x.jsonl",
     ]
-    assert len({get_data.fetch_rows(get_data.HUB_PREFIX + name) for name in names}) == len(names)
+    paths = {path for name in names for path in get_data.fetch_rows(get_data.HUB_PREFIX + name)}
+    assert len(paths) == len(names)
 
 
 def test_what_a_cold_reader_found(tmp_path):
@@ -1095,7 +1096,7 @@ def test_the_name_of_a_public_file_in_the_cache(monkeypatch):
     monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
     monkeypatch.setattr(get_data.constants, "HF_HOME", "/cache")
     for kind in ("jsonl", "parquet"):
-        path = get_data.fetch_rows(f"{get_data.HUB_PREFIX}a/b/c d/rows.{kind}@main")
+        (path,) = get_data.fetch_rows(f"{get_data.HUB_PREFIX}a/b/c d/rows.{kind}@main")
         assert path.as_posix() == f"/cache/forgetting-rows/a%2Fb%2Fc%20d%2Frows.{kind}%40main.jsonl"
 
 

@@ -32,8 +32,8 @@ calls = {
     "samples": samples,
     "folder": lambda x: str(model.checkpoint_folder(x)),
     "weight": lambda x: model.load_model(x).state_dict()["model.norm.weight"].tolist(),
-    "rows": lambda x: data.read_rows([str(get_data.fetch_rows(x))]),
-    "again": lambda x: str(get_data.fetch_rows(x)),
+    "rows": lambda x: data.read_rows(list(map(str, get_data.fetch_rows(x)))),
+    "again": lambda x: str(*get_data.fetch_rows(x)),
     "text": get_data.fetch_text,
     "unreachable": lambda x: setattr(get_data.constants, "ENDPOINT", "http://127.0.0.1:9") or model.checkpoint_folder(x),
 }
@@ -325,7 +325,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(session, hub):
         (
             "rows",
             "nowhere",
-            "nowhere: not a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, hf://datasets/owner",
+            "nowhere: not a public set: flan_v2, dolly, oasst1, alpaca, wizardlm, forgetting, hf://datasets/owner",
         ),
         (
             "rows",

@@ -139,5 +139,5 @@ def test_files_of_the_hub_never_share_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(get_data, "convert_once", lambda *_: None)
     monkeypatch.setattr(get_data.constants, "HF_HOME", str(tmp_path))
     names = ["a/b/c-d.jsonl", "a/b/c/d.jsonl", "a/b-c/d.jsonl", "a/b/c-d.jsonl@main", "a-b/c/d.jsonl"]
-    paths = {get_data.fetch_rows(f"hf://datasets/{name}") for name in names}
+    paths = {path for name in names for path in get_data.fetch_rows(f"hf://datasets/{name}")}
     assert len(paths) == len(names) and {path.parent for path in paths} == {tmp_path / "forgetting-rows"}

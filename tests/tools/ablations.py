@@ -27,8 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import demo  # noqa: E402
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import limit_threads, read_rows, write_rows, write_text  # noqa: E402
+from data import limit_threads, write_rows, write_text  # noqa: E402
 from eval import primary_metrics, table  # noqa: E402
+from get_data import rows_in  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,7 @@ def other_references(world: Path) -> None:
     A row of the training set gets a space behind its question: exact duplicates would be taken out of one of the sets.
     """
     names = ("reference-clean", "reference-same", "train")
-    files = (read_rows([str(world / f"{name}.jsonl")]) for name in names)
-    clean, noisy, train = (
-        [{k: v for k, v in row.items() if k != "_source"} for row in rows] for rows in files
-    )
+    clean, noisy, train = (rows_in(world / f"{name}.jsonl") for name in names)
     again = [row | {"instruction": row["instruction"] + " "} for row in train]
     sets = {
         f"mix-{level}": noisy[: len(clean) * level // 100] + clean[len(clean) * level // 100 :]

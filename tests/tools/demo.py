@@ -33,9 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 import forgetting  # noqa: E402
 import look  # noqa: E402
-from data import Tokenizer, asked_in, print0, progress, rank_and_world, read_rows, render  # noqa: E402
+from data import Tokenizer, asked_in, print0, progress, rank_and_world, render  # noqa: E402
 from data import start_ranks, usable_cores, wait_for_all, write_rows, write_text  # noqa: E402
 from eval import TASKS, Answer, Request, Task, choice_task, f1_score, mc, prepare, table  # noqa: E402
+from get_data import rows_in  # noqa: E402
 from model import DTYPES, load_model  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------- the world
@@ -272,10 +273,7 @@ def prepare_world(options: forgetting.Options, world: str) -> None:
         for name, rows in rows_of[seed].items()
     }
     for path, rows in paths.items():
-        if (
-            path.is_file()
-            and [{k: v for k, v in row.items() if k != "_source"} for row in read_rows([str(path)])] != rows
-        ):
+        if path.is_file() and rows_in(path) != rows:
             raise ValueError(f"{path} holds other rows than this demo's: use another --out")
     wait_for_all()
     if rank_and_world()[0] == 0:

@@ -397,15 +397,18 @@ SAMPLES = {  # of the paper's authors; file: (what it is, its name in their scri
 }
 
 
+PUBLIC_SETS = (*RECIPES, "forgetting", f"{HUB_PREFIX}owner/name/path/rows.jsonl")  # what fetch_rows takes
+
+
 def is_public(name: str) -> bool:
     """Whether there are rows to train on under this name."""
-    return name in RECIPES or name == "forgetting" or name.startswith(HUB_PREFIX)
+    return name in PUBLIC_SETS or name.startswith(HUB_PREFIX)
 
 
 def fetch_samples() -> list[Path]:
     """The authors' two samples as JSONL under the Hugging Face cache, fetched once.
 
-    Raises ValueError, listing what the data set has, where not exactly two of its files are of the right length.
+    Raises ValueError, listing what the data set has, where it cannot be told which of its files they are.
     """
     folder = Path(constants.HF_HOME) / "forgetting-rows"
     paths = [folder / name for name in SAMPLES]
@@ -451,8 +454,10 @@ def sample_among(contents: dict[str, list[dict] | str], what: str, name: str, co
     )
 
 
-def fetch_rows(name: str) -> Path:
-    """The rows of a public training set as JSONL under the Hugging Face cache, fetched and converted once."""
+def fetch_rows(name: str) -> list[Path]:
+    """The files of a public training set as JSONL under the Hugging Face cache, fetched and converted once."""
+    if name == "forgetting":
+        return fetch_samples()
     folder = Path(constants.HF_HOME) / "forgetting-rows"
     if name in RECIPES:
         sources, convert = RECIPES[name]
@@ -460,9 +465,7 @@ def fetch_rows(name: str) -> Path:
     else:
         parts = name.removeprefix(HUB_PREFIX).split("/", 2)
         if not name.startswith(HUB_PREFIX) or len(parts) < 3:
-            raise ValueError(
-                f"{name}: not a public set: {', '.join(RECIPES)}, {HUB_PREFIX}owner/name/path/rows.jsonl"
-            )
+            raise ValueError(f"{name}: not a public set: {', '.join(PUBLIC_SETS)}")
         owner, repo, file = parts
         if not re.search(ROW_FILE + "(@|$)", file, re.IGNORECASE):
             raise ValueError(
@@ -473,7 +476,7 @@ def fetch_rows(name: str) -> Path:
         sources, convert = [f"hub:{owner}/{repo}:{file}"], convert_rows
         path = folder / (quote(f"{owner}/{repo}/{file}", safe="") + ".jsonl")  # two names never share a file
     convert_once(path, sources, convert, None)
-    return path
+    return [path]
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -499,7 +502,7 @@ def put(path: Path, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Fetch what is named, and say where it is."""
     benchmarks = [name for name in [*GROUPS, *TASKS] if benchmark_files(name)]
-    known = ", ".join([*benchmarks, *RECIPES, "forgetting", f"{HUB_PREFIX}owner/name/path/rows.jsonl"])
+    known = ", ".join([*benchmarks, *PUBLIC_SETS])
     usage = "./run.sh get_data NAME ... [--out FOLDER] (--help lists the names)"
     parser = argparse.ArgumentParser(
         prog="./run.sh get_data",
@@ -521,7 +524,7 @@ def main(argv: list[str] | None = None) -> None:
                 for file in files:
                     put(cache / file, folder)
             else:
-                for path in fetch_samples() if name == "forgetting" else [fetch_rows(name)]:
+                for path in fetch_rows(name):
                     put(path, folder)
     except (ValueError, OSError) as error:
         print(f"get_data.py: {error}", file=sys.stderr)
