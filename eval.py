@@ -273,7 +273,7 @@ class Reply:
 
     ids: list[int]
     rows: Tensor  # (prompt + most new tokens,) int64
-    done: int  # the first `done` tokens have run, or run in this pass as another sequence's
+    done: int  # the first `done` tokens have run, or run in this pass as another reply's
 
 
 def continuous_batching(
@@ -299,11 +299,11 @@ def continuous_batching(
     while waiting or in_flight:
         _let_join(cache, waiting, in_flight, max_new_tokens, budget.batch_tokens)
         next_tokens = _step(model, cache, list(in_flight.values()))
-        for (place, sequence), token in zip(list(in_flight.items()), next_tokens):
-            sequence.ids.append(token)
-            new = sequence.ids[len(prompts[place]) :]
+        for (place, reply), token in zip(list(in_flight.items()), next_tokens):
+            reply.ids.append(token)
+            new = reply.ids[len(prompts[place]) :]
             if has_ended(new):
-                cache.release(sequence.rows)
+                cache.release(reply.rows)
                 del in_flight[place]
                 yield place, new
 
@@ -331,17 +331,17 @@ def _let_join(
         in_flight[place] = Reply(list(ids), rows, done=len(common))
 
 
-def _step(model: Transformer, cache: Cache, sequences: list[Reply]) -> list[int]:
-    """Run what is new in every sequence, in one pass; the most probable token after each."""
+def _step(model: Transformer, cache: Cache, replies: list[Reply]) -> list[int]:
+    """Run what is new in every reply, in one pass; the most probable token after each."""
     tokens, rows, past = [], [], []
     boundaries = [0]
-    for sequence in sequences:
-        end = len(sequence.ids)
-        tokens += sequence.ids[sequence.done :]
+    for reply in replies:
+        end = len(reply.ids)
+        tokens += reply.ids[reply.done :]
         boundaries.append(len(tokens))
-        rows.append(sequence.rows[sequence.done : end])
-        past.append(sequence.rows[: sequence.done])
-        sequence.done = end
+        rows.append(reply.rows[reply.done : end])
+        past.append(reply.rows[: reply.done])
+        reply.done = end
     device = model.lm_head.weight.device
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)  # (B+1,)
     hidden = model(to_device(torch.tensor(tokens), device), cu_seqlens, cache, torch.cat(rows), past)
