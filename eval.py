@@ -1387,31 +1387,32 @@ def run_config(adapter: str) -> dict:
     return {}
 
 
-def template_of(adapters: list[str]) -> str:
-    """The template that the adapters' runs were trained with, as their config.json says; else Tulu's."""
-    configs = filter(None, map(run_config, adapters))
-    found = {config.get("template", "tulu") for config in configs}
+def template_of(configs: dict[str, dict]) -> str:
+    """The template that the adapters' runs were trained with; else Tulu's. configs: run_config of each."""
+    found = {config.get("template", "tulu") for config in configs.values() if config}
     if len(found) > 1:
         raise ValueError("the adapters were trained with different templates: give --template")
     return found.pop() if found else "tulu"
 
 
-def dates_of(adapters: list[str]) -> list[datetime]:
+def dates_of(configs: dict[str, dict]) -> list[datetime]:
     """The dates that a template wrote in the adapters' runs, in order."""
-    configs = map(run_config, adapters)
-    return sorted(datetime.fromisoformat(config["date"]) for config in configs if "date" in config)
+    dates = [config["date"] for config in configs.values() if "date" in config]
+    return sorted(map(datetime.fromisoformat, dates))
 
 
-def describe_template(arguments: argparse.Namespace, template: str, tokenizer: Tokenizer) -> list[str]:
+def describe_template(
+    arguments: argparse.Namespace, configs: dict[str, dict], template: str, tokenizer: Tokenizer
+) -> list[str]:
     """Notes on questions whose template, or the date in it, not every adapter's run says."""
     if arguments.prompt is None and not {"mc", "qa"} & set(arguments.tasks):
         return []
     lines = []
     for adapter in filter(os.path.isdir, arguments.adapter):  # of one that is not there, load_adapter says so
-        if arguments.template is None and not run_config(adapter):
+        if arguments.template is None and not configs[adapter]:
             unknown = f"{adapter} lies in no run, which would say the template that it was trained in"
             lines.append(f"note: {unknown}: --template {template} is taken")
-    days = sorted({f"{date:%Y-%m-%d}" for date in dates_of(arguments.adapter)})
+    days = sorted({f"{date:%Y-%m-%d}" for date in dates_of(configs)})
     if len(days) > 1 and tokenizer.template is not None and "strftime_now" in tokenizer.chat_template:
         differing = f"the adapters' runs wrote other dates ({', '.join(days)})"
         lines.append(f"note: {differing}: all are asked with the last")
@@ -1445,11 +1446,12 @@ def main() -> None:
         folder = checkpoint_folder(arguments.model)
         for adapter in arguments.adapter:
             check_adapter_base(adapter, folder)
-        template = arguments.template or template_of(arguments.adapter)
-        dates = dates_of(arguments.adapter)
+        configs = {adapter: run_config(adapter) for adapter in arguments.adapter}
+        template = arguments.template or template_of(configs)
+        dates = dates_of(configs)
         tokenizer = Tokenizer(folder, template, dates[-1] if dates else None)
         if rank_and_world()[0] == 0:
-            for line in describe_template(arguments, template, tokenizer):
+            for line in describe_template(arguments, configs, template, tokenizer):
                 print(line, file=sys.stderr)
         documents = prepare(arguments.tasks, tokenizer, arguments.data_dir, arguments.limit)
         check_room(documents, read_config(folder).max_position_embeddings)

@@ -1224,19 +1224,24 @@ def test_run_sh_replaces_nothing_in_an_active_environment(tmp_path, package, ver
 
 def test_prompts_take_the_template_of_the_run(tmp_path):
     """A model trained in its own template was asked in Tulu's."""
-    from eval import template_of
+    from eval import run_config, template_of
 
-    for name, template in (("a", "model"), ("b", "tulu")):
+    def template(*adapters: str) -> str:
+        return template_of({adapter: run_config(adapter) for adapter in adapters})
+
+    for name, written in (("a", "model"), ("b", "tulu")):
         (tmp_path / name / "full/seed-0").mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps({"template": template, "inputs": {}}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"template": written, "inputs": {}}))
     adapters = [
         str(tmp_path / "a/full/seed-0"),
         str(tmp_path / "a/reference"),
         str(tmp_path / "b/full/seed-0"),
     ]
-    assert template_of(adapters[:2]) == "model" and template_of(adapters[2:]) == "tulu" == template_of([])
+    assert template(*adapters[:2]) == "model"
+    assert template(*adapters[2:]) == template(str(tmp_path)) == template() == "tulu"
+    assert template(*adapters[:2], str(tmp_path)) == "model", "one that lies in no run says nothing"
     with pytest.raises(ValueError, match="different templates: give --template"):
-        template_of(adapters)
+        template(*adapters)
 
 
 def test_an_adapter_that_lies_in_no_run(setting, finished, tmp_path, monkeypatch, capsys):
@@ -1261,14 +1266,15 @@ def test_an_adapter_that_lies_in_no_run(setting, finished, tmp_path, monkeypatch
 def test_runs_that_wrote_other_dates(tmp_path):
     """The last of their dates was taken without a word. It is said where the template that is used writes one."""
     from data import Tokenizer
-    from eval import dates_of, describe_template
+    from eval import dates_of, describe_template, run_config
 
     adapters = []
     for name, day in (("a", "05T23"), ("b", "04T09"), ("c", "05T01")):
         adapters.append(str(tmp_path / name / "full/seed-0"))
         config = {"template": "model", "inputs": {}, "date": f"2026-07-{day}:00:00"}
         write_text(json.dumps(config), tmp_path / name / "config.json")
-    assert [date.day for date in dates_of(adapters)] == [4, 5, 5]
+    configs = {adapter: run_config(adapter) for adapter in adapters}
+    assert [date.day for date in dates_of(configs)] == [4, 5, 5]
     note = "note: the adapters' runs wrote other dates (2026-07-04, 2026-07-05): all are asked with the last"
     dated, plain = "{{ strftime_now('%d') }}{{ messages[0].content }}", "{{ messages[0].content }}"
     for written, template, names, tasks, lines in (
@@ -1283,4 +1289,5 @@ def test_runs_that_wrote_other_dates(tmp_path):
         (folder / "chat_template.jinja").write_text(written)
         prompt = None if tasks else "x"
         arguments = argparse.Namespace(adapter=names, prompt=prompt, tasks=tasks, template=None)
-        assert describe_template(arguments, template, Tokenizer(folder, template)) == lines
+        given = {name: configs[name] for name in names}
+        assert describe_template(arguments, given, template, Tokenizer(folder, template)) == lines

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import forgetting
 from data import Tokenizer, Turn, build_corpus, question_ids, render, render_rows
-from eval import dates_of
+from eval import dates_of, run_config
 from forgetting import Options, read_held_out, select_data
 from publish import chat_template
 
@@ -298,9 +298,10 @@ def test_a_run_goes_on_tomorrow_with_the_date_of_its_first_start(tmp_path, monke
         if before is not None:
             for name in ("tokens", "base_loss", "ref_loss"):
                 np.testing.assert_array_equal(before[name], after[name])
-    assert dates_of([str(tmp_path / "run/forgetting/seed-0")]) == [datetime(2026, 7, 3, 8)]
-    assert dates_of([str(tmp_path / "run/reference")]) == [datetime(2026, 7, 3, 8)]
-    assert dates_of([]) == dates_of([str(tmp_path)]) == []
+    for name in ("run/forgetting/seed-0", "run/reference"):
+        adapter = str(tmp_path / name)
+        assert dates_of({adapter: run_config(adapter)}) == [datetime(2026, 7, 3, 8)]
+    assert dates_of({}) == dates_of({"elsewhere": run_config(str(tmp_path))}) == []
     config.write_text(json.dumps(json.loads(config.read_text()) | {"date": "yesterday"}))
     with pytest.raises(ValueError, match="config.json: date 'yesterday' is not a date"):
         forgetting.run(options)
