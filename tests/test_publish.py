@@ -5,6 +5,7 @@ tests/tools/make_adapter_goldens.py has transformers and PEFT read such folders,
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -309,6 +310,36 @@ def test_what_cannot_be_published_is_one_line_and_leaves_nothing(
         and error.count("\n") == 1
     )
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+AN_OLDER_VERSION = "; publish it with the version that trained it"
+
+
+@pytest.mark.parametrize(
+    "name, inputs, message",
+    [
+        ("forgetting-clipped/seed-0", {}, "forgetting-clipped is no method of today's"),
+        ("forgetting:ceiling=4/seed-0", {}, "forgetting:ceiling=4 is no method of today's"),
+        (ADAPTER, {"ceiling": 4.0}, "trained with ceiling 4.0, no option of today's"),
+        ("reference", {"ceiling": 4.0}, "trained with ceiling 4.0, no option of today's"),
+    ],
+)
+def test_what_an_older_version_trained_is_named(tmp_path, name, inputs, message):
+    """A method that is gone was "not an adapter of a run"; an option that is gone was missing on the card."""
+    adapter = make_run(tmp_path, name=name)
+    config = tmp_path / "run" / "config.json"
+    edit(config, inputs=read(config)["inputs"] | inputs)
+    with pytest.raises(ValueError, match=re.escape(f"{adapter}: {message}{AN_OLDER_VERSION}")):
+        publish.publish(adapter, tmp_path / "out")
+
+
+def test_an_option_that_was_not_used_may_be_gone(tmp_path):
+    """Its None says that it changed nothing, as where a run is continued."""
+    adapter, config = make_run(tmp_path), tmp_path / "run" / "config.json"
+    inputs = dict.fromkeys(publish.options_of("training", "unlearning", "setting"), 1)
+    edit(config, inputs=inputs | read(config)["inputs"] | {"ceiling": None})
+    publish.publish(adapter, tmp_path / "out")
+    assert (tmp_path / "out/README.md").is_file()
 
 
 def test_the_command_line_fills_an_empty_folder(tmp_path, monkeypatch, capsys):

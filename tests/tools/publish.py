@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import Tokenizer, build_corpus, read_object, write_text  # noqa: E402
-from forgetting import DRAWN_STEPS, METHOD_OPTIONS, METHODS, TRUSTED_STEPS, options_of  # noqa: E402
+from forgetting import DRAWN_STEPS, GROUPS, METHOD_OPTIONS, METHODS, TRUSTED_STEPS  # noqa: E402
+from forgetting import is_row, options_of  # noqa: E402
 from lora import load_adapter, merge_lora, read_adapter  # noqa: E402
 from model import checkpoint_folder, load_model, model_fingerprint, read_config, save_model, weight_files  # noqa: E402
 
@@ -73,8 +74,8 @@ def publish(adapter: Path, out: Path, merged: bool = False, base_model: str | No
     """Make the folder `out` of one adapter of a run; with `merged`, of the checkpoint with the adapter in it.
 
     base_model is the base's Hub id; without it, it is the run's --model unless that is a folder.
-    Raises ValueError for what is no adapter of a run, for a base model that is not the run's, and where
-    `out` holds files already.
+    Raises ValueError for what is no adapter of a run, for a method or an option that is gone, for a base
+    model that is not the run's, and where `out` holds files already.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there already: give a new folder")
@@ -112,11 +113,26 @@ def read_run(adapter: Path) -> tuple[str, dict]:
     if adapter.resolve().name == "reference":
         name, run = "reference", method
     config = read_object(run / "config.json") if (run / "config.json").is_file() else {}
-    if name.partition(":")[0] not in ("reference", *METHODS) or not isinstance(config.get("inputs"), dict):
+    if not isinstance(config.get("inputs"), dict):
         raise ValueError(
             f"{adapter} is not an adapter of a run, such as RUN/forgetting/seed-0 or RUN/reference"
         )
+    mend = "publish it with the version that trained it"
+    if name.partition(":")[0] not in ("reference", *METHODS) or not is_row(name):
+        raise ValueError(f"{adapter}: {name} is no method of today's; {mend}")
+    if gone := options_gone(config["inputs"]):
+        raise ValueError(f"{adapter}: trained with {', '.join(gone)}, no option of today's; {mend}")
     return name, config
+
+
+def options_gone(inputs: dict) -> list[str]:
+    """Those of a run's inputs that change a training, and are no option of this version."""
+    known = ("reference data", "training data", *options_of(*GROUPS))
+    gone = []
+    for name, value in inputs.items():
+        if name not in known and value is not None:
+            gone.append(f"{name} {value!r}")
+    return gone
 
 
 @contextmanager
