@@ -460,14 +460,25 @@ def test_a_spike_and_a_dip_in_a_long_log_are_drawn(odd):
 
 
 def test_logs_are_read_up_to_a_line_that_was_cut_off_and_foreign_ones_not_at_all(run_folder):
-    """A full disk leaves half a line."""
+    """A full disk leaves half a line. The page names those that it does not draw, and methods that are gone."""
     path = run_folder / "full/seed-0/metrics.jsonl"
     for foreign in ("full/seed-0.bak", "forgetting:old/seed-0", "reference/checkpoint"):
         write_text(path.read_text(), run_folder / foreign / "metrics.jsonl")
         write_text("{}", run_folder / foreign / "results.json")
     write_text(path.read_text()[:-9], path)
     write_text("", run_folder / "forgetting/seed-0/metrics.jsonl")
-    page, logs = page_of(run_folder), look.read_logs(run_folder)
+    write_text(path.read_text(), run_folder / "forgetting-clipped/seed-0/metrics.jsonl")
+    add_results(run_folder, "forgetting-clipped/seed-0", 1.5, 40)
+    page, (logs, left_out) = page_of(run_folder), look.read_logs(run_folder)
+    assert left_out == [
+        "forgetting-clipped/seed-0",
+        "forgetting:old/seed-0",
+        "full/seed-0.bak",
+        "reference/checkpoint",
+    ]
+    lines = [text for _, text in page.find("p")]
+    assert f"not drawn, no training of today's methods: {', '.join(left_out)}" in lines
+    assert "not in the table: forgetting-clipped/seed-0: no method of today's" in lines
     assert {name: len(log) for name, log in logs.items()} == {"full/seed-0": 7, "forgetting/seed-0": 0}
     labels = [text for _, text in page.find("text")]
     assert "1.4 to 2" in labels and "L_N" not in labels

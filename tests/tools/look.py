@@ -156,26 +156,28 @@ def original_rows(run: Run) -> dict[str, dict]:
     return found
 
 
-def read_logs(folder: Path, methods: Sequence[str] = ()) -> dict[str, list[dict]]:
+def read_logs(folder: Path, methods: Sequence[str] = ()) -> tuple[dict[str, list[dict]], list[str]]:
     """The log of each training, up to a line that was cut off, by its name, such as full/seed-0.
 
-    In the order of `methods`; those that are not among them come last, the reference first.
+    In the order of `methods`; those that are not among them come last, the reference first. Beside them the
+    names of logs that are not read: of a method that is gone, of a copy that somebody keeps, say full/seed-0.bak.
     """
     logs: dict[str, list[dict]] = {}
-    for path in folder.glob("**/metrics.jsonl"):
+    left_out = []
+    for path in sorted(folder.glob("**/metrics.jsonl")):
         name = path.parent.relative_to(folder).as_posix()
         method, _, seed = name.partition("/seed-")
-        if is_row(method) and (
-            seed.isdigit() or name == method
-        ):  # not a copy that somebody keeps, say seed-0.bak
+        if is_row(method) and (seed.isdigit() or name == method):
             logs[name] = read_log(path)
+        else:
+            left_out.append(name)
     places = {name: place for place, name in enumerate(["reference", *methods])}
 
     def place_of(name: str) -> tuple:
         method, _, seed = name.partition("/seed-")
         return places.get(method, len(places)), method, int(seed or 0)
 
-    return {name: logs[name] for name in sorted(logs, key=place_of)}
+    return {name: logs[name] for name in sorted(logs, key=place_of)}, left_out
 
 
 # ------------------------------------------------------------------------------------------- several runs
@@ -500,25 +502,34 @@ def markdown_html(text: str) -> str:
     return "".join(parts)
 
 
+def results_of(folder: Path) -> str:
+    """results.md; of a run that was stopped the table of what is there, with what is left out of it."""
+    saved = folder / "results.md"
+    if saved.is_file():
+        return saved.read_text(encoding="utf-8")
+    done, left_out = finished(folder, {})
+    return "\n".join([comparison(done), *(f"not in the table: {what}" for what in left_out)])
+
+
 def write_page(run: Run, count: int, path: Path) -> None:
     """report.html, with nothing in it that comes from elsewhere, and every text of the rows escaped."""
-    saved, logs = run.folder / "results.md", read_logs(run.folder, run.config.get("methods", []))
-    results = (
-        saved.read_text(encoding="utf-8") if saved.is_file() else comparison(finished(run.folder, {})[0])
-    )
+    logs, left_out = read_logs(run.folder, run.config.get("methods", []))
+    not_drawn = ""
+    if left_out:
+        not_drawn = f"<p>not drawn, no training of today's methods: {safe(', '.join(left_out))}</p>"
     notes = [note for name in logs for note in notes_on(name, logs[name])]
     quality, shown, noisy = run.quality[run.corpus.response], rows_to_show(run, count), run.corpus.noisy
     found = [
         [safe(name), f"{x:.3f}"] for name, x in detection(run.quality, run.signs < 0, run.corpus).items()
     ]
-    body = f"""<h1>{safe(str(run.folder))}</h1>{markdown_html(results)}
+    body = f"""<h1>{safe(str(run.folder))}</h1>{markdown_html(results_of(run.folder))}
 {"".join(f'<p class="warning">{safe(note)}</p>' for note in notes)}
 <h2>Q</h2><p>{len(quality):,} response tokens of {len(run.corpus):,} rows: mean {quality.mean():.4f},
 deviation {quality.std():.4f}; threshold {run.threshold:.4f}, {(run.signs > 0).sum():,} in <b class="p">P</b>,
 {(run.signs < 0).sum():,} in <b class="n">N</b>.</p>{histogram(run)}
 {"<h2>Known noise: does a low Q find it?</h2>" + html_table(["figure", "value"], found) if found else ""}
 <h2>Training</h2><details><summary>curves of {len(logs)} trainings</summary>
-{"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}</details>
+{"".join(f'<h3>{safe(name)}</h3><div class="curves">{curves(logs[name])}</div>' for name in logs)}{not_drawn}</details>
 <h2>Look at these rows first</h2><p>Blue: in P; orange: in N; plain: left out; underlined: known noise. Hover or tap for
 values. {len(shown):,} of {len(run.corpus):,} rows: a third of lowest mean Q, where theta' disagrees with the row, a third of
 highest loss, which theta itself finds odd, and the rest at random.</p>
