@@ -61,7 +61,7 @@ class Corpus:
     dropped: int  # rows that max_length left without a response token
     noise: dict[str, np.ndarray] = field(default_factory=dict)  # kind: (C,) bool, tokens known to be noise
     cut: int = 0  # answers that lose their end, or all of it, to max_length
-    file_order: np.ndarray | None = None  # (E,) the examples as their files have them; None: as they lie here
+    file_order: np.ndarray | None = None  # (E,) the examples as their files have them, for --step released
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

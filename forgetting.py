@@ -623,7 +623,7 @@ def train(
     total_steps = options.epochs * math.ceil(len(corpus) / options.batch_size)
     order = None  # examples_of draws one for every epoch
     if options.step == RELEASED:
-        order = np.arange(len(corpus)) if corpus.file_order is None else corpus.file_order
+        order = corpus.file_order
         signs = released_shares(signs, corpus, order, options.batch_size)
     net = data_parallel(model.train())
     log = open_log(folder, first_step, total_steps)
