@@ -94,6 +94,7 @@ ABLATIONS = {
             for rate in (0.001, 0.003, 0.01)
             for method in ("full", "ignoring", "forgetting")
         ],
+        pairs=tuple((f"forgetting:lr={rate}", f"ignoring:lr={rate}") for rate in (0.001, 0.003, 0.01)),
     ),
     "noise": Ablation(
         "the reference's noise, from none to the training set's",
