@@ -1752,31 +1752,24 @@ def is_row(name: str) -> bool:
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     """All that is finished in a run folder, as far as it was measured on the same; what is left out, and why.
 
-    The same is what all of `results` were measured on, or, where there are none, the first that is found.
+    The same is what all of `results` were measured on, or, where there are none, the least that a row was.
     """
     order = [*UNTRAINED, *METHODS, *results]
     everything = {name: dict(by_seed) for name, by_seed in results.items()}
     identities = [figures["identity"] for by_seed in results.values() for figures in by_seed.values()]
-    shared = common_items(identities) if identities else None
-    left_out = []
-    for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
-        place = path.parent.relative_to(out)
-        method, _, seed = place.as_posix().partition("/seed-")
-        found = read_object(path)
-        if not is_row(method) or not re.fullmatch(r"\d*", seed):
-            is_gone = "=" in method or method.partition(":")[0] not in METHODS
-            if is_gone and found.get("identity"):  # else a copy that somebody keeps, say seed-0.bak
-                left_out.append(f"{place}: no method of today's")
-            continue
-        identity = found.get("identity", {})
-        if shared is None:
-            shared = identity
-        if shared.items() <= identity.items():
-            everything.setdefault(method, {}).setdefault(int(seed or 0), found)
-            identities.append(identity)
+    rows, left_out = rows_of_folder(out)
+    if identities:
+        shared = common_items(identities)
+    else:
+        shared = min((figures["identity"] for figures in rows.values()), key=len, default={})
+    for place, figures in rows.items():
+        method, _, seed = place.partition("/seed-")
+        if shared.items() <= figures["identity"].items():
+            everything.setdefault(method, {}).setdefault(int(seed or 0), figures)
+            identities.append(figures["identity"])
         else:
             left_out.append(f"{place}: measured on other tasks or held-out rows")
-    for name in sorted(set().union(*identities) - set(shared or {})):
+    for name in sorted(set().union(*identities) - set(shared)):
         left_out.append(f"{name}: not every row was measured on the same")
 
     def place_of(name: str) -> int:
@@ -1785,8 +1778,27 @@ def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
 
     table_rows = {}
     for name in sorted(everything, key=place_of):
-        table_rows[name] = {seed: only(figures, shared) for seed, figures in everything[name].items()}
+        table_rows[name] = {seed: limited_to(figures, shared) for seed, figures in everything[name].items()}
     return table_rows, left_out
+
+
+def rows_of_folder(out: Path) -> tuple[dict[str, dict], list[str]]:
+    """The figures of all rows of the table that a run folder has, by place; measured models that are no row.
+
+    A place is the model's folder, such as full/seed-0.
+    """
+    rows, left_out = {}, []
+    for path in sorted([*out.glob("*/results.json"), *out.glob("*/seed-*/results.json")]):
+        place = path.parent.relative_to(out).as_posix()
+        if not re.fullmatch(r"[\w-]+(:[^/]+=[^/]+)?(/seed-\d+)?", place):
+            continue  # a copy that somebody keeps, say full.bak/seed-0 or full/seed-0.bak
+        if is_row(place.partition("/seed-")[0]):
+            rows[place] = {"identity": {}} | read_object(path)
+            continue
+        with suppress(ValueError, OSError):  # what is no row may be anything
+            if "identity" in read_object(path):
+                left_out.append(f"{place}: no method of today's")
+    return rows, left_out
 
 
 def common_items(dicts: list[dict]) -> dict:
@@ -1795,7 +1807,7 @@ def common_items(dicts: list[dict]) -> dict:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def only(figures: dict, identity: dict) -> dict:
+def limited_to(figures: dict, identity: dict) -> dict:
     """A model's figures without the tasks and the held-out loss that an identity does not name."""
     tasks = figures.get("tasks", {})
     named = {name: tasks[name] for name in tasks if name in identity}

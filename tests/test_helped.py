@@ -443,6 +443,42 @@ def test_foreign_names_are_passed_over_and_other_measurements_named(tmp_path):
     ]
 
 
+def test_files_that_are_no_row_stop_nothing(tmp_path):
+    """A list in RUN/analysis/results.json ended a run after hours of training; some backups were passed over,
+    others called methods of another day."""
+    results = write_run(tmp_path, {"full": {0: [1.0, 2.0]}, "full:lr=0.001": {0: [1.0, 1.0]}})
+    measured = json.dumps(results["full"][0])
+    for name, content in (
+        ("analysis", "[1, 2]"),
+        ("plots", "not JSON"),
+        ("full/seed-0.bak", measured),
+        ("full.bak/seed-0", measured),
+        ("full:old/seed-0", measured),
+        ("full:lr=0.001/seed-0.bak", measured),
+        ("renamed:lr=0.001/seed-0", measured),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "results.json").write_text(content)
+    (tmp_path / "folder/results.json").mkdir(parents=True)
+    found, left_out = finished(tmp_path, results)
+    assert found == results and left_out == ["renamed:lr=0.001/seed-0: no method of today's"]
+    (tmp_path / "full/seed-1").mkdir()
+    (tmp_path / "full/seed-1/results.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="full/seed-1/results.json: an object is expected"):
+        finished(tmp_path, results)
+
+
+def test_a_table_without_results_is_that_of_the_run(tmp_path):
+    """The joined runs took what base, the first that was found, was measured on: base stood alone in their table."""
+    rows = write_run(tmp_path, {name: {0: [1.0, 2.0]} for name in ("base", "full", "ignoring")})
+    of_base = rows["base"][0] | {"identity": {"held-out": "x", "mc": "y"}, "tasks": {"mc": {"acc": 0.5}}}
+    (tmp_path / "base/results.json").write_text(json.dumps(of_base))
+    of_command = finished(tmp_path, {name: rows[name] for name in ("full", "ignoring")})
+    assert of_command == (rows, ["mc: not every row was measured on the same"])
+    assert finished(tmp_path, {}) == of_command
+    assert finished(tmp_path / "nothing", {}) == ({}, [])
+
+
 @pytest.mark.parametrize("content", ["", '{"step": 0}\n{"ste', None])
 def test_a_log_that_was_cut_off_stops_nothing(tmp_path, content):
     """On a full disk half a line stood in metrics.jsonl, and the same command failed for ever."""
