@@ -2110,18 +2110,24 @@ def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], 
     best = min(losses, key=lambda name: losses[name])
     worse, unclear = [], []
     for (ours, theirs), verdict in verdicts.items():
-        if best in (ours, theirs):
-            other = theirs if ours == best else ours
-            won = verdict == ("better" if ours == best else "worse")
-            (worse if won else unclear).append(other)
-    said = [f"Lowest: {best}"]
+        if best == ours:
+            other, winning = theirs, "better"
+        elif best == theirs:
+            other, winning = ours, "worse"
+        else:
+            continue
+        if verdict == winning:
+            worse.append(other)
+        else:
+            unclear.append(other)
+    clauses = [f"Lowest: {best}"]
     if worse:
-        said.append(f"better than {', '.join(worse)}")
+        clauses.append(f"better than {', '.join(worse)}")
     if unclear:
-        said.append(f"from {', '.join(unclear)} it cannot be told")
+        clauses.append(f"from {', '.join(unclear)} it cannot be told")
     if "full" not in losses:
-        said.append("without full in --methods nothing says whether leaving tokens out helped")
-    text = "; ".join(said) + "."
+        clauses.append("without full in --methods nothing says whether leaving tokens out helped")
+    text = "; ".join(clauses) + "."
     if unclear or "full" not in losses:
         return text
     if best == "base":
@@ -2130,9 +2136,15 @@ def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], 
         return f"{text} The trusted rows alone are best here: leave D_train out."
     if best == "reference":
         return f"{text} D_ref alone, fewer of the same rows, is best here."
-    if best == "full" and set(worse) - {"base", "reference", "dft"}:
+    if best == "full" and any(is_selective(name) for name in worse):
         return f"{text} Nothing that leaves tokens out or unlearns them helps here."
     return text
+
+
+def is_selective(name: str) -> bool:
+    """Whether a row of the table leaves tokens out or unlearns them."""
+    stem = name.partition(":")[0]
+    return stem == "oracle" or (stem in METHODS and METHODS[stem].rho < 1)
 
 
 # ------------------------------------------------------------------------------------------------- main

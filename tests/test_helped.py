@@ -400,6 +400,20 @@ def test_the_last_sentence_says_no_more_than_its_table(tmp_path):
     assert text.endswith("without full in --methods nothing says whether leaving tokens out helped.")
 
 
+@pytest.mark.parametrize(
+    "other, is_tested",
+    [("full:lr=0.001", False), ("dft", False), ("dft:lr=0.001", False)]
+    + [("forgetting:lr=0.001", True), ("full-P", True), ("oracle", True)],
+)
+def test_nothing_helps_is_said_where_something_was_tried(tmp_path, other, is_tested):
+    """Every name but three counted: full at two rates said that nothing which leaves tokens out helps."""
+    own = np.random.default_rng(0).normal(2, 0.3, 60)
+    losses = {name: {0: own + shift} for name, shift in (("base", 0.5), ("full", 0.0), (other, 0.2))}
+    text = paired_losses(tmp_path, write_run(tmp_path, losses), trusted=True)
+    assert f"Lowest: full; better than base, {other}." in text
+    assert text.endswith("Nothing that leaves tokens out or unlearns them helps here.") == is_tested
+
+
 def test_all_held_out_rows_count_not_the_first_512(tmp_path):
     """At fe070b7 held-out loss was that of 512 rows, in silence."""
     model, corpus, _ = setting(tmp_path / "m")
