@@ -604,7 +604,8 @@ def train(
 
     It stays on the model. The reference and every method are this loop with other signs. A finished adapter
     in `folder` is loaded, a checkpoint continued: what is random is drawn anew from the seed at every step.
-    Ctrl-C and SIGTERM end it after a step, with a checkpoint. FloatingPointError: a loss is not finite.
+    Ctrl-C and SIGTERM end it after a step, with a checkpoint, or with the adapter where the last one was under
+    way. FloatingPointError: a loss is not finite.
     """
     finished = folder / "adapter_model.safetensors"
     checkpoint = folder / "checkpoint" / "state.safetensors"
@@ -672,10 +673,13 @@ def train(
                 save_checkpoint(checkpoint, model, optimizer)
             if stops:
                 raise KeyboardInterrupt
-    if is_main:
-        save_adapter(model, folder, options.model)
-        shutil.rmtree(checkpoint.parent, ignore_errors=True)
-    wait_for_all()
+        if is_main:
+            save_adapter(model, folder, options.model)
+            shutil.rmtree(checkpoint.parent, ignore_errors=True)
+    # The last step may have asked for stops before a signal came. The ranks wait here for the adapter, too
+    late_stops = sum_over_ranks(parameters[0].new_full((1,), len(signals)))
+    if late_stops.item():
+        raise KeyboardInterrupt
 
 
 def step_gradient(

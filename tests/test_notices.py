@@ -17,33 +17,41 @@ from forgetting import EvalSuite, Options, measure, paired_losses, read_log, sto
 import look
 
 
-def on_rank(rank: int, folder, store: str) -> None:
-    """Two gloo ranks of which the second alone is told to stop, during its third step."""
+def on_rank(rank: int, folder, store: str, name: str, call: int) -> None:
+    """Two gloo ranks of which the second alone is told to stop, in a call of a function of the training loop."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model, corpus, signs = setting(folder / "m")
-    original, steps = forgetting.step_gradient, []
+    original, calls = getattr(forgetting, name), []
 
     def told_to_stop(*arguments):
-        steps.append(1)
-        if rank == 1 and len(steps) == 3:
+        calls.append(1)
+        if rank == 1 and len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    forgetting.step_gradient = told_to_stop
+    setattr(forgetting, name, told_to_stop)
     options = Options(model="m", rank=4, batch_size=6, epochs=2)
     with pytest.raises(KeyboardInterrupt):
         forgetting.train(model, corpus, signs, folder / "run", options, seed=5)
-    (folder / f"steps-{rank}").write_text(str(len(steps)))
+    (folder / f"calls-{rank}").write_text(str(len(calls)))
     torch.distributed.destroy_process_group()
 
 
-def test_a_stop_that_another_rank_was_asked_for(tmp_path):
-    """Only the rank that got the signal stopped; the other waited for it for ever."""
+@pytest.mark.parametrize(
+    "name, call, saved",
+    [
+        ("step_gradient", 3, "checkpoint/state.safetensors"),
+        ("append_log", 8, "adapter_model.safetensors"),  # the last step has asked the ranks already
+    ],
+)
+def test_a_stop_that_another_rank_was_asked_for(tmp_path, name, call, saved):
+    """Only the rank that got the signal stopped; the other waited for it for ever. Late in the last step a signal was
+    lost: the run went on with its next training."""
     setting(tmp_path / "m")
-    torch.multiprocessing.spawn(on_rank, (tmp_path, str(tmp_path / "store")), nprocs=2)
-    assert [(tmp_path / f"steps-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
-    assert len(read_log(tmp_path / "run/metrics.jsonl")) == 3
-    assert (tmp_path / "run/checkpoint/state.safetensors").is_file(), "on rank 0, which got no signal"
+    torch.multiprocessing.spawn(on_rank, (tmp_path, str(tmp_path / "store"), name, call), nprocs=2)
+    assert [(tmp_path / f"calls-{rank}").read_text() for rank in (0, 1)] == [str(call)] * 2
+    assert len(read_log(tmp_path / "run/metrics.jsonl")) == call
+    assert (tmp_path / "run" / saved).is_file(), "on rank 0, which got no signal"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
