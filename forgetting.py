@@ -604,8 +604,8 @@ def train(
 
     It stays on the model. The reference and every method are this loop with other signs. A finished adapter
     in `folder` is loaded, a checkpoint continued: what is random is drawn anew from the seed at every step.
-    Ctrl-C and SIGTERM end it after a step, with a checkpoint, or with the adapter where the last one was under
-    way. FloatingPointError: a loss is not finite.
+    Ctrl-C and SIGTERM end it after a step, with a checkpoint, or at its end, with the adapter.
+    FloatingPointError: a loss is not finite.
     """
     finished = folder / "adapter_model.safetensors"
     checkpoint = folder / "checkpoint" / "state.safetensors"
@@ -622,10 +622,10 @@ def train(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     first_step = load_checkpoint(checkpoint, model, optimizer)  # 0 without a checkpoint
     total_steps = options.epochs * math.ceil(len(corpus) / options.batch_size)
-    order = None  # examples_of draws one for every epoch
+    signs_or_shares, order = signs, None  # without an order examples_of draws one for every epoch
     if options.step == RELEASED:
         order = corpus.file_order
-        signs = released_shares(signs, corpus, order, options.batch_size)
+        signs_or_shares = released_shares(signs, corpus, order, options.batch_size)
     net = data_parallel(model.train())
     log = open_log(folder, first_step, total_steps)
     is_main = rank_and_world()[0] == 0
@@ -636,12 +636,13 @@ def train(
             examples = examples_of(step, len(corpus), options.batch_size, seed, order)
             lam = scheduled_lambda(step, total_steps, options, log)
             rate = learning_rate_at(step, total_steps, options.lr, options.warmup)
-            watched = watch_gradients(net, corpus, signs, examples, options, seed, step)
+            watched = watch_gradients(net, corpus, signs_or_shares, examples, options, seed, step)
             began = time.perf_counter()
 
             # The gradient of equation 8, summed over all ranks; the sums of losses are this rank's alone
             seed_dropout(seed, step)
-            sums, (n_positive, n_negative) = step_gradient(net, corpus, signs, examples, lam, options)
+            sums, counts = step_gradient(net, corpus, signs_or_shares, examples, lam, options)
+            n_positive, n_negative = counts
             norm = nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)  # inf: no clipping
 
             # All ranks share their sums, and whether one of them was asked to stop: then all do, at this step
@@ -806,8 +807,8 @@ BALANCE = 0.5  # of --lambda-schedule balanced: the most that unlearning may wei
 def scheduled_lambda(step: int, total_steps: int, options: Options, log: list[dict]) -> float:
     """lambda by --lambda-schedule: the paper's (linear), t_max throughout (constant), or balanced.
 
-    Balanced: the paper's, but at most BALANCE |grad mean_P loss| / |grad mean_N loss|, of the last earlier
-    step that was watched.
+    Balanced: the paper's, but at most BALANCE times the ratio of gradients at the last earlier step that was
+    watched.
     """
     if options.lambda_schedule == "constant":
         return options.t_max
@@ -821,8 +822,9 @@ def scheduled_lambda(step: int, total_steps: int, options: Options, log: list[di
 def watch_gradients(
     net: nn.Module, corpus: Corpus, signs: Array, examples: Array, options: Options, seed: int, step: int
 ) -> dict[str, float | None]:
-    """Every --watch-gradients steps: norms and cosine of the gradients of mean_P loss and -mean_N loss.
+    """Every --watch-gradients steps: norms and cosine of the gradients of P alone and N alone, at lambda 1.
 
+    They are those of mean_P loss and -mean_N loss, with the powers or the --step of the options, if any.
     ratio is that of the norms. Two more passes, with the step's dropout masks; step_gradient clears .grad.
     """
     every = options.watch_gradients
