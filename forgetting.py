@@ -356,10 +356,9 @@ def share_beginning(batch: Batch, length: int) -> tuple[Batch, list[Tensor]]:
 
 def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> tuple[Array, Array]:
     """response_losses of a whole corpus under theta and under theta', whose adapter is on the model."""
-    examples = np.arange(len(corpus))
-    ref_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta'")
+    ref_loss = response_losses(model, corpus, corpus.everything, token_budget, f"{label}: theta'")
     with lora_disabled(model):
-        base_loss = response_losses(model, corpus, examples, token_budget, f"{label}: theta")
+        base_loss = response_losses(model, corpus, corpus.everything, token_budget, f"{label}: theta")
     return base_loss, ref_loss
 
 
@@ -668,7 +667,9 @@ def train(
             seconds = time.perf_counter() - began
             figures["tokens/s"] = int(corpus.lengths[examples].sum()) / seconds
             if held_out and options.eval_every and (step + 1) % options.eval_every == 0:
-                figures["held-out"] = mean_loss(row_losses(model, held_out, options.micro_tokens, "held-out"))
+                every_row = held_out.everything
+                losses = response_losses(model, held_out, every_row, options.micro_tokens, "held-out")
+                figures["held-out"] = mean_loss(losses_by_example(losses, held_out))
             append_log(folder, figures, log, bar)
             if is_main and (stops or (step + 1) % options.save_every == 0):
                 save_checkpoint(checkpoint, model, optimizer)
@@ -1605,12 +1606,6 @@ class EvalSuite:
         return np.linspace(0, count - 1, min(512, count)).astype(int)
 
 
-def row_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> list[dict]:
-    """losses_by_example of a corpus under a model."""
-    losses = response_losses(model, corpus, np.arange(len(corpus)), token_budget, label)
-    return losses_by_example(losses, corpus)
-
-
 def losses_by_example(losses: Array, corpus: Corpus) -> list[dict]:
     """Of every example its source, the mean loss of its response tokens in nats, and how many there are.
 
@@ -1626,7 +1621,7 @@ def losses_by_example(losses: Array, corpus: Corpus) -> list[dict]:
 
 
 def mean_loss(rows: list[dict]) -> float:
-    """The mean loss over the tokens of row_losses. Raises ValueError where one is not finite."""
+    """The mean loss over the tokens of losses_by_example. Raises ValueError where one is not finite."""
     for row in rows:
         if not math.isfinite(row["loss"]):
             raise ValueError(f"{row['row']}: its held-out loss is {row['loss']}")
@@ -1652,8 +1647,8 @@ def suite_losses(model: Transformer, suite: EvalSuite, label: str) -> tuple[Arra
     sample = suite.sample if suite.signs is not None else np.arange(0)
     budget = suite.token_budget
     on_train = response_losses(model, suite.d_train, sample, budget, f"{label}: L_P and L_N")
-    everything = np.arange(len(suite.held_out))
-    on_held_out = response_losses(model, suite.held_out, everything, budget, f"{label}: held-out")
+    held_out = suite.held_out
+    on_held_out = response_losses(model, held_out, held_out.everything, budget, f"{label}: held-out")
     return on_train, on_held_out
 
 

@@ -15,7 +15,7 @@ from data import Corpus, Tokenizer, advance, progress, question_ids, write_rows
 from eval import TASKS, Answer, Budget, checked_limit, continuous_batching, describe_limit, document_count
 from eval import encode_pair, evaluate, f1_score, generate, loglikelihoods, prepare, squad_score, summarise
 from eval import words_of_any_language
-from forgetting import response_losses, row_losses
+from forgetting import losses_by_example, response_losses
 from model import Cache, load_model
 
 
@@ -353,7 +353,8 @@ def test_progress_says_nothing_of_short_work_in_a_log_file(monkeypatch, capsys):
 def test_an_empty_corpus_has_no_losses_and_no_bar(pair, monkeypatch):
     monkeypatch.setattr("forgetting.progress", None)
     nothing = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0)
-    assert row_losses(pair[0], nothing, 100, "held-out") == []
+    losses = response_losses(pair[0], nothing, nothing.everything, 100, "held-out")
+    assert losses.shape == (0,) and losses_by_example(losses, nothing) == []
 
 
 def test_prompts_of_stdin_end_at_newlines_alone(monkeypatch):

@@ -15,6 +15,7 @@ from test_training import ROWS, adapt, setting
 import forgetting
 from data import Corpus, Tokenizer, progress, write_rows
 from forgetting import (
+    EvalSuite,
     Options,
     append_log,
     both_losses,
@@ -33,11 +34,11 @@ from forgetting import (
     read_log,
     read_scores,
     reference_options,
-    row_losses,
     save_arrays,
     sequence_means,
     student_t_quantile,
     student_t_tail,
+    suite_losses,
     train,
     trust_gap,
     unfinished,
@@ -428,7 +429,8 @@ def test_all_held_out_rows_count_not_the_first_512(tmp_path):
         corpus.locations * copies,
         0,
     )
-    assert len(many) == 528 == len(row_losses(model, many, 4000, "x"))
+    _, losses = suite_losses(model, EvalSuite(None, [], many, corpus, None, 4000), "x")
+    assert len(many) == 528 and np.isfinite(losses[many.response]).all()
 
 
 # ----------------------------------------------------------------------------------------------- run folders
