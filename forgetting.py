@@ -887,7 +887,7 @@ def open_log(folder: Path, first_step: int, total_steps: int) -> list[dict]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl up to the first that is not whole: a full disk cuts one off."""
+    """The lines of a .jsonl of a run up to the first that is not whole: a full disk cuts one off."""
     log = []
     with suppress(ValueError, FileNotFoundError):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
@@ -1658,7 +1658,7 @@ def measure(
     """The figures of one model, also in folder/results.json; those of rows and documents in files beside.
 
     known: its losses on D_train and on the held-out rows, (C,) each, where scoring has computed them already.
-    What an earlier command measured stays there, where this one has no --eval-data, or no --tasks.
+    What an earlier command measured stays there; a task that it measured the same way is not measured again.
     """
     path = folder / "results.json"
     label = "/".join(folder.parts[-2:])
@@ -1673,23 +1673,24 @@ def measure(
             return results
 
     before = results["identity"]
-    kept = {name: before[name] for name in before if name == "held-out" or not suite.documents}
-    results["identity"] = kept | identity
+    to_evaluate = [task for task in suite.documents if before.get(task.name) != task.identity]
+    results["identity"] = before | identity
     on_train, on_held_out = known or suite_losses(model, suite, label)  # (C,) each
     if suite.signs is not None:
         results |= train_losses(on_train, suite, label)
     rows = losses_by_example(on_held_out, suite.held_out)
     if rows:
         results["held-out"] = mean_loss(rows)
-    tasks, samples = evaluate(model, suite.tokenizer, suite.documents)
-    if tasks:
-        results["tasks"] = tasks
+    tasks, samples = evaluate(model, suite.tokenizer, to_evaluate)
+    results["tasks"] |= tasks
     wait_for_all()  # every rank has looked for results before rank 0 writes some
     if rank_and_world()[0] == 0:
         if rows:
             write_rows(rows, folder / "held-out.jsonl")
         if samples:
-            write_rows(samples, folder / "samples.jsonl")
+            there = read_log(folder / "samples.jsonl")
+            of_other_tasks = [sample for sample in there if sample["task"] not in tasks]
+            write_rows(of_other_tasks + samples, folder / "samples.jsonl")
         write_text(json.dumps(results, indent=2) + "\n", path)
     wait_for_all()
     return results

@@ -99,6 +99,41 @@ def test_results_are_kept_with_and_measured_without_l_p(tmp_path, monkeypatch):
     assert measure(model, without, tmp_path / "a") == first == measure(model, with_signs, tmp_path / "a")
 
 
+def test_a_task_is_measured_once(tmp_path, monkeypatch):
+    """With --eval-data, or one more task, every task of every method and seed was measured again."""
+    model, corpus, _ = setting(tmp_path / "m")
+    asked = []
+
+    def measured(_, __, documents):
+        asked.append([task.name for task in documents])
+        samples = [
+            {"task": task.name, "doc_id": 0, "version": task.identity["version"]} for task in documents
+        ]
+        return {task.name: {"acc": 0.5, "n": 1} | task.identity for task in documents}, samples
+
+    monkeypatch.setattr(forgetting, "evaluate", measured)
+
+    def figures_of(held_out_rows, **versions) -> dict:
+        tasks = [
+            types.SimpleNamespace(name=name, identity={"version": version})
+            for name, version in versions.items()
+        ]
+        held_out = corpus.part(0, held_out_rows)
+        return measure(model, EvalSuite(None, tasks, held_out, corpus, None, 1000), tmp_path / "a")
+
+    figures_of(0, mc=1, qa=1)
+    with_held_out = figures_of(5, mc=1, qa=1)
+    assert asked == [["mc", "qa"], []] and with_held_out["held-out"]
+    assert figures_of(0, mc=1, word=1)["held-out"] == with_held_out["held-out"], "it stays"
+    found = figures_of(5, mc=2)
+    assert asked[2:] == [["word"], ["mc"]]
+    versions = {"mc": 2, "qa": 1, "word": 1}
+    assert {name: task["version"] for name, task in found["tasks"].items()} == versions
+    samples = read_log(tmp_path / "a/samples.jsonl")
+    assert sorted((sample["task"], sample["version"]) for sample in samples) == sorted(versions.items())
+    assert figures_of(5, mc=2, word=1) == found and len(asked) == 4, "nothing is missing"
+
+
 def test_better_on_rows_is_over_all_seeds(tmp_path):
     """It was counted on the first seed alone."""
     full = np.full(10, 2.0)
