@@ -122,18 +122,18 @@ def run(options: Options) -> Results:
     print0(describe_rows(quality, base_loss, d_train, tokenizer))
     del scorer  # it may be a second model
 
-    # The two rows of the table that stage 4 does not train. Their losses are known, from the same weights
+    # The two rows of the table that stage 4 does not train. Scoring has their losses if it ran the same model
     table_signs = None if options.skip_train_losses else report_signs
     suite = EvalSuite(tokenizer, documents, held_out, d_train, table_signs, options.micro_tokens)
-    known = {"base": (base_loss, held_out_base), "reference": (ref_loss, held_out_ref)}
-    if options.score_dtype != options.dtype:
-        known = {}
+    same_model = options.score_dtype == options.dtype
+    known_of_base = (base_loss, held_out_base) if same_model else None
+    known_of_reference = (ref_loss, held_out_ref) if same_model else None
     results: Results = {name: {} for name in options.methods}
     if "reference" in results:
-        results["reference"][0] = measure(model, suite, out / "reference", known.get("reference"))
+        results["reference"][0] = measure(model, suite, out / "reference", known_of_reference)
     remove_lora(model)  # from here on the model is theta again
     if "base" in results:
-        results["base"][0] = measure(model, suite, out / "base", known.get("base"))
+        results["base"][0] = measure(model, suite, out / "base", known_of_base)
 
     # Stages 3 and 4, for each method and seed: signs from Q, then a fresh adapter on theta
     for name, seed in product(to_train, options.seeds):
