@@ -48,11 +48,11 @@ def adapt(model):
         parameter.data += 0.05  # B = 0 would give A no gradient
 
 
-def gradient_of(model, corpus, signs, budget, lam=LAM, examples=None) -> torch.Tensor:
+def gradient_of(model, corpus, signs, budget, lam=LAM, examples=None, **changes) -> torch.Tensor:
     for parameter in lora_parameters(model).values():
         parameter.grad = None
     examples = np.arange(len(corpus)) if examples is None else examples
-    options = Options(micro_tokens=budget)
+    options = Options(micro_tokens=budget, **changes)
     sums, counts = step_gradient(data_parallel(model), corpus, signs, examples, lam, options)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)  # train() does; the gradient DDP has summed already
@@ -63,8 +63,11 @@ def gradient_of(model, corpus, signs, budget, lam=LAM, examples=None) -> torch.T
     return torch.cat([*flat, sums])
 
 
-def naive_gradient(model, corpus, signs, lam=LAM) -> torch.Tensor:
-    """Equation 8, sequence by sequence through plain autograd, in the order it is written."""
+def naive_gradient(model, corpus, signs, lam=LAM, powers=(0.0, 0.0)) -> torch.Tensor:
+    """Equation 8, sequence by sequence through plain autograd, in the order it is written.
+
+    powers are those of a token's probability that its loss on P, and on N, is multiplied by.
+    """
     sums, counts = [0.0, 0.0], [(signs > 0).sum(), (signs < 0).sum()]
     for start, end in zip(corpus.offsets, corpus.offsets[1:]):
         tokens = torch.from_numpy(corpus.tokens[start:end]).long()
@@ -72,7 +75,9 @@ def naive_gradient(model, corpus, signs, lam=LAM) -> torch.Tensor:
         losses = -torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None]).squeeze(1)
         for place, sign in enumerate(signs[start + 1 : end]):
             if sign:
-                sums[int(sign < 0)] = sums[int(sign < 0)] + losses[place]
+                side = int(sign < 0)
+                probability = torch.exp(-losses[place].detach())
+                sums[side] = sums[side] + probability ** powers[side] * losses[place]
     loss = sums[0] / counts[0] - lam * sums[1] / max(counts[1], 1)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(lora_parameters(model).values()))])
 
@@ -93,6 +98,21 @@ def test_the_step_is_equation_8_whatever_the_micro_batches(tmp_path):
             gradient_of(model, corpus, half, 1), gradient_of(model, corpus, half, total), atol=1e-6, rtol=1e-5
         )
         assert gradient_of(model, corpus, half, total)[:-3].abs().max() > 1e-3
+
+
+def test_the_powers_are_those_of_their_sides(tmp_path):
+    """With learn_power on N and unlearn_power on P, dft was full, forgetting-wga was no unlearning that fades, and every
+    test passed."""
+    model, corpus, signs = setting(tmp_path / "m")
+    adapt(model)
+    total = len(corpus.tokens)
+    plain = gradient_of(model, corpus, signs, total)[:-3]
+    for powers in ((1.0, 2.0), (1.0, None), (None, 1.0)):
+        changes = {"learn_power": powers[0], "unlearn_power": powers[1]}
+        oracle = naive_gradient(model, corpus, signs, powers=[power or 0.0 for power in powers])
+        for budget in (total, 60):
+            found = gradient_of(model, corpus, signs, budget, **changes)[:-3]
+            assert torch.allclose(found, oracle, atol=1e-6) and not torch.allclose(found, plain, atol=1e-4)
 
 
 def one_sided(corpus, signs) -> np.ndarray:
