@@ -375,6 +375,27 @@ def test_a_whole_report_is_wrong_in_five_percent(tmp_path, monkeypatch):
     assert wrong < wrong_as_before
 
 
+def test_a_warning_says_what_mends_it():
+    """Only of full and forgetting, which learn forgetting's P: ignoring, and another rho, learn other tokens."""
+    l_p = {"base": 2.0, "full": 2.1, "full:lr=1": 2.1, "forgetting": 2.1, "forgetting:t_max=9": 2.1}
+    l_p |= {"forgetting:rho=0.5": 2.1, "forgetting-wga": 2.1, "ignoring": 2.1, "reference": 2.1}
+    harm = "L_P of {}, 2.100, is above base's, 2.000: it harms what it is to learn; "
+    expected = {
+        "full": "a lower --lr",
+        "full:lr=1": "a lower --lr",
+        "forgetting": "a lower --t-max or --lr",
+        "forgetting:t_max=9": "a lower --t-max or --lr",
+    }
+    results = {name: {0: {"L_P": value}} for name, value in l_p.items()}
+    found = [f"warning: {harm.format(name)}{mend}" for name, mend in expected.items()]
+    assert warnings_of(results) == found
+    results["full"][1] = {"L_P": 1.8}  # the mean over the seeds counts, and what was measured
+    results["forgetting"][0] = {"L_P": None}
+    assert warnings_of(results) == [found[1], found[3]]
+    del results["base"]
+    assert warnings_of(results) == []
+
+
 @pytest.mark.parametrize("lowest", ["reference", "base", "full"])
 def test_the_last_sentence_names_what_is_best(tmp_path, lowest):
     rng = np.random.default_rng(0)
