@@ -303,11 +303,11 @@ def response_losses(
             if common:
                 batch, past = share_beginning(batch, common)
             judged = torch.from_numpy(corpus.response[batch.places.numpy()])  # (T,)
-            rows, targets = shift(batch.tokens, judged)  # (n,) each
-            rows, targets = to_device(rows, head.device), to_device(targets, head.device)
+            before, targets = shift(batch.tokens, judged)  # (n,) each, one for every judged token
+            before, targets = to_device(before, head.device), to_device(targets, head.device)
             places = to_device(batch.places[judged], head.device)  # (n,)
             hidden = model(to_device(batch.tokens, head.device), batch.cu_seqlens, past=past)  # (T, D)
-            losses[places] = token_losses(hidden[rows], head, targets)
+            losses[places] = token_losses(hidden[before], head, targets)
     model.train(was_training)
     of_all_ranks = sum_over_ranks(losses).cpu().numpy()
     places = corpus.places(examples)
@@ -330,28 +330,31 @@ def common_beginning(corpus: Corpus, examples: Array) -> int:
             begin = tokens
         length = min(len(begin), len(tokens))
         differs = begin[:length] != tokens[:length]
-        begin = begin[: differs.argmax() if differs.any() else length]
+        if differs.any():
+            length = int(differs.argmax())
+        begin = begin[:length]
         if len(begin) < SHORTEST_PREFIX:
             return 0
     return len(begin)
 
 
 def share_beginning(batch: Batch, length: int) -> tuple[Batch, list[Tensor]]:
-    """Prefix sharing: the first `length` tokens, the same in all sequences, stay in the first one alone.
+    """Prefix sharing: the first `length` tokens, the same in all sequences, run in the first sequence alone.
 
-    Also returns what each sequence follows, as Transformer.forward takes it.
+    [s s a b | s s c] becomes [s s a b | c]. Also returns what each sequence follows, as Transformer.forward
+    takes it: nothing, and the places of [s s].
     """
     starts, lengths = batch.cu_seqlens[:-1], batch.cu_seqlens.diff()
     positions = torch.arange(len(batch.tokens)) - starts.repeat_interleave(lengths)  # (T,)
-    own = positions >= length
-    own[:length] = True
+    runs = positions >= length  # (T,) bool
+    runs[:length] = True
     lengths = lengths - length
     lengths[0] += length
     cu_seqlens = torch.zeros_like(batch.cu_seqlens)
     cu_seqlens[1:] = lengths.cumsum(0)
     beginning = torch.arange(length)
     past = [beginning[:0]] + [beginning] * (len(lengths) - 1)
-    return Batch(batch.tokens[own], cu_seqlens, batch.places[own]), past
+    return Batch(batch.tokens[runs], cu_seqlens, batch.places[runs]), past
 
 
 def both_losses(model: Transformer, corpus: Corpus, token_budget: int, label: str) -> tuple[Array, Array]:
@@ -720,19 +723,19 @@ def step_gradient(
         else:
             weights = token_weights(sign > 0, sign < 0, lam, counts)  # (T,)
         weighted = weights != 0  # (T,) bool, n of them true; at lambda 0 none of N
-        rows, targets = shift(batch.tokens, weighted)  # (n,) each
-        rows, targets = to_device(rows, device), to_device(targets, device)
+        before, targets = shift(batch.tokens, weighted)  # (n,) each
+        before, targets = to_device(before, device), to_device(targets, device)
         weights = to_device(weights[weighted], device)  # (n,)
 
         # DDP reduces after the last micro-batch only; no_sync has to hold the forward pass, too
         is_last = batch is micro_batches[-1]
         with nullcontext() if world == 1 or is_last else net.no_sync():
-            hidden = net(to_device(batch.tokens, device), batch.cu_seqlens)[rows]  # (n, D)
+            hidden = net(to_device(batch.tokens, device), batch.cu_seqlens)[before]  # (n, D)
             loss, losses = weighted_and_token_losses(hidden, head, targets, weights, powers)
             loss.backward()  # with n = 0 too: every adapter gets zeros, and DDP its bucket
-        on_positive = losses @ (weights > 0).float()
-        on_negative = losses @ (weights < 0).float()
-        sums += torch.stack((loss.detach(), on_positive, on_negative))
+        loss_p = losses @ (weights > 0).float()
+        loss_n = losses @ (weights < 0).float()
+        sums += torch.stack((loss.detach(), loss_p, loss_n))
     return sums, counts
 
 
@@ -837,11 +840,11 @@ def watch_gradients(
         step_gradient(net, corpus, side, examples, 1.0, options)
         of_adapter = [p.grad.flatten() for p in net.parameters() if p.requires_grad]
         gradients.append(torch.cat(of_adapter))
-    on_positive, on_negative = gradients
-    norm_p, norm_n = float(on_positive.norm()), float(on_negative.norm())
+    gradient_p, gradient_n = gradients
+    norm_p, norm_n = float(gradient_p.norm()), float(gradient_n.norm())
     figures: dict[str, float | None] = {"grad_P": norm_p, "grad_N": norm_n, "cosine": None, "ratio": None}
     if norm_p * norm_n:
-        figures["cosine"] = float(on_positive @ on_negative) / (norm_p * norm_n)
+        figures["cosine"] = float(gradient_p @ gradient_n) / (norm_p * norm_n)
     if norm_n:
         figures["ratio"] = norm_p / norm_n
     return figures
@@ -1754,7 +1757,8 @@ def is_row(name: str) -> bool:
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
     """All that is finished in a run folder, as far as it was measured on the same; what is left out, and why.
 
-    The same is what all of `results` were measured on, or, where there are none, the least that a row was.
+    The same is what all of `results` were measured on. Without results it is the smallest set of tasks and
+    held-out rows that a row was measured on.
     """
     order = [*UNTRAINED, *METHODS, *results]
     everything = {name: dict(by_seed) for name, by_seed in results.items()}
@@ -1893,6 +1897,7 @@ class PairedDifference:
         """
         least = student_t_quantile(alpha, self.rows - 1)
         lowest, highest = np.quantile(self.studentised, (alpha / 2, 1 - alpha / 2))
+        # a bootstrap-t turns round: the highest t of the draws says how far the mean may lie below
         below = max(highest, least) * self.row_error
         above = max(-lowest, least) * self.row_error
         of_seeds = 0.0
@@ -2022,7 +2027,10 @@ def pairs_to_compare(results: Results) -> list[tuple[str, str]]:
 
 
 def is_shown(pair: tuple[str, str], losses: dict[str, float]) -> bool:
-    """Of the pairs with base and reference the table has those of the best training, and their own."""
+    """All pairs are tested; of those with base or the reference the table shows fewer.
+
+    Shown are the best training and the reference against base, and the reference against the best and full.
+    """
     trained = [name for name in losses if name not in UNTRAINED]
     best = min(trained, key=lambda name: losses[name], default="full")
     ours, theirs = pair
@@ -2084,7 +2092,7 @@ def paired_losses(out: Path, results: Results, trusted: bool) -> str:
         if is_shown(pair, losses):
             lines.append((difference.mean, cells))
     lines.sort(key=lambda line: line[0])
-    header = ["pair", "held-out loss, 95 % interval", "of full's gain", "better on rows", "seeds", "verdict"]
+    header = ["pair", "difference, 95 % interval", "of full's gain", "better on rows", "seeds", "verdict"]
     differences = table(header, [cells for _, cells in lines])
     promise = describe_verdicts(len(lines), len(found), {difference.seeds for difference, _ in found})
     return "\n\n".join([differences, promise, best_of_all(losses, verdicts, trusted)])
@@ -2104,7 +2112,8 @@ def describe_verdicts(shown: int, tested: int, seeds: set[int]) -> str:
         verdicts = "the verdict is" if shown == 1 else f"all {shown} verdicts together are"
         family = f"{verdicts} wrong in at most 5 % of such runs (Holm, of {tested} pairs)"
         family += ", so a verdict asks more than an interval of its pair alone"
-    return f"Nats, every held-out row counts the same, {over}; {family}."
+    meaning = "Nats of held-out loss; below 0 the first of a pair is better, as is a gain above 0 %"
+    return f"{meaning}. Every row counts the same (every token in the table above), {over}; {family}."
 
 
 def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], trusted: bool) -> str:
