@@ -3,8 +3,12 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save_file
+
+from forgetting import partition
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFINITIONS = {
@@ -50,3 +54,36 @@ def test_the_loss_is_six_definitions_and_three_imports():
     losses = F.cross_entropy(hidden @ head.T, targets, reduction="none")
     (gradient,) = torch.autograd.grad((weights * torch.exp(-losses).detach() * losses).sum(), hidden)
     assert torch.allclose(hidden.grad, gradient, atol=1e-6)
+
+
+def test_the_labels_for_other_trainers_are_p_and_n(tmp_path, monkeypatch):
+    """README's lines on scores.safetensors, run as they stand: P alone, and both sets for the loop below them."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, pieces = readme.partition("## Pieces to copy")
+    lines = pieces[pieces.index("    import numpy") :].splitlines()
+    code = [line[4:] for line in lines[: lines.index("")]]
+
+    rng = np.random.default_rng(0)
+    base_loss = np.where(np.arange(12) % 4, rng.random(12), np.nan).astype(
+        np.float32
+    )  # a quarter is questions
+    arrays = {"base_loss": base_loss, "ref_loss": rng.random(12).astype(np.float32)}
+    arrays |= {"tokens": np.arange(12, dtype=np.int32), "offsets": np.array([0, 4, 7, 12])}
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    save_file(arrays, tmp_path / "runs/mine/scores.safetensors")
+    monkeypatch.chdir(tmp_path)
+    copied: dict = {}
+    exec("\n".join(code), copied)
+
+    judged = np.isfinite(base_loss)
+    positive, negative = np.zeros(12, bool), np.zeros(12, bool)
+    positive[judged], negative[judged] = partition((base_loss - arrays["ref_loss"])[judged], 0.7)
+    wanted = [
+        np.arange(12),
+        np.where(judged, np.arange(12), -100),
+        positive,
+        np.where(positive, np.arange(12), -100),
+    ]
+    assert negative.any() and len(copied["rows"]) == len(wanted)
+    for by_row, whole in zip(copied["rows"], wanted):
+        assert np.array_equal(np.concatenate(by_row), whole) and [len(row) for row in by_row] == [4, 3, 5]
