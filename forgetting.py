@@ -1463,20 +1463,22 @@ def describe_trust(
     # what it told in the 66 runs of tests/README.md
     if high < 0:
         lines.append(
-            "warning: Q is lower on rows you trust. In 11 of 11 such runs ignoring lost to full: use full,"
+            "warning: Q is lower on rows you trust. In 11 of our 11 such runs ignoring lost to full: use full,"
         )
         lines.append("or a cleaner D_ref")
     elif low <= 0:
         lines.append(
-            "so it cannot be told whether Q points the right way (in 5 of 12 such runs ignoring beat full):"
+            "so it cannot be told whether Q points the right way (in 5 of our 12 such runs ignoring beat full):"
         )
         mend = "more --reference-epochs" if options.reference_data else "rows you trust as --reference-data"
         lines.append(f"more trusted rows in --eval-data, or {mend}")
     else:
         lines.append(
-            "so the reference has learned what rows you trust have and D_train lacks: in 40 of 43 such runs"
+            "so the reference has learned what rows you trust have and D_train lacks: in 40 of our 43 such runs"
         )
-        lines.append("ignoring beat full. Whether what Q ranks low is wrong, look: ./run.sh look")
+        lines.append(
+            "ignoring beat full (two small worlds). Whether what Q ranks low is wrong, look: ./run.sh look"
+        )
     return "\n".join(lines)
 
 
