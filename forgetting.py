@@ -1460,25 +1460,21 @@ def describe_trust(
     gap, low, high = trust_gap(trusted, sequence_means(quality, d_train), deviation)
     than = f"Q of the {len(held_out)} rows of --eval-data against rows of D_train of the same length"
     lines = [origin, f"trust gap {gap:+.2f} [{low:+.2f}, {high:+.2f}] deviations of Q: {than}"]
-    # what it told in the 66 runs of tests/README.md
+    # what it told in the 66 runs of tests/README.md, in two small worlds
     if high < 0:
         lines.append(
-            "warning: Q is lower on rows you trust. In 11 of our 11 such runs ignoring lost to full: use full,"
+            "warning: Q is lower on rows you trust. In 11 of our 11 such runs ignoring lost to full:"
         )
-        lines.append("or a cleaner D_ref")
+        lines.append("use full, or a cleaner D_ref")
     elif low <= 0:
-        lines.append(
-            "so it cannot be told whether Q points the right way (in 5 of our 12 such runs ignoring beat full):"
-        )
+        lines.append("so it cannot be told whether Q points the right way: in 5 of our 12 such runs ignoring")
         mend = "more --reference-epochs" if options.reference_data else "rows you trust as --reference-data"
-        lines.append(f"more trusted rows in --eval-data, or {mend}")
+        lines.append(f"beat full. More trusted rows in --eval-data, or {mend}")
     else:
         lines.append(
-            "so the reference has learned what rows you trust have and D_train lacks: in 40 of our 43 such runs"
+            "so the reference has learned what rows you trust have and D_train lacks: in 40 of our 43"
         )
-        lines.append(
-            "ignoring beat full (two small worlds). Whether what Q ranks low is wrong, look: ./run.sh look"
-        )
+        lines.append("such runs ignoring beat full. Whether what Q ranks low is wrong, look: ./run.sh look")
     return "\n".join(lines)
 
 
