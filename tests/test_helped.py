@@ -146,7 +146,7 @@ def test_the_trust_gap_says_what_can_be_told(tmp_path):
         )
         assert f"trust gap {gap:+.2f} [{low:+.2f}, {high:+.2f}] deviations of Q: Q of the 12 rows" in text
         assert words in text and text.startswith("D_ref is --reference-data\n")
-    assert text.endswith("more trusted rows in --eval-data, or more --reference-epochs")
+    assert text.endswith("More trusted rows in --eval-data, or more --reference-epochs")
     drawn = describe_trust(held_out, base_loss - ref_loss, quality, corpus, Options(eval_data=["held.jsonl"]))
     assert drawn.endswith("or rows you trust as --reference-data"), "more passes over noisy rows do harm"
     nothing = np.zeros(0, np.float32)
