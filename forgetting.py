@@ -1686,6 +1686,7 @@ def measure(
     results["tasks"] |= tasks
     wait_for_all()  # every rank has looked for results before rank 0 writes some
     if rank_and_world()[0] == 0:
+        path.unlink(missing_ok=True)  # if this ends half-way, old figures must not vouch for new files
         if rows:
             write_rows(rows, folder / "held-out.jsonl")
         if samples:
@@ -1746,10 +1747,18 @@ def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
 def is_row(name: str) -> bool:
     """Whether a folder of a run has the name of a row of the table: a method, or a variant of one."""
     stem, has_changes, changes = name.partition(":")
-    if stem not in (*UNTRAINED, *METHODS, "oracle"):
+    if not has_changes:
+        return stem in (*UNTRAINED, *METHODS, "oracle")
+    if stem == "oracle":  # the demo's, with the options of forgetting
+        stem = "forgetting"
+    if stem not in METHODS:
         return False
-    changed = [change.partition("=")[0] for change in changes.split(",")] if has_changes else []
-    return set(changed) <= set(options_of("training", "unlearning"))
+    try:
+        for change in changes.split(","):
+            read_change(change, stem)
+    except ValueError:
+        return False
+    return True
 
 
 def finished(out: Path, results: Results) -> tuple[Results, list[str]]:
@@ -1797,10 +1806,11 @@ def rows_of_folder(out: Path) -> tuple[dict[str, dict], list[str]]:
         if not re.fullmatch(r"[\w-]+(:[^/]+=[^/]+)?(/seed-\d+)?", place):
             continue  # a copy that somebody keeps, say full.bak/seed-0 or full/seed-0.bak
         if is_row(place.partition("/seed-")[0]):
-            rows[place] = {"identity": {}} | read_object(path)
+            figures = read_object(path)
+            rows[place] = figures | {"identity": figures.get("identity") or {}}
             continue
         with suppress(ValueError, OSError):  # what is no row may be anything
-            if "identity" in read_object(path):
+            if read_object(path).get("identity"):
                 left_out.append(f"{place}: no method of today's")
     return rows, left_out
 
@@ -1853,8 +1863,8 @@ def report(results: Results, options: Options) -> None:
         notes.append("L_P, L_N: mean loss, in nats, on the tokens that forgetting keeps and unlearns")
     if any("held-out" in figures for figures in measured):
         notes.append("held-out: mean loss, in nats, over all response tokens of --eval-data")
-    if options.limit is not None:
-        notes.append(describe_limit(options.limit))
+    if measured:
+        notes += describe_limits(measured[0])
     notes += [f"not in the table: {what}" for what in left_out]
     title = f"{options.model} on {', '.join(options.data)}"
     parts = [
@@ -1867,6 +1877,16 @@ def report(results: Results, options: Options) -> None:
     write_text(json.dumps(results, indent=2) + "\n", out / "results.json")
     write_text(text, out / "results.md")
     print0(f"\n{text}\nevery token with its Q: ./run.sh look {out}")
+
+
+def describe_limits(figures: dict) -> list[str]:
+    """Notes on the tasks of which a row of the table was asked a part only; all rows share them."""
+    tasks_of: dict[float, list[str]] = {}
+    for task in figures["tasks"]:
+        limit = figures["identity"][task]["limit"]
+        if limit is not None:
+            tasks_of.setdefault(limit, []).append(task)
+    return [f"{', '.join(tasks)}: {describe_limit(limit)}" for limit, tasks in tasks_of.items()]
 
 
 # ------------------------------------------------------------------------------------ held-out differences
@@ -2117,7 +2137,7 @@ def describe_verdicts(shown: int, tested: int, seeds: set[int]) -> str:
 def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], trusted: bool) -> str:
     """The method of the lowest held-out loss by row, what it is better than, and what that means."""
     best = min(losses, key=lambda name: losses[name])
-    worse, unclear = [], []
+    worse, unclear, ahead = [], [], []
     for (ours, theirs), verdict in verdicts.items():
         if best == ours:
             other, winning = theirs, "better"
@@ -2127,17 +2147,24 @@ def best_of_all(losses: dict[str, float], verdicts: dict[tuple[str, str], str], 
             continue
         if verdict == winning:
             worse.append(other)
-        else:
+        elif verdict == "cannot be told":
             unclear.append(other)
+        else:
+            ahead.append(other)
+    apart = set(losses) - {best, *worse, *unclear, *ahead}
     clauses = [f"Lowest: {best}"]
     if worse:
         clauses.append(f"better than {', '.join(worse)}")
     if unclear:
         clauses.append(f"from {', '.join(unclear)} it cannot be told")
+    if ahead:
+        clauses.append(f"worse than {', '.join(ahead)} on the seeds of both")
+    if apart:
+        clauses.append(f"without a seed in common with {', '.join(sorted(apart))}")
     if "full" not in losses:
         clauses.append("without full in --methods nothing says whether leaving tokens out helped")
     text = "; ".join(clauses) + "."
-    if unclear or "full" not in losses:
+    if unclear or ahead or apart or "full" not in losses:
         return text
     if best == "base":
         return f"{text} No training at all is best here."

@@ -1,5 +1,6 @@
 """Did it help? What a run says before stage 4 and under its table, and what must not wedge a run folder."""
 
+import dataclasses
 import json
 import os
 import re
@@ -448,6 +449,55 @@ def test_nothing_helps_is_said_where_something_was_tried(tmp_path, other, is_tes
     text = paired_losses(tmp_path, write_run(tmp_path, losses), trusted=True)
     assert f"Lowest: full; better than base, {other}." in text
     assert text.endswith("Nothing that leaves tokens out or unlearns them helps here.") == is_tested
+
+
+def test_the_last_sentence_where_methods_have_other_seeds(tmp_path):
+    """A pair is compared on the seeds of both, "lowest" is a mean over all: a lost pair was called undecided, and one
+    that nobody compared passed for beaten."""
+    own = np.random.default_rng(0).normal(2, 0.3, 60)
+    losses = {
+        "base": {0: own + 2},
+        "full": {0: own, 1: own + 1, 2: own + 1},
+        "forgetting": {0: own + 0.3},
+        "ignoring": {5: own + 3},
+    }
+    text = paired_losses(tmp_path, write_run(tmp_path, losses), trusted=True)
+    wanted = "worse than full on the seeds of both; without a seed in common with ignoring."
+    assert text.endswith(f"Lowest: forgetting; better than base; {wanted}")
+    losses["forgetting"] = {0: own + 2.9}
+    text = paired_losses(tmp_path / "b", write_run(tmp_path / "b", losses), trusted=True)
+    assert text.endswith("without a seed in common with ignoring.") and "Nothing that leaves" not in text
+
+
+def test_a_copy_of_a_variant_is_no_row():
+    """ "forgetting:rho=0.5.bak" was a line of the table, and counted in Holm's family."""
+    assert all(map(forgetting.is_row, ("full", "oracle:lr=0.001", "forgetting:rho=0.5,t_max=1", "reference")))
+    copies = ("forgetting:rho=0.5.bak", "forgetting:rho=0.5 copy", "base:lr=1", "full:rho=0.5", "old")
+    assert not any(map(forgetting.is_row, copies))
+
+
+def test_a_limit_is_said_of_its_tasks():
+    """Tasks that an earlier command measured with another --limit stand in the same table."""
+    tasks = {"mc": {}, "qa": {}, "boolq": {}}
+    identity = {"mc": {"limit": 2}, "qa": {"limit": None}, "boolq": {"limit": 2}}
+    notes = forgetting.describe_limits({"tasks": tasks, "identity": identity})
+    assert notes == ["mc, boolq: only the first 2 documents of each task (--limit)"]
+
+
+def test_figures_do_not_vouch_for_files_of_another_measurement(tmp_path, monkeypatch):
+    """A full disk between held-out.jsonl and results.json left old figures beside new rows, and nothing measured again."""
+    model, corpus, _ = setting(tmp_path / "m")
+    suite = EvalSuite(None, [], corpus.part(0, 4), corpus, None, 4000)
+    forgetting.measure(model, suite, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(forgetting, "write_text", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            forgetting.measure(
+                model, dataclasses.replace(suite, held_out=corpus.part(4, 8)), tmp_path / "run"
+            )
+    again = forgetting.measure(model, suite, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/held-out.jsonl").read_text().splitlines()]
+    assert again["held-out"] == pytest.approx(forgetting.mean_loss(rows))
 
 
 def test_all_held_out_rows_count_not_the_first_512(tmp_path):
