@@ -503,7 +503,7 @@ def test_a_limit_of_a_run(setting, tmp_path, monkeypatch, capsys):
         (1, "only the first 1 documents of each task (--limit)", 1),
         (1.0, "only the first 1 documents of each task (--limit)", 1),  # as lm-evaluation-harness has it
     ):
-        assert f"\n{note}\n" in in_process(monkeypatch, capsys, *common, "--limit", limit)
+        assert f"\nqa: {note}\n" in in_process(monkeypatch, capsys, *common, "--limit", limit)
         result = json.loads((tmp_path / "run/results.json").read_text())["base"]["0"]["tasks"]["qa"]
         assert (result["n"], result["limit"]) == (count, limit)
 
