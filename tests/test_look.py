@@ -414,6 +414,16 @@ def test_several_runs_make_one_table(run_folder, tmp_path, capsys):
     assert "no finished method" in fails(capsys, tmp_path / "one", tmp_path / "model")
 
 
+def test_another_references_methods_are_not_a_panels(tmp_path):
+    """Trained with the clean D_ref alone, a method was shown under the noisy one; full and the oracle are its."""
+    for place in ("full/seed-0", "oracle/seed-0", "forgetting-wga/seed-0", "reference"):
+        add_results(tmp_path / "clean", place, 1.0, 40)
+    add_results(tmp_path / "same", "ignoring/seed-0", 2.0, 40)
+    means = look.means_of_run([tmp_path / "clean", tmp_path / "same"], [])
+    assert sorted(means) == ["full", "ignoring", "oracle"]
+    assert "forgetting-wga" in look.means_of_run([tmp_path / "clean"], [])
+
+
 def test_signs_of_paired_differences_are_counted():
     row = lambda value: {"held-out": value, "L_P": value}  # noqa: E731
     rows = {

@@ -178,7 +178,7 @@ def figures_of(ablation: Ablation, options: forgetting.Options) -> dict[str, dic
         other_references(Path(options.out) / f"world-{seed}")
         averages: dict[str, float] = {}
         for panel in ablation.panels:
-            here = [method for method in methods if method not in averages or demo.looks_at_reference(method)]
+            here = [method for method in methods if method not in averages or look.looks_at_reference(method)]
             results = forgetting.run(demo.panel_options(options, panel, seed, here))
             for method, by_seed in results.items():
                 (figures,) = by_seed.values()

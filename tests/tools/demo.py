@@ -253,15 +253,6 @@ PANELS = {
 }
 
 
-def looks_at_reference(method: str) -> bool:
-    """Whether a method, or a variant of one, gives something else with another reference."""
-    stem = method.partition(":")[0]
-    if stem not in forgetting.METHODS:
-        return stem != "base"
-    way = forgetting.METHODS[stem]
-    return not (way.rho == 1 or way.random or way.by_loss)
-
-
 def prepare_world(options: forgetting.Options, world: str) -> None:
     """Write the rows of every seed. Raises ValueError where other files are."""
     out, rows_of = Path(options.out), {seed: demo_rows(world, seed) for seed in options.seeds}
@@ -354,7 +345,7 @@ def run_panel(options: forgetting.Options, seed: int, panel: str) -> Panel:
 
 def methods_of(panel: str, options: forgetting.Options) -> list[str]:
     """The methods that a panel trains: what does not look at the reference is trained in the first one."""
-    return [method for method in options.methods if panel == "clean" or looks_at_reference(method)]
+    return [method for method in options.methods if panel == "clean" or look.looks_at_reference(method)]
 
 
 def run_demo(options: forgetting.Options) -> tuple[dict, dict]:

@@ -145,7 +145,7 @@ def run_split(own: argparse.Namespace, rest: list[str], split: int, panel: str) 
     """One panel of one split, with its oracle; the run folder. What does not look at D_ref is trained in the first panel."""
     folder = own.out / f"split-{split}"
     rows = panel.removesuffix(demo.LIGHT)
-    methods = [method for method in METHODS if panel == "clean" or demo.looks_at_reference(method)]
+    methods = [method for method in METHODS if panel == "clean" or look.looks_at_reference(method)]
     settings = SETTINGS | {
         "model": own.model,
         "data": [str(folder / "train.jsonl")],

@@ -285,7 +285,7 @@ class Study:
         """What a method, trained on D_train with these scores, is worth."""
         if method == "base":
             return forgetting.measure(self.model, self.suite, self.world.folder / "base")
-        above = folder if demo.looks_at_reference(method) else self.world.folder
+        above = folder if look.looks_at_reference(method) else self.world.folder
         here = above / method / f"seed-{self.world.seed}"
         way, options = forgetting.method_of(method, self.options)
         scores = -train.base_loss if way.by_loss else train.quality
