@@ -181,7 +181,8 @@ def start_demo(out: Path) -> subprocess.Popen:
     code += "import data; data.usable_cores = lambda: 2; "
     code += f"runpy.run_path({tool!r}, run_name='__main__')"
     words = [sys.executable, "-c", code, *SMALL, "--out", str(out)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, process_group=0)
 
 
 def same_as(found: tuple[dict, dict], out: Path) -> bool:
@@ -195,11 +196,16 @@ def same_as(found: tuple[dict, dict], out: Path) -> bool:
 
 
 def test_panels_side_by_side_end_in_the_same_tables(one_by_one, tmp_path):
-    """Stopped by SIGTERM in the middle, each training leaves its checkpoint; then the same command goes on."""
+    """Stopped by SIGTERM to the group, as `timeout` sends it, each training leaves its checkpoint; then it goes on.
+
+    The panels are not in that group: they had the signal twice, and the second one acts at once.
+    """
     stopped = start_demo(tmp_path)
     while not list(tmp_path.rglob("metrics.jsonl")) and stopped.poll() is None:
         time.sleep(0.05)
-    stopped.send_signal(signal.SIGTERM)
+    children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
+    assert any(os.getpgid(int(child)) == int(child) for child in children)
+    os.killpg(stopped.pid, signal.SIGTERM)
     said, errors = stopped.communicate()
     assert stopped.returncode == 130 and "stopped; the same command goes on" in said, errors
     assert "2 panels, 2 at a time" in said and "Traceback" not in errors
@@ -233,6 +239,25 @@ def test_what_a_process_of_the_demo_may_answer():
         demo.answer_of(*answers[1])
     with pytest.raises(OSError, match="ended with exit code -6: a.log says more"):
         demo.answer_of(*answers[2])
+
+
+def test_a_panel_that_the_stop_has_ended_is_no_error(tmp_path, monkeypatch, capsys):
+    """Ctrl-C and then SIGTERM: "a panel ended with exit code -15", and exit code 2."""
+    options, _ = demo.parse_demo([*SMALL, "--out", str(tmp_path)])
+    ours, theirs = demo.multiprocessing.get_context("spawn").Pipe(duplex=False)
+    theirs.close()  # it can be read at once, and has no answer
+
+    def ends(number: int):
+        """What answer_of does where a panel has ended, after this signal."""
+        if number:
+            signal.raise_signal(number)
+        raise OSError("a panel ended with exit code -15")
+
+    monkeypatch.setattr(demo, "start_apart", lambda *_: (ours, None))
+    for number, error in ((0, OSError), (signal.SIGTERM, KeyboardInterrupt)):
+        monkeypatch.setattr(demo, "answer_of", lambda *_: ends(number))
+        with pytest.raises(error):
+            demo.run_side_by_side(options, [(5, "clean")], 1)
 
 
 def goes_on(ready):
@@ -276,6 +301,7 @@ def test_an_error_nobody_expected_is_in_the_panels_log(tmp_path, monkeypatch):
         raise RuntimeError("not enough memory")
 
     monkeypatch.setattr(demo, "run_panel", fail)
+    monkeypatch.setattr(demo.os, "setpgrp", lambda: None)  # this process is pytest, and stays where it is
     monkeypatch.setattr(demo.threading.Thread, "start", lambda _: None)
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit):

@@ -404,6 +404,10 @@ def run_side_by_side(options: forgetting.Options, jobs: list[tuple[int, str]], p
                 in_work = [job for job, _ in running.values()]
                 bar.set_postfix_str(latest_figures(options, in_work), refresh=sys.stderr.isatty())
                 bar.update(sum(map(Path.is_file, adapters)) - bar.n)
+        except forgetting.USER_ERRORS:
+            if not signals:
+                raise
+            # what stopped the demo may have ended the panel, too: it is a stop, and no error
         finally:
             end([process for _, process in running.values()])
     if signals:
@@ -443,6 +447,8 @@ def start_apart(
 
 def run_apart(options: forgetting.Options, seed: int, panel: str, answer: Connection) -> None:
     """Send run_panel's result, or an error; what a panel would show on the screen is in its log."""
+    # A signal to the parent's group reaches the parent alone, which sends one on: of two the second acts at once
+    os.setpgrp()
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     folder, log = panel_folder(options, seed, panel), log_of(options, seed, panel)
