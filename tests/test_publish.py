@@ -321,7 +321,7 @@ AN_OLDER_VERSION = "; publish it with the version that trained it"
         ("forgetting-clipped/seed-0", {}, "forgetting-clipped is no method of today's"),
         ("forgetting:ceiling=4/seed-0", {}, "forgetting:ceiling=4 is no method of today's"),
         (ADAPTER, {"ceiling": 4.0}, "trained with ceiling 4.0, no option of today's"),
-        ("reference", {"ceiling": 4.0}, "trained with ceiling 4.0, no option of today's"),
+        ("reference", {"decay": 4.0}, "trained with decay 4.0, no option of today's"),
     ],
 )
 def test_what_an_older_version_trained_is_named(tmp_path, name, inputs, message):
@@ -340,6 +340,15 @@ def test_an_option_that_was_not_used_may_be_gone(tmp_path):
     edit(config, inputs=inputs | read(config)["inputs"] | {"ceiling": None})
     publish.publish(adapter, tmp_path / "out")
     assert (tmp_path / "out/README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["full/seed-0", "full:lr=0.1/seed-0", "reference"])
+def test_an_option_of_unlearning_may_be_gone_where_nothing_is_unlearned(tmp_path, name):
+    """full and the reference of a run with a ceiling were refused: they had not read it."""
+    config = tmp_path / "run" / "config.json"
+    adapter = make_run(tmp_path, name=name)
+    edit(config, inputs=read(config)["inputs"] | {"ceiling": 4.0})
+    assert publish.read_run(adapter)[0] == name.removesuffix("/seed-0")
 
 
 def test_the_command_line_fills_an_empty_folder(tmp_path, monkeypatch, capsys):

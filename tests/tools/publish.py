@@ -40,6 +40,7 @@ OTHER_TOKENIZERS = (
     "split_special_tokens",
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+UNLEARNING_GONE = ("ceiling",)  # options of older versions that were read only where N is unlearned
 PEFT_IN_PYTHON = """
 In Python:
 
@@ -120,14 +121,17 @@ def read_run(adapter: Path) -> tuple[str, dict]:
     mend = "publish it with the version that trained it"
     if name.partition(":")[0] not in ("reference", *METHODS) or not is_row(name):
         raise ValueError(f"{adapter}: {name} is no method of today's; {mend}")
-    if gone := options_gone(config["inputs"]):
+    if gone := options_gone(name, config["inputs"]):
         raise ValueError(f"{adapter}: trained with {', '.join(gone)}, no option of today's; {mend}")
     return name, config
 
 
-def options_gone(inputs: dict) -> list[str]:
-    """Those of a run's inputs that change a training, and are no option of this version."""
-    known = ("reference data", "training data", *options_of(*GROUPS))
+def options_gone(name: str, inputs: dict) -> list[str]:
+    """Those of a run's inputs that change the training of a method, and are no option of this version."""
+    known = ["reference data", "training data", *options_of(*GROUPS)]
+    stem = name.partition(":")[0]
+    if stem == "reference" or not METHODS[stem].unlearn:
+        known += UNLEARNING_GONE
     gone = []
     for name, value in inputs.items():
         if name not in known and value is not None:
