@@ -44,6 +44,8 @@ def interrupt(number: int, _: object) -> None:
 
 def stop(runs: list[subprocess.Popen]) -> None:
     """Interrupt those that still run, and kill them where a test has taken the interrupt for its own."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would end this function, and not the pytests
     running = [run for run in runs if run.poll() is None]
     for run in running:
         os.killpg(run.pid, signal.SIGINT)
