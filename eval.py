@@ -1397,8 +1397,15 @@ def template_of(configs: dict[str, dict]) -> str:
 
 def dates_of(configs: dict[str, dict]) -> list[datetime]:
     """The dates that a template wrote in the adapters' runs, in order."""
-    dates = [config["date"] for config in configs.values() if "date" in config]
-    return sorted(map(datetime.fromisoformat, dates))
+    dates = []
+    for adapter, config in configs.items():
+        if "date" in config:
+            try:
+                dates.append(datetime.fromisoformat(config["date"]))
+            except (TypeError, ValueError):
+                what = f"date {config['date']!r} is not a date"
+                raise ValueError(f"{adapter}: config.json of its run: {what}") from None
+    return sorted(dates)
 
 
 def describe_template(

@@ -305,6 +305,9 @@ def test_a_run_goes_on_tomorrow_with_the_date_of_its_first_start(tmp_path, monke
     config.write_text(json.dumps(json.loads(config.read_text()) | {"date": "yesterday"}))
     with pytest.raises(ValueError, match="config.json: date 'yesterday' is not a date"):
         forgetting.run(options)
+    for date in ("yesterday", 5):
+        with pytest.raises(ValueError, match=f"a: config.json of its run: date {date!r} is not a date"):
+            dates_of({"a": {"date": date}})
 
 
 def clock(now: datetime) -> type:
