@@ -424,6 +424,13 @@ def test_another_references_methods_are_not_a_panels(tmp_path):
     assert "forgetting-wga" in look.means_of_run([tmp_path / "clean"], [])
 
 
+def test_a_run_that_is_named_twice_counts_once(tmp_path):
+    """The table said that it was over 2 runs."""
+    add_results(tmp_path / "one", "full/seed-0", 1.0, 40)
+    text = look.join_runs([[tmp_path / "one"], [tmp_path / "one" / ".." / "one"]])
+    assert "over 1 runs: " in text and "named twice counts once" in text
+
+
 def test_signs_of_paired_differences_are_counted():
     row = lambda value: {"held-out": value, "L_P": value}  # noqa: E731
     rows = {

@@ -262,10 +262,13 @@ def join_runs(runs: Sequence[Sequence[Path]]) -> str:
     A run may be several folders that share D_train, each with a reference of its own: only the last one's
     reference counts, and of a method that two of them have the last one.
     """
-    names = ", ".join(str(folders[-1]) for folders in runs)
-    notes = [f"mean +- sample standard deviation over {len(runs)} runs: {names}"]
+    once = list({folders[-1].resolve(): folders for folders in runs}.values())
+    names = ", ".join(str(folders[-1]) for folders in once)
+    notes = [f"mean +- sample standard deviation over {len(once)} runs: {names}"]
+    if len(once) < len(runs):
+        notes.append("a run that was named twice counts once")
     rows: dict[str, dict[Path, dict[str, float]]] = {}
-    for folders in runs:
+    for folders in once:
         for method, figures in means_of_run(folders, notes).items():
             rows.setdefault(method, {})[folders[-1]] = figures
     figures = {f"{method} ({len(by_run)})": gather(by_run.values()) for method, by_run in rows.items()}
