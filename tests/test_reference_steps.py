@@ -112,6 +112,30 @@ def test_what_the_trust_gap_told_is_counted_by_its_interval():
     ]
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_tables_that_the_records_allow():
+    """One record gave a table of nan with numpy's warnings, a record without the trust gap a KeyError."""
+    kind = {"D_ref": "clean", "rate": 1e-3, "passes": 3, "steps": 24}
+    old = kind | record(0.1, 0.2)
+    new = [kind | record(gap, gap) | {"trust gap": [0.3, 0.1, 0.5]} for gap in (0.1, 0.2)]
+    for records, trust, verdict in ((new, True, True), ([old, new[0]], False, True), ([old], False, False)):
+        text = steps.all_tables(records)
+        assert ("rank correlation" in text, "ignoring beat full" in text) == (trust, verdict)
+
+
+def test_ctrl_c_is_a_line(tmp_path, monkeypatch, capsys):
+    """It was a traceback."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "demo_worlds", interrupted)
+    monkeypatch.setattr("sys.argv", ["reference_steps.py", "--seeds", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        steps.main()
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+
+
 def test_ties_share_their_rank():
     assert steps.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
 
