@@ -191,9 +191,8 @@ def main() -> None:
         sys.exit(130)
     parts = []
     for panel, folders in runs.items():
-        # what looks at no D_ref is trained in the first panel alone
-        shared = [[]] * len(folders) if panel == "clean" else [[first] for first in runs["clean"]]
-        joined = [[*first, folder] for first, folder in zip(shared, folders)]
+        # what looks at no D_ref is trained in the first panel alone; dict: the first beside itself counts once
+        joined = [list(dict.fromkeys(pair)) for pair in zip(runs["clean"], folders)]
         parts.append(f"## {PANELS[panel]}\n\n{look.join_runs(joined)}")
     write_text("\n\n".join(parts) + "\n", own.out / "results.md")
     print("\n\n".join(parts))
